@@ -1,0 +1,345 @@
+"""Photos of people: folders of identities, training shapes, appendix D's crops, buckets, latents on disk.
+
+It knows pixels and numbers only: encoding belongs to `flux/`, finding faces to `vision/`.
+"""
+
+import hashlib
+import json
+import math
+import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Size = tuple[int, int]  # (height, width)
+Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, half open
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+MAX_PIXELS = 200_000_000
+
+ASPECT_RATIOS = ((16, 9), (4, 3), (1, 1), (3, 4), (9, 16))  # width : height; paper, appendix D
+SHORT_SIDES = (1.5, 2.0, 2.5, 3.5, 4.5)  # times the longer side of the face; paper, appendix D
+
+CACHE_VERSION = 1  # raise it whenever `to_tensor` changes a pixel: latents made before are then encoded anew
+
+
+# Photos
+
+
+def read_photo(path: Path) -> Image.Image:
+    """Read a photo as 8-bit RGB, upright by its EXIF rotation, on white; of an animation the first frame.
+
+    Raises FileNotFoundError, or ValueError when the file is no whole picture in one of PHOTO_FORMATS, or has
+    more than MAX_PIXELS.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such photo")
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # PIL warns at 89 megapixels and stops at 179; phones make 200
+    try:
+        with Image.open(path, formats=PHOTO_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels")
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what PIL raises on damaged files
+        raise ValueError(
+            f"{path} is no photo that can be read: {_describe(path)} ({error}). Accepted are whole JPEG, "
+            f"PNG, WebP, TIFF, BMP and GIF files of up to {MAX_PIXELS // 10**6} megapixels."
+        ) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
+    if image.mode.startswith("I"):  # 16 bit grey; PIL's own conversion would clip at 255
+        pixels = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _describe(path: Path) -> str:
+    """Say what a file is by its first bytes, for an error message."""
+    with path.open("rb") as file:
+        head = file.read(32)
+    signatures = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WebP", b"GIF8": "GIF", b"%PDF": "PDF"}
+    kind = next((name for start, name in signatures.items() if head.startswith(start)), None)
+    if head[4:8] == b"ftyp":
+        kind = f"{head[8:12].decode('ascii', 'replace').upper()} (HEIC, AVIF or video: export it as JPEG)"
+    if kind is None and head and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
+        kind = "text"
+    return f"{kind or f'unknown, beginning with {head[:8]!r}'}, {path.stat().st_size} bytes"
+
+
+@dataclass(frozen=True)
+class Photo:
+    path: Path
+    caption: str | None  # None: the trainer says "a photo of a <class>"
+
+
+@dataclass(frozen=True)
+class Person:
+    pid: int
+    name: str
+    photos: tuple[Photo, ...]
+
+
+def scan_people(folder: Path) -> list[Person]:
+    """List the people of `<folder>/<person>/*.jpg|jpeg|png|webp`, each with or without a `.txt` caption.
+
+    People and photos are sorted by name; pids count from 0. Hidden files and folders are left out.
+    Raises FileNotFoundError or ValueError when the folder is laid out otherwise, or a person has no photo.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--data {folder}: no such folder; it should hold one folder of photos per person"
+        )
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    people = [Person(pid, path.name, _list_photos(path)) for pid, path in enumerate(folders)]
+    if empty := [person.name for person in people if not person.photos]:
+        below = sorted(path for path in folder.glob("*/*") if path.is_dir() and _list_photos(path))
+        if len(empty) == len(people) and below:
+            sample = below[0].relative_to(folder)
+            raise ValueError(
+                f"--data {folder} is a level too high: a person's photos should not be in {sample}"
+            )
+        names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+        kinds = ", ".join(PHOTO_SUFFIXES)
+        raise ValueError(f"{len(empty)} of {len(people)} people in {folder} have no photo ({kinds}): {names}")
+    if not people and (photos := _list_photos(folder)):
+        raise ValueError(
+            f"--data {folder} is a level too low: it holds {len(photos)} photos; give the folder above it"
+        )
+    if not people:
+        raise ValueError(f"--data {folder} is empty; it should hold one folder of photos per person")
+    return people
+
+
+def _list_photos(folder: Path) -> tuple[Photo, ...]:
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
+    return tuple(Photo(path, _read_caption(path)) for path in paths if not path.name.startswith("."))
+
+
+def _read_caption(photo: Path) -> str | None:
+    path = photo.with_suffix(".txt")
+    if not path.is_file():
+        return None
+    try:
+        caption = " ".join(path.read_text("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+    if not caption:
+        raise ValueError(f"{path} is empty: write a caption, or delete the file to use the default one")
+    return caption
+
+
+# Shapes and crops
+
+
+def fit_shape(size: Size, resolution: int, multiple: int) -> Size:
+    """Return the shape in which a picture of `size` is trained.
+
+    Both sides are multiples of `multiple`, the area is at most resolution ** 2, nothing is enlarged; of the
+    neighbouring shapes the one nearest in aspect wins. FLUX.1: 16, its autoencoder's 8 times its packing's 2.
+    """
+    height, width = size
+    blocks = resolution**2 // multiple**2
+    scale = min(1.0, resolution / math.sqrt(height * width)) / multiple
+    shapes = [
+        (rows, columns)
+        for rows in (math.floor(height * scale), math.ceil(height * scale))
+        for columns in (math.floor(width * scale), math.ceil(width * scale))
+        if 0 < rows * columns <= blocks and rows * multiple <= height and columns * multiple <= width
+    ]
+    if not shapes:
+        raise ValueError(
+            f"a picture of {height} x {width} pixels (h x w) is too small or too narrow: "
+            f"at resolution {resolution} both sides must come to {multiple} pixels at least"
+        )
+
+    def badness(shape: Size) -> tuple[float, int]:
+        rows, columns = shape
+        return round(abs(math.log(rows * width / (columns * height))), 6), -rows * columns
+
+    rows, columns = min(shapes, key=badness)
+    return rows * multiple, columns * multiple
+
+
+def to_tensor(image: Image.Image, shape: Size, box: Box | None = None, flip: bool = False) -> Tensor:
+    """Turn an RGB image, or a box of it, into a (3, h, w) float32 tensor in [-1, 1] of the given shape.
+
+    The box is covered, not squeezed: the few pixels by which its aspect differs are cut off on both sides.
+    """
+    height, width = shape
+    x0, y0, x1, y1 = box or (0, 0, *image.size)
+    scale = min((x1 - x0) / width, (y1 - y0) / height)  # source pixels per pixel
+    left, top = (x0 + x1 - width * scale) / 2, (y0 + y1 - height * scale) / 2
+    # PIL's resize reads a fractional box and widens its filter when shrinking, so one resampling does it all.
+    source = (max(left, x0), max(top, y0), min(left + width * scale, x1), min(top + height * scale, y1))
+    pixels = np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=source))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1  # (3, h, w)
+    return tensor.flip(-1) if flip else tensor.contiguous()
+
+
+def crop_boxes(size: Size, face: Sequence[float]) -> list[Box]:
+    """Return the crops of a photo around its face, at most 25, all different (paper, appendix D).
+
+    For each aspect ratio and each of SHORT_SIDES, a crop whose short side is that many times the longer side
+    of the face, centred on it and shifted, never padded, to stay inside the photo. Crops that do not fit
+    give way, once, to the largest of their aspect ratio that does. Even that can be smaller than the face:
+    16:9 cuts a tall face in an upright portrait. It stays centred, which keeps as much of the face as can be.
+
+    size: the photo's (height, width). Raises ValueError when the face is not inside the photo.
+    """
+    height, width = size
+    x0, y0, x1, y1 = face
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise ValueError(
+            f"face box {tuple(face)} is not inside the photo of {width} x {height} pixels (w x h)"
+        )
+    f_long = max(x1 - x0, y1 - y0)
+    boxes = []
+    for across, down in ASPECT_RATIOS:
+        largest = min(width / across, height / down)  # pixels per unit of the aspect ratio
+        for factor in SHORT_SIDES:
+            unit = min(f_long * factor / min(across, down), largest)
+            w, h = round(unit * across), round(unit * down)
+            left = min(max(round((x0 + x1 - w) / 2), 0), width - w)
+            top = min(max(round((y0 + y1 - h) / 2), 0), height - h)
+            boxes.append((left, top, left + w, top + h))
+    return list(dict.fromkeys(boxes))
+
+
+# The order of training
+
+
+def deal_buckets(people: Sequence[Person], bucket_ids: int, generator: torch.Generator) -> list[list[Person]]:
+    """Deal people at random into the fewest buckets of at most `bucket_ids`, of equal size give or take one.
+
+    Cutting 51 people after 50 would leave a bucket that moves meta_down for one person; so it is 26 and 25.
+    """
+    if not people or bucket_ids < 1:
+        raise ValueError(f"cannot deal {len(people)} people into buckets of {bucket_ids}")
+    order = torch.randperm(len(people), generator=generator).tolist()
+    count = math.ceil(len(people) / bucket_ids)
+    return [[people[i] for i in order[start::count]] for start in range(count)]
+
+
+def deal_batches(
+    shapes: Sequence[Size], uses: int, batch: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Return a bucket's batches; their number is the paper's q_bucket.
+
+    shapes: the shape of every image; batches hold indices into it.
+
+    Every image comes `uses` times, again only after all others of its shape have come. A batch has one
+    shape; only the last of a shape may have fewer than `batch` images. Shapes alternate at random.
+    """
+    queues: dict[Size, list[list[int]]] = {}
+    for shape in dict.fromkeys(shapes):
+        members = torch.tensor([index for index, other in enumerate(shapes) if other == shape])
+        passes = [members[torch.randperm(len(members), generator=generator)] for _ in range(uses)]
+        queues[shape] = [part.tolist() for part in torch.cat(passes).split(batch)]
+    turns = [shape for shape, queue in queues.items() for _ in queue]
+    order = torch.randperm(len(turns), generator=generator).tolist()
+    remaining = {shape: iter(queue) for shape, queue in queues.items()}
+    return [next(remaining[turns[turn]]) for turn in order]
+
+
+# Files
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to, which becomes `path` when the block ends and vanishes when it fails.
+
+    So a stopped run leaves the old file or the new one, never half a file. The suffix stays: PIL goes by it.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class LatentCache:
+    """Posterior means and standard deviations on disk, one file per picture, named by what it was made from.
+
+    Tensors come back in the dtype they were given: a picture of 1024 x 1024 takes 1 MB at 16 bit.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    def key(photo: Path, shape: Size, box: Box | None, flip: bool, autoencoder: str) -> str:
+        """Name the latents of a crop. autoencoder: whatever identifies it, such as its file's hash."""
+        digest = hashlib.sha256(photo.read_bytes()).hexdigest()
+        recipe = json.dumps([CACHE_VERSION, digest, shape, box, flip, autoencoder])
+        return hashlib.sha256(recipe.encode()).hexdigest()
+
+    def get(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """Return (mean, std), or None when there is no whole file; encode and `put` then."""
+        try:
+            tensors = load_file(self.folder / f"{key}.safetensors")
+            return tensors["mean"], tensors["std"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return None
+
+    def put(self, key: str, mean: Tensor, std: Tensor) -> None:
+        with atomic(self.folder / f"{key}.safetensors") as path:
+            save_file({"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}, path)
+
+
+# Looking at results
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
+    cell: Size = (256, 256),
+) -> Image.Image:
+    """Lay pictures out in a labelled grid, each fitted whole into its cell, on grey.
+
+    None and short rows leave cells empty. Long labels are wrapped, and cut at five lines.
+    """
+    height, width = cell
+    gap, font = 4, ImageFont.load_default(size=max(10, min(cell) // 16))
+    letters, line = max(1, int(width / font.getlength("n"))), math.ceil(sum(font.getmetrics()) * 1.1)
+    labels = [textwrap.wrap(label, max(1, letters // 2), max_lines=5) for label in row_labels]
+    titles = [textwrap.wrap(title, letters, max_lines=5) for title in column_titles]
+    left = gap + (width // 2 if any(labels) else 0)
+    top = gap + line * max((len(title) for title in titles), default=0)
+    columns = max(len(titles), max((len(row) for row in rows), default=0))
+    sheet = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, title in enumerate(titles):
+        draw.text((left + j * (width + gap), gap // 2), "\n".join(title), "black", font)
+    for i, row in enumerate(rows):
+        if i < len(labels):
+            draw.text((gap, top + i * (height + gap)), "\n".join(labels[i]), "black", font)
+        for j, picture in enumerate(row):
+            if picture is not None:
+                picture = ImageOps.pad(picture.convert("RGB"), (width, height), color=(128, 128, 128))
+                sheet.paste(picture, (left + j * (width + gap), top + i * (height + gap)))
+    return sheet

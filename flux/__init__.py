@@ -1,0 +1,23 @@
+"""FLUX.1 in plain PyTorch: transformer, autoencoder, text encoders, tokenizers, sampler, loaded from raw safetensors."""
+
+from flux.autoencoder import AutoEncoder
+from flux.clip import CLIPText
+from flux.conditioner import Conditioner, load_tokenizers
+from flux.loading import find_model, find_transformer, load_autoencoder, load_clip, load_flux, load_t5
+from flux.model import Flux
+from flux.t5 import T5
+
+__all__ = [
+    "AutoEncoder",
+    "CLIPText",
+    "Conditioner",
+    "Flux",
+    "T5",
+    "find_model",
+    "find_transformer",
+    "load_autoencoder",
+    "load_clip",
+    "load_flux",
+    "load_t5",
+    "load_tokenizers",
+]

@@ -1,0 +1,206 @@
+"""FLUX's autoencoder: an image to latents and back.
+
+Layers, numbers and tensor names follow black-forest-labs/flux `modules/autoencoder.py` (file `ae.safetensors`).
+Sizes are read from the file's header, so that a smaller autoencoder of the same kind loads as well.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Generator, Tensor, nn
+
+
+@dataclass(frozen=True)
+class AutoEncoderSizes:
+    """The defaults are those of FLUX.1; latents = scale_factor * (z - shift_factor) have about unit variance."""
+
+    in_channels: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # level i has ch * ch_mult[i] channels at 1 / 2**i of the side
+    encoder_blocks: int = 2  # residual blocks per level
+    decoder_blocks: int = 3
+    z_channels: int = 16
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self):
+        if self.encoder_blocks == 0 and set(self.ch_mult) != {1}:
+            raise ValueError(f"only residual blocks can widen: encoder_blocks 0 with ch_mult {self.ch_mult}")
+
+    @property
+    def reduction(self) -> int:
+        """Return the pixels per latent along one side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @classmethod
+    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
+        """Read the sizes from a checkpoint's header; `config` may give scaling_factor and shift_factor.
+
+        Raises ValueError when the tensor names are not those of `ae.safetensors`.
+        """
+
+        def count(pattern: str) -> int:
+            return next(i for i in range(len(shapes) + 1) if pattern.format(i) not in shapes)
+
+        levels = count("decoder.up.{}.block.0.conv1.weight")  # not the encoder's, which may have no blocks
+        if levels == 0 or "encoder.conv_in.weight" not in shapes:
+            raise ValueError("not a FLUX autoencoder: encoder.conv_in or decoder.up.0.block.0 is missing")
+        ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+        return cls(
+            in_channels=in_channels,
+            ch=ch,
+            ch_mult=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)),
+            encoder_blocks=count("encoder.down.0.block.{}.conv1.weight"),
+            decoder_blocks=count("decoder.up.0.block.{}.conv1.weight"),
+            z_channels=shapes["decoder.conv_in.weight"][1],
+            scale_factor=config.get("scaling_factor", cls.scale_factor),  # diffusers' spelling
+            shift_factor=config.get("shift_factor", cls.shift_factor),
+        )
+
+
+class AutoEncoder(nn.Module):
+    """image (b, 3, h, w) in [-1, 1] <-> latents (b, z, h / reduction, w / reduction), both float32 outside."""
+
+    def __init__(self, sizes: AutoEncoderSizes):
+        super().__init__()
+        self.sizes = sizes
+        self.encoder = Encoder(sizes)
+        self.decoder = Decoder(sizes)
+
+    def encode(self, image: Tensor, generator: Generator | None = None) -> Tensor:
+        """Return the posterior's mean, or with a (CPU) generator a sample of it; see `encode_moments`."""
+        mean, std = self.encode_moments(image)
+        if generator is None:
+            return mean
+        # Drawn on the CPU in float32: the same seed then gives the same latents on every device.
+        return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
+
+    def encode_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the posterior, already shifted and scaled like latents.
+
+        Raises ValueError when a side of the image is not a multiple of the reduction.
+        """
+        h, w = image.shape[-2:]
+        if h % self.sizes.reduction or w % self.sizes.reduction:
+            raise ValueError(f"image is {h}x{w}, both sides must be multiples of {self.sizes.reduction}")
+        mean, logvar = self.encoder(image.to(self.encoder.conv_in.weight.dtype)).float().chunk(2, dim=1)
+        std = torch.exp(0.5 * logvar.clamp(-30, 20))  # the clamp is diffusers'; upstream has none
+        return self.sizes.scale_factor * (mean - self.sizes.shift_factor), self.sizes.scale_factor * std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the image, clamped to [-1, 1]; to train the decoder call `decoder`, which does not clamp."""
+        z = latents / self.sizes.scale_factor + self.sizes.shift_factor
+        return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).float().clamp(-1, 1)
+
+
+class Encoder(nn.Module):
+    def __init__(self, sizes: AutoEncoderSizes):
+        super().__init__()
+        self.conv_in = nn.Conv2d(sizes.in_channels, sizes.ch, 3, padding=1)
+        self.down = nn.Sequential()
+        d = sizes.ch
+        for i, mult in enumerate(sizes.ch_mult):
+            level = OrderedDict(block=res_blocks(d, sizes.ch * mult, sizes.encoder_blocks))
+            d = sizes.ch * mult
+            if i < len(sizes.ch_mult) - 1:
+                level["downsample"] = Downsample(d)
+            self.down.append(nn.Sequential(level))
+        self.mid = mid_blocks(d)
+        self.norm_out = group_norm(d)
+        self.conv_out = nn.Conv2d(d, 2 * sizes.z_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image: (b, 3, h, w) -> mean and log variance (b, 2 z, h / reduction, w / reduction), unscaled"""
+        x = self.conv_in(image)
+        x = self.down(x)
+        x = self.mid(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, sizes: AutoEncoderSizes):
+        super().__init__()
+        widths = [sizes.ch * mult for mult in sizes.ch_mult]
+        self.conv_in = nn.Conv2d(sizes.z_channels, widths[-1], 3, padding=1)
+        self.mid = mid_blocks(widths[-1])
+        self.up = nn.ModuleList()
+        for i, d in enumerate(widths):
+            wider = widths[min(i + 1, len(widths) - 1)]
+            level = OrderedDict(block=res_blocks(wider, d, sizes.decoder_blocks))
+            if i > 0:
+                level["upsample"] = Upsample(d)
+            self.up.append(nn.Sequential(level))
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], sizes.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (b, z, h / reduction, w / reduction), unscaled -> image (b, 3, h, w), not clamped"""
+        x = self.conv_in(z)
+        x = self.mid(x)
+        for level in reversed(self.up):  # stored by resolution, finest first
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def group_norm(d: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, d, eps=1e-6)
+
+
+def res_blocks(d_in: int, d_out: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResBlock(d_in if j == 0 else d_out, d_out) for j in range(count)))
+
+
+def mid_blocks(d: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(block_1=ResBlock(d, d), attn_1=Attention(d), block_2=ResBlock(d, d)))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.norm1 = group_norm(d_in)
+        self.conv1 = nn.Conv2d(d_in, d_out, 3, padding=1)
+        self.norm2 = group_norm(d_out)
+        self.conv2 = nn.Conv2d(d_out, d_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(d_in, d_out, 1) if d_in != d_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Every position attends to every other one, with a single head as wide as the features."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.norm = group_norm(d)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(d, d, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, d: int):
+        super().__init__()
+        self.conv = nn.Conv2d(d, d, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros on the right and below only
+
+
+class Upsample(nn.Module):
+    def __init__(self, d: int):
+        super().__init__()
+        self.conv = nn.Conv2d(d, d, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

@@ -1,0 +1,142 @@
+"""Prompts to what FLUX is conditioned on: T5 features and CLIP's pooled vector.
+
+The tokenizers are built from the files in `tokenizer/` (CLIP) and `tokenizer_2/` (T5) of a model folder and give
+the tokens that transformers' CLIPTokenizer and T5Tokenizer give.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+from flux.clip import CLIPText
+from flux.t5 import T5
+
+
+class Conditioner(nn.Module):
+    """Both text encoders with their tokenizers; a module, so that the encoders move as one."""
+
+    def __init__(self, t5: T5, clip: CLIPText, tokenizers: "Tokenizers"):
+        super().__init__()
+        self.t5, self.clip, self.tokenizers = t5, clip, tokenizers
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Return txt (b, l, d), padding included and unmasked as FLUX was trained, and pooled (b, d)."""
+        device = self.t5.shared.weight.device
+        txt = self.t5(self.tokenizers.t5(prompts).to(device))
+        pooled = self.clip(self.tokenizers.clip(prompts).to(device))
+        return txt, pooled
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """Turn prompts into rows of equal length: `start`, the text, `end`, padding."""
+
+    name: str
+    encode: Callable[[str], list[int]]  # neither start nor end
+    decode: Callable[[list[int]], str]
+    length: int
+    start: list[int]
+    end: int
+    pad: int
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """Return tokens (b, length); what does not fit is cut before `end`, with a warning that quotes it."""
+        room = self.length - len(self.start) - 1
+        rows = []
+        for prompt in prompts:
+            tokens = self.encode(prompt)
+            if len(tokens) > room:
+                lost = self.decode(tokens[room:])[:80].strip()
+                warnings.warn(f"{self.name} sees {room} of {len(tokens)} tokens, not {lost!r}", stacklevel=2)
+            row = [*self.start, *tokens[:room], self.end]
+            rows.append(row + [self.pad] * (self.length - len(row)))
+        return torch.tensor(rows)
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    clip: PromptTokenizer
+    t5: PromptTokenizer
+
+
+def load_tokenizers(folder: Path | str, t5_length: int | None = None) -> Tokenizers:
+    """Read both tokenizers of a model folder; lengths are the files' `model_max_length` unless given.
+
+    Raises FileNotFoundError that names the missing file.
+    """
+    folder = Path(folder)
+    return Tokenizers(clip_tokenizer(folder / "tokenizer"), t5_tokenizer(folder / "tokenizer_2", t5_length))
+
+
+def clip_tokenizer(folder: Path) -> PromptTokenizer:
+    """Build CLIP's byte-level BPE (openai/CLIP `simple_tokenizer.py`, without its repair of broken text)."""
+    vocabulary, merges = (find(folder, "CLIP", name) for name in ("vocab.json", "merges.txt"))
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    bpe = models.BPE.from_file(str(vocabulary), str(merges), end_of_word_suffix="</w>", unk_token=end)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.add_special_tokens([start, end])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    # White space is in no word, so there is no need to normalise it first.
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
+    start, end = tokenizer.token_to_id(start), tokenizer.token_to_id(end)
+    return PromptTokenizer(
+        name="CLIP",
+        encode=lambda text: tokenizer.encode(text).ids,
+        decode=tokenizer.decode,
+        length=max_length(folder, "CLIP"),
+        start=[start],
+        end=end,
+        pad=end,
+    )
+
+
+def t5_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
+    """Load T5's unigram tokenizer from `tokenizer.json`, or from `spiece.model` with the package sentencepiece."""
+    file = find(folder, "T5", "tokenizer.json", "spiece.model")
+    if file.name == "tokenizer.json":
+        tokenizer = Tokenizer.from_file(str(file))
+        encode, decode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.decode
+    else:
+        encode, decode = sentencepiece(file)
+    return PromptTokenizer("T5", encode, decode, length or max_length(folder, "T5"), start=[], end=1, pad=0)
+
+
+def sentencepiece(file: Path) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """Return encode and decode of a `spiece.model`, which lacks T5's special tokens: they are added here."""
+    from sentencepiece import SentencePieceProcessor  # only needed where tokenizer.json is missing
+
+    pieces = SentencePieceProcessor(model_file=str(file))
+    special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    special |= {f"<extra_id_{i}>": len(pieces) + 99 - i for i in range(100)}  # counted from the end
+    splitter = re.compile(f"({'|'.join(map(re.escape, special))})")
+
+    def encode(text: str) -> list[int]:
+        parts = ([special[part]] if part in special else pieces.encode(part) for part in splitter.split(text))
+        return [token for part in parts for token in part]
+
+    return encode, lambda tokens: pieces.decode([token for token in tokens if token < len(pieces)])
+
+
+def max_length(folder: Path, what: str) -> int:
+    return json.loads(find(folder, what, "tokenizer_config.json").read_text())["model_max_length"]
+
+
+def find(folder: Path, what: str, *accepted: str) -> Path:
+    for name in accepted:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"the {what} tokenizer needs {' or '.join(accepted)} in {folder}")

@@ -1,0 +1,184 @@
+"""The pieces of `Flux`: embeddings, rotary attention, the double and the single block, the output layer.
+
+Modules carry the names of the original checkpoints (black-forest-labs/flux, `src/flux/modules/layers.py`,
+whose behaviour is matched). Nothing here knows about adapters, checkpointing or devices.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
+    """Embed times: (b,) in [0, 1] -> (b, dim) float32, cosines first.
+
+    Computed in float32 whatever comes in: rounding 1000 t to bfloat16, as the original code does when it
+    is handed bfloat16 times, moves the embedding by more than 1 (at t = 0.7373).
+    """
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device)
+    )
+    angles = 1000 * t.float()[:, None] * frequencies  # (b, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rope_table(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
+    """Turn positions into rotations: ids (b, l, axes) -> complex64 (b, 1, l, head_dim / 2).
+
+    Axis n owns `axes[n]` channels of a head. Angles are computed in float64, as diffusers does, and
+    stored as unit complex numbers: rotating is then one multiplication.
+    """
+    angles = []
+    for axis, dim in enumerate(axes):
+        omega = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        angles.append(ids[..., axis, None].double() * omega)
+    angles = torch.cat(angles, dim=-1)[:, None]  # (b, 1, l, head_dim / 2): one axis for the heads
+    return torch.complex(angles.cos().float(), angles.sin().float())
+
+
+def rotate(x: Tensor, pe: Tensor) -> Tensor:
+    """Rotate adjacent channel pairs (2k, 2k + 1) of x (b, heads, l, head_dim) by pe, in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * pe).flatten(-2).type_as(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+    """Attend with rotary positions and no mask: three (b, heads, l, head_dim) -> (b, l, heads * head_dim)."""
+    x = F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v)
+    return rearrange(x, "b h l d -> b l (h d)")
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalise the last axis of x (b, l, d), then scale and shift it; shift and scale are (b, 1, d)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class MLPEmbedder(nn.Module):
+    """Linear, SiLU, Linear: (b, d_in) -> (b, hidden_size)."""
+
+    def __init__(self, d_in: int, hidden_size: int):
+        super().__init__()
+        self.in_layer = nn.Linear(d_in, hidden_size)
+        self.out_layer = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x.to(self.in_layer.weight.dtype))))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over a head's channels, under the checkpoint's name `scale`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.scale
+
+
+class QKNorm(nn.Module):
+    """Separate norms for queries and keys."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split and norm: (b, l, 3 * heads * head_dim), rows q | k | v -> three (b, heads, l, head_dim)."""
+        q, k, v = rearrange(qkv, "b l (n h d) -> n b h l d", n=3, d=self.query_norm.scale.numel()).unbind()
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream of a double block; the attention itself spans both streams."""
+
+    def __init__(self, hidden_size: int, head_dim: int):
+        super().__init__()
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.norm = QKNorm(head_dim)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+
+class Modulation(nn.Module):
+    """AdaLN: vec (b, d) -> `chunks` tensors (b, 1, d), in the order shift, scale, gate, shift, scale, gate."""
+
+    def __init__(self, hidden_size: int, chunks: int):
+        super().__init__()
+        self.chunks = chunks
+        self.lin = nn.Linear(hidden_size, chunks * hidden_size)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec))[:, None].chunk(self.chunks, dim=-1)
+
+
+class DoubleBlock(nn.Module):
+    """Image and text streams with weights of their own, and one attention over both."""
+
+    def __init__(self, hidden_size: int, head_dim: int, mlp_size: int):
+        super().__init__()
+        for stream in ("img", "txt"):
+            self.add_module(f"{stream}_mod", Modulation(hidden_size, chunks=6))
+            self.add_module(f"{stream}_attn", SelfAttention(hidden_size, head_dim))
+            mlp = nn.Sequential(
+                nn.Linear(hidden_size, mlp_size),
+                nn.GELU(approximate="tanh"),
+                nn.Linear(mlp_size, hidden_size),
+            )
+            self.add_module(f"{stream}_mlp", mlp)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """img (b, l_img, d), txt (b, l_txt, d), vec (b, d) -> img, txt."""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+
+        img_qkv = self.img_attn.norm(self.img_attn.qkv(modulate(img, img_shift1, img_scale1)))
+        txt_qkv = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, txt_shift1, txt_scale1)))
+        q, k, v = (
+            torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv)
+        )  # (b, heads, l_txt + l_img, head_dim)
+        txt_attn, img_attn = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
+
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """One stream; attention and MLP side by side between two fused linear layers."""
+
+    def __init__(self, hidden_size: int, head_dim: int, mlp_size: int):
+        super().__init__()
+        self.split = [3 * hidden_size, mlp_size]
+        self.linear1 = nn.Linear(hidden_size, sum(self.split))
+        self.linear2 = nn.Linear(hidden_size + mlp_size, hidden_size)
+        self.norm = QKNorm(head_dim)
+        self.modulation = Modulation(hidden_size, chunks=3)
+
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+        """x (b, l, d), text before image; vec (b, d) -> (b, l, d)."""
+        shift, scale, gate = self.modulation(vec)
+        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
+        attn = attention(*self.norm(qkv), pe)
+        return torch.addcmul(
+            x, gate, self.linear2(torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1))
+        )
+
+
+class LastLayer(nn.Module):
+    """Adaptive norm and projection of the image tokens to velocities."""
+
+    def __init__(self, hidden_size: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, img: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(img, shift, scale))

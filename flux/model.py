@@ -1,0 +1,114 @@
+"""The FLUX.1 transformer, under the names of the original checkpoints.
+
+Matches black-forest-labs/flux, `src/flux/model.py`. Sizes come from a checkpoint's header, so relatives of
+FLUX.1 with other depths or widths go through the same lines.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, rope_table, timestep_embedding
+
+
+@dataclass(frozen=True)
+class FluxSizes:
+    """Everything that distinguishes one FLUX.1-shaped transformer from another."""
+
+    in_channels: int
+    out_channels: int
+    pooled_size: int
+    txt_size: int
+    hidden_size: int
+    mlp_size: int
+    num_heads: int
+    depth: int
+    depth_single: int
+    guidance: bool
+    axes: tuple[int, ...]
+    theta: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> "FluxSizes":
+        """Read the sizes off the tensor shapes of a checkpoint; raise KeyError when a telling name is missing.
+
+        The rotary axes are not in the file: (d/8, 7d/16, 7d/16) of the head size d and theta 10,000, unless
+        `config` says otherwise (`axes_dims_rope`, as diffusers spells it, and `theta`).
+        """
+
+        def depth(prefix: str) -> int:
+            return len({name.split(".")[1] for name in shapes if name.startswith(prefix)})
+
+        hidden_size, in_channels = shapes["img_in.weight"]
+        (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+        return cls(
+            in_channels=in_channels,
+            out_channels=shapes["final_layer.linear.weight"][0],
+            pooled_size=shapes["vector_in.in_layer.weight"][1],
+            txt_size=shapes["txt_in.weight"][1],
+            hidden_size=hidden_size,
+            mlp_size=shapes["double_blocks.0.img_mlp.0.weight"][0],
+            num_heads=hidden_size // head_dim,
+            depth=depth("double_blocks."),
+            depth_single=depth("single_blocks."),
+            guidance="guidance_in.in_layer.weight" in shapes,
+            axes=tuple(config.get("axes_dims_rope", (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16))),
+            theta=config.get("theta", 10_000),
+        )
+
+
+class Flux(nn.Module):
+    """Predict the velocity, noise - latents, of packed latents at time t."""
+
+    def __init__(self, sizes: FluxSizes):
+        super().__init__()
+        if sum(sizes.axes) != sizes.head_dim:
+            raise ValueError(
+                f"rotary axes {sizes.axes} add up to {sum(sizes.axes)}, the head size is {sizes.head_dim}"
+            )
+        self.sizes = sizes
+        d, block = sizes.hidden_size, (sizes.hidden_size, sizes.head_dim, sizes.mlp_size)
+        self.img_in = nn.Linear(sizes.in_channels, d)
+        self.txt_in = nn.Linear(sizes.txt_size, d)
+        self.time_in = MLPEmbedder(256, d)
+        self.vector_in = MLPEmbedder(sizes.pooled_size, d)
+        self.guidance_in = MLPEmbedder(256, d) if sizes.guidance else None
+        self.double_blocks = nn.ModuleList(DoubleBlock(*block) for _ in range(sizes.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(*block) for _ in range(sizes.depth_single))
+        self.final_layer = LastLayer(d, sizes.out_channels)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        t: Tensor,
+        pooled: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Return the velocity of the image tokens.
+
+        img (b, l_img, in_channels), txt (b, l_txt, txt_size), pooled (b, pooled_size) in the weights' dtype;
+        img_ids (b, l_img, 3), txt_ids (b, l_txt, 3); t (b,) in [0, 1], guidance (b,), both float32.
+        -> (b, l_img, out_channels). Raises ValueError when the model wants guidance and gets none.
+        """
+        vec = self.time_in(timestep_embedding(t)) + self.vector_in(pooled)  # (b, hidden_size)
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise ValueError("this model has a guidance input: pass guidance, a (b,) tensor such as 3.5")
+            vec = vec + self.guidance_in(timestep_embedding(guidance))
+        pe = rope_table(torch.cat([txt_ids, img_ids], dim=1), self.sizes.axes, self.sizes.theta)
+
+        img, txt = self.img_in(img), self.txt_in(txt)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, pe)
+        x = torch.cat([txt, img], dim=1)
+        for block in self.single_blocks:
+            x = block(x, vec, pe)
+        return self.final_layer(x[:, txt.shape[1] :], vec)

@@ -1,0 +1,120 @@
+"""Rectified flow on packed latents: noise, times, the Euler loop, pixels.
+
+x_t = (1 - t) latents + t noise, so t = 1 is noise and t = 0 the image; the model predicts noise - latents.
+Matches black-forest-labs/flux `src/flux/sampling.py`, with the state kept in float32 as in diffusers'
+`FlowMatchEulerDiscreteScheduler`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flux.model import Flux
+
+
+def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Interpolate: latents and noise (b, ...), t (b,) -> x_t."""
+    t = t.view(-1, *[1] * (latents.dim() - 1))
+    return (1 - t) * latents + t * noise
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """The derivative of x_t by t, which the model learns."""
+    return noise - latents
+
+
+def euler_step(x: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:
+    """Move x along the velocity from time t to t_next < t."""
+    return x + (t_next - t) * velocity.float()
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents (b, c, h, w) -> image tokens (b, h/2 * w/2, 4 c), row by row; h and w even."""
+    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack(img: Tensor, height: int, width: int) -> Tensor:
+    """Undo `pack`: image tokens -> latents (b, c, height, width), sizes in latent pixels."""
+    return rearrange(img, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 2, w=width // 2, ph=2, pw=2)
+
+
+def position_ids(batch: int, height: int, width: int, txt_length: int, device=None) -> tuple[Tensor, Tensor]:
+    """Positions of latents of height x width and of the text: img_ids (b, l, 3) with rows (0, row, column), txt_ids 0."""
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    img_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+    img_ids = img_ids.to(device).expand(batch, -1, -1)
+    return img_ids, torch.zeros(batch, txt_length, 3, dtype=img_ids.dtype, device=device)
+
+
+def draw_noise(seeds: list[int], channels: int, height: int, width: int) -> Tensor:
+    """Draw one picture's noise per seed, float32 (b, channels, height, width) on the CPU.
+
+    A seed therefore gives the same picture on every device and in any batch.
+    """
+    shape = (1, channels, height, width)
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def schedule(steps: int, image_tokens: int, shifted: bool = True) -> list[float]:
+    """The `steps` + 1 times from 1 to 0.
+
+    Shifted towards the noise by mu, which grows linearly from 0.5 at 256 image tokens to 1.15 at 4,096 (dev);
+    evenly spaced when not `shifted` (schnell).
+    """
+    t = torch.linspace(1, 0, steps + 1)
+    if shifted:
+        mu = 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256)
+        t = math.exp(mu) / (math.exp(mu) + (1 / t - 1))
+    return t.tolist()
+
+
+@torch.inference_mode()
+def denoise(
+    model: Flux,
+    noise: Tensor,
+    txt: Tensor,
+    pooled: Tensor,
+    steps: int = 30,
+    guidance: float = 3.5,
+    cfg: float = 1.0,
+    negative: tuple[Tensor, Tensor] | None = None,
+    shifted: bool | None = None,
+    progress: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """Integrate from noise (b, c, h, w) to latents of the same shape, float32.
+
+    txt (b, l, d), pooled (b, d). With cfg > 1 every step also runs the `negative` (txt, pooled) and the
+    velocity becomes negative + cfg * (positive - negative); raises ValueError when it is missing. The
+    schedule is shifted for models with a guidance input (dev) and even without (schnell) unless `shifted`
+    says. `progress` is called with the number of steps done.
+    """
+    if cfg > 1 and negative is None:
+        raise ValueError(f"cfg {cfg} needs a negative prompt; 1 turns it off")
+    batch, _, height, width = noise.shape
+    device, dtype = model.img_in.weight.device, model.img_in.weight.dtype
+    img = pack(noise).to(device)
+    ids = position_ids(batch, height, width, txt.shape[1], device)
+    strength = torch.full((batch,), guidance, device=device)
+    prompts = [(txt, pooled), negative] if cfg > 1 else [(txt, pooled)]
+    prompts = [(txt.to(device, dtype), pooled.to(device, dtype)) for txt, pooled in prompts]
+
+    times = schedule(steps, img.shape[1], model.sizes.guidance if shifted is None else shifted)
+    for step, (t, t_next) in enumerate(zip(times, times[1:]), 1):
+        t_batch = torch.full((batch,), t, device=device)
+        velocity, *rest = [
+            model(img.to(dtype), ids[0], txt, ids[1], t_batch, pooled, strength) for txt, pooled in prompts
+        ]
+        if rest:
+            velocity = rest[0] + cfg * (velocity - rest[0])
+        img = euler_step(img, velocity, t, t_next)
+        progress(step)
+    return unpack(img, height, width)
+
+
+def to_pixels(image: Tensor) -> Tensor:
+    """Images (b, 3, h, w) in [-1, 1] -> uint8 (b, h, w, 3) on the CPU, rounded as diffusers does."""
+    image = (image.float() / 2 + 0.5).clamp(0, 1)
+    return rearrange((image * 255).round().byte().cpu(), "b c h w -> b h w c")

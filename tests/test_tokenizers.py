@@ -1,0 +1,148 @@
+"""The tokenizers, with FLUX's own vocabularies, against transformers and against recorded tokens."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from compare import REFERENCE, randomize
+from tokenizers import normalizers, pre_tokenizers
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from flux import conditioner
+from flux.clip import CLIPSizes, CLIPText
+from flux.conditioner import Conditioner, clip_tokenizer, load_tokenizers, t5_tokenizer
+from flux.t5 import T5, T5Sizes
+
+FOLDER = REFERENCE / "tokenizers"
+needs_files = pytest.mark.skipif(not FOLDER.exists(), reason=f"needs {FOLDER}")
+RECORDED = "golden_260.json"
+MORE = [
+    "a  photo\u2003of\ta\r\nsks\u00a0man",
+    "O'Neill's they'LL we'Re I'M 'tis rock'n'roll",
+    "<|startoftext|>a cat<|endoftext|> and a dog",
+    "A<|ENDOFTEXT|>B",
+    "x²+y³=Ⅳ ⅕ 𝟘𝟙 ٣٤ 万",
+    "e\u0301 vs \u00e9, \u1100\u1161 vs \uac00, İstanbul, ΣΊΣΥΦΟΣ",
+    "🏳️‍🌈👨‍👩‍👧‍👦\ufe0f\u200d \U0001f1f9\U0001f1f7",
+    "http://a.b/c?d=e&f=%20#g_h--i...",
+    "<extra_id_0><extra_id_99> </s></s>a<pad> b <unk><extra_id_100>",
+    "antidisestablishmentarianism" * 3,
+    "\ud7ff\ue000\ufffd\x7f\x85\x1f",
+    "-" * 200,
+]
+
+
+@pytest.fixture
+def recorded() -> dict[str, list]:
+    return json.loads((FOLDER / RECORDED).read_text())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder's two tokenizer folders."""
+    shutil.copytree(FOLDER / "clip", tmp_path / "tokenizer")
+    shutil.copytree(FOLDER / "t5", tmp_path / "tokenizer_2")
+    return tmp_path
+
+
+def expect(theirs, strings: list[str], length: int) -> torch.Tensor:
+    return theirs(
+        strings, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@needs_files
+@pytest.mark.filterwarnings("ignore:.*tokens, not")
+def test_clip_equals_transformers(recorded):
+    strings = recorded["strings"] + MORE
+    ours, theirs = clip_tokenizer(FOLDER / "clip"), CLIPTokenizer.from_pretrained(FOLDER / "clip")
+    assert len(strings) >= 200
+    assert torch.equal(ours(strings), expect(theirs, strings, 77))
+    assert [[*ours.start, *ours.encode(string), ours.end] for string in recorded["strings"]] == recorded[
+        "clip"
+    ]
+
+
+@needs_files
+@pytest.mark.filterwarnings("ignore:.*tokens, not")
+@pytest.mark.parametrize("length", [None, 256, 12])
+def test_t5_equals_transformers(recorded, length):
+    strings = recorded["strings"] + MORE
+    ours, theirs = t5_tokenizer(FOLDER / "t5", length), T5Tokenizer.from_pretrained(FOLDER / "t5")
+    assert torch.equal(ours(strings), expect(theirs, strings, length or 512))
+    assert [[*ours.encode(string), 1] for string in recorded["strings"]] == recorded["t5_json"]
+
+
+@needs_files
+@pytest.mark.filterwarnings("ignore:.*tokens, not")
+def test_t5_from_spiece_model_equals_tokenizer_json(folder, recorded):
+    # The control character U+0085 is a space to the package tokenizers only.
+    strings = [string for string in recorded["strings"] + MORE if "\x85" not in string]
+    from_json = load_tokenizers(folder).t5(strings)
+    (folder / "tokenizer_2" / "tokenizer.json").unlink()
+    assert torch.equal(load_tokenizers(folder).t5(strings), from_json)
+
+
+@needs_files
+@pytest.mark.parametrize("rule", ["Lowercase", "NFC", "Split"])
+def test_the_strings_reach_every_rule(recorded, rule, monkeypatch):
+    """Without one of CLIP's rules the comparison above fails; taken out of both, it would prove nothing."""
+    strings = recorded["strings"]
+    if rule == "Split":
+        monkeypatch.setattr(
+            conditioner.pre_tokenizers, "Split", lambda *_, **__: pre_tokenizers.WhitespaceSplit()
+        )
+    else:
+        monkeypatch.setattr(conditioner.normalizers, rule, lambda *_: normalizers.Sequence([]))
+    ours = clip_tokenizer(FOLDER / "clip")
+    assert [[*ours.start, *ours.encode(string), ours.end] for string in strings] != recorded["clip"]
+
+
+@needs_files
+def test_what_is_cut_is_told(folder):
+    tokenizers = load_tokenizers(folder, t5_length=8)
+    with pytest.warns(UserWarning, match="CLIP sees 75 of 76 tokens, not 'cat'"):
+        (row,) = tokenizers.clip(["very " * 75 + "cat"])
+    assert row[0] == 49406 and row[-1] == 49407 and (row[1:-1] == row[1]).all()
+    with pytest.warns(UserWarning, match="T5 sees 7 of .*, not 'house'"):
+        (row,) = tokenizers.t5(["it is a very fine old house"])
+    assert row[-1] == 1
+
+
+@needs_files
+@pytest.mark.parametrize(
+    "file, said",
+    [
+        ("tokenizer/vocab.json", "CLIP tokenizer needs vocab.json"),
+        ("tokenizer/merges.txt", "CLIP tokenizer needs merges.txt"),
+        ("tokenizer/tokenizer_config.json", "CLIP tokenizer needs tokenizer_config.json"),
+        ("tokenizer_2/tokenizer_config.json", "T5 tokenizer needs tokenizer_config.json"),
+        ("tokenizer_2/*e*.*o*", "T5 tokenizer needs tokenizer.json or spiece.model"),
+    ],
+)
+def test_missing_files_are_named(folder, file, said):
+    for path in folder.glob(file):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=said):
+        load_tokenizers(folder)
+
+
+@needs_files
+def test_conditioner(folder):
+    t5 = randomize(
+        T5(T5Sizes(vocab_size=32128, hidden_size=16, head_dim=8, num_heads=2, mlp_size=8, depth=1))
+    )
+    clip = randomize(
+        CLIPText(CLIPSizes(vocab_size=49408, max_length=77, hidden_size=8, num_heads=1, mlp_size=8, depth=1))
+    )
+    txt, pooled = Conditioner(t5, clip, load_tokenizers(folder, t5_length=20)).encode(
+        ["a photo of a woman", ""]
+    )
+    assert txt.shape == (2, 20, 16) and pooled.shape == (2, 8)
+    tokens = torch.tensor([[3, 9, 1202, 13, 3, 9, 2335, 1] + [0] * 12])
+    assert torch.allclose(txt[:1], t5(tokens), atol=1e-6)
+    tokens = torch.tensor(
+        [[49406, 320, 1125, 539, 320, 2308, 49407]]
+    )  # without padding: nothing follows the end
+    assert torch.allclose(pooled[:1], clip(tokens), atol=1e-6)

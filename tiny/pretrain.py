@@ -1,0 +1,578 @@
+"""Train a whole FLUX.1 at toy scale: tokenizers, autoencoder, text encoders and transformer, from nothing, on a CPU.
+
+    python tiny/pretrain.py --out tiny/weights --work /tmp/tiny
+
+The pictures are drawn (`tiny/people.py`) or read from a folder (`--data`). What is written has the names, the
+formats and the folder layout of FLUX.1-dev, in 16 bit, so that everything else reads it like the real one. Each
+stage is skipped when its result is there, and a stage that was interrupted goes on where it last saved.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
+
+from flux import Conditioner, layers, load_tokenizers
+from flux.autoencoder import AutoEncoder, AutoEncoderSizes
+from flux.clip import CLIPSizes, CLIPText
+from flux.model import Flux, FluxSizes
+from flux.sampling import add_noise, denoise, draw_noise, pack, position_ids, to_pixels, velocity_target
+from flux.t5 import T5, T5Sizes
+from tiny.people import SCENES, SHIRTS, STYLES, training_pictures
+
+AE = AutoEncoderSizes(ch=64, ch_mult=(1, 1, 1), encoder_blocks=0, decoder_blocks=1, z_channels=8)
+TXT_LENGTH, CLIP_LENGTH, VOCABULARY = 16, 24, 320
+THETA = 100  # the usual 10,000 leaves three useful frequencies on an 8x8 grid
+
+
+# --- Optimiser ---------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates for matrices and convolutions (Jordan et al. 2024, "Muon")."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]).flatten(1))
+                scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
+                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Bring all singular values near 1 by a quintic Newton-Schulz iteration, in bfloat16."""
+    x = matrix.bfloat16()
+    x = x.mT if (tall := x.shape[0] > x.shape[1]) else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return (x.mT if tall else x).type_as(matrix)
+
+
+class Optimiser:
+    """Muon on the matrices that `is_matrix` picks, AdamW on the rest; the rate is constant, then falls linearly."""
+
+    def __init__(
+        self, named, is_matrix: Callable[[str, Tensor], bool], muon: float, adamw: float, steps: int
+    ):
+        named = list(named)
+        matrices = [p for name, p in named if is_matrix(name, p)]
+        rest = [p for name, p in named if not is_matrix(name, p)]
+        self.parts = [
+            Muon(matrices, muon),
+            torch.optim.AdamW(rest, adamw, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.rates, self.steps = [muon, adamw], steps
+
+    def step(self, step: int) -> None:
+        decay = min(1, step / 200) * min(1, 2 * (1 - step / self.steps))
+        for part, rate in zip(self.parts, self.rates):
+            part.param_groups[0]["lr"] = rate * decay
+            part.step()
+            part.zero_grad()
+
+    def state_dict(self) -> list:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list) -> None:
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+
+
+def train(
+    name: str,
+    steps: int,
+    loss: Callable[[int, torch.Generator], Tensor],
+    optimiser,
+    kept: dict,
+    args,
+    saved=None,
+) -> None:
+    """Run `steps` updates; at intervals save `kept` (modules by name) to the work folder and a line to the log.
+
+    `loss` is called with the step and a generator seeded by it, so that an interrupted run goes on with new data.
+    """
+    file, start = args.work / f"{name}.pt", 0
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        start = state["step"]
+        optimiser.load_state_dict(state["optimiser"])
+        for key, module in kept.items():
+            module.load_state_dict(state[key])
+    began, average = time.time(), None
+    bar = tqdm(range(start, steps), name, initial=start, total=steps, mininterval=5)
+    for step in bar:
+        value = loss(step, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+        value.backward()
+        optimiser.step(step)
+        if "ema" in kept:
+            beta = min(0.999, (step + 1) / (step + 10))
+            averaged, live = kept["ema"].state_dict().values(), kept["live"].state_dict().values()
+            torch._foreach_lerp_(list(averaged), list(live), 1 - beta)
+        average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            states = {key: module.state_dict() for key, module in kept.items()}
+            write(
+                file,
+                lambda f: torch.save({"step": step + 1, "optimiser": optimiser.state_dict(), **states}, f),
+            )
+            line = {
+                "stage": name,
+                "step": step + 1,
+                "loss": round(average, 5),
+                "seconds": round(time.time() - began),
+            }
+            with (args.out / "pretrain.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            if saved:
+                saved()
+
+
+def write(path: Path, save: Callable[[Path], None]) -> None:
+    """Write through a temporary name, so that an interrupted run leaves the old file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    save(temporary)
+    os.replace(temporary, path)
+
+
+# --- Data --------------------------------------------------------------------------------------------------
+
+
+def read_pictures(args) -> tuple[np.ndarray, list[str]]:
+    """Return pictures (n, 3, size, size) uint8, mapped from the work folder, and their captions."""
+    file, captions = args.work / "pictures.npy", args.work / "captions.json"
+    if not captions.exists():
+        pictures, texts = (
+            np.lib.format.open_memmap(
+                file, "w+", dtype=np.uint8, shape=(args.pictures, 3, args.size, args.size)
+            ),
+            [],
+        )
+        folder = sorted(args.data.glob("**/*.txt")) if args.data else None
+        if folder is not None and not folder:
+            raise SystemExit(
+                f"--data {args.data}: no captions (.txt) there; each picture needs one of the same name"
+            )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the renderer's tensors are too small to share
+        for at in tqdm(range(0, args.pictures, 512), "pictures", mininterval=5):
+            count = min(512, args.pictures - at)
+            if folder:
+                images, new = read_folder(folder, at, count, args.size)
+            else:
+                generator = torch.Generator().manual_seed(args.seed + 1 + at)
+                images, new, _ = training_pictures(count, generator, args.size)
+                new = [with_spare_word(text, generator) for text in new]
+            pictures[at : at + count] = ((images + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+            texts += new
+        torch.set_num_threads(threads)
+        pictures.flush()
+        write(captions, lambda f: f.write_text(json.dumps(texts)))
+    return np.load(file, mmap_mode="r"), json.loads(captions.read_text())
+
+
+def with_spare_word(caption: str, generator: torch.Generator) -> str:
+    """Put a meaningless word into one caption of fourteen, so that unknown words do little harm in a prompt."""
+    if torch.rand((), generator=generator) > 0.07:
+        return caption
+    letters = torch.randint(97, 123, (int(torch.randint(2, 9, (), generator=generator)),), generator=generator)
+    words = caption.split()
+    words.insert(int(torch.randint(len(words) + 1, (), generator=generator)), bytes(letters.tolist()).decode())
+    return " ".join(words)
+
+
+def read_folder(captions: list[Path], at: int, count: int, size: int) -> tuple[Tensor, list[str]]:
+    """Read `count` captioned pictures from position `at` on, starting again at the end; cropped to a square."""
+    images, texts = [], []
+    for k in range(at, at + count):
+        text = captions[k % len(captions)]
+        picture = next(f for f in sorted(text.parent.glob(f"{text.stem}.*")) if f.suffix != ".txt")
+        image = Image.open(picture).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1)
+        texts.append(text.read_text(encoding="utf-8").strip())
+    return torch.stack(images), texts
+
+
+def batch_of(pictures: np.ndarray, indices: Tensor) -> Tensor:
+    """Pictures by index -> float32 (b, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(pictures[indices.numpy()]).float() / 127.5 - 1
+
+
+# --- Tokenizers --------------------------------------------------------------------------------------------
+
+
+def make_tokenizers(captions: list[str], out: Path) -> None:
+    """Learn both small vocabularies and write them in the formats of CLIP (BPE) and T5 (SentencePiece)."""
+    words = [*captions[:20_000], *SCENES.values(), *SHIRTS, *STYLES.values()]
+    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-"
+
+    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([*words, *alphabet.lower()], trainer)
+    found = json.loads(bpe.to_str())["model"]
+    # Every byte also as the end of a word, and the two special tokens last: the end token must have the largest id.
+    vocabulary = list(found["vocab"])
+    vocabulary += [
+        c + "</w>" for c in pre_tokenizers.ByteLevel.alphabet() if c + "</w>" not in found["vocab"]
+    ]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    (out / "tokenizer" / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(vocabulary)})
+    )
+    merges = [" ".join(pair) for pair in found["merges"]]
+    (out / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (out / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": CLIP_LENGTH}))
+
+    (out / "tokenizer_2").mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words),
+        model_prefix=str(out / "tokenizer_2" / "spiece"),
+        vocab_size=VOCABULARY,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        required_chars=alphabet,
+        minloglevel=2,
+    )
+    (out / "tokenizer_2" / "spiece.vocab").unlink()
+    (out / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": TXT_LENGTH}))
+
+
+# --- Autoencoder -------------------------------------------------------------------------------------------
+
+
+def train_autoencoder(pictures: np.ndarray, args) -> AutoEncoder:
+    """Train on crops of half the side, then on whole pictures; write `ae.safetensors` and its constants."""
+    torch.manual_seed(args.seed)
+    ae = AutoEncoder(AE)
+    crop_steps, half = int(0.65 * args.ae_steps), args.size // 2
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        on_crops = step < crop_steps
+        image = batch_of(pictures, torch.randint(len(pictures), (8 if on_crops else 4,), generator=generator))
+        if on_crops:
+            y, x = torch.randint(half + 1, (2,), generator=generator).tolist()
+            image = image[:, :, y : y + half, x : x + half]
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, logvar = ae.encoder(image).float().chunk(2, dim=1)
+            z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+            decoded = ae.decoder(z).float()
+        edges = sum(F.l1_loss(decoded.diff(dim=dim), image.diff(dim=dim)) for dim in (-1, -2))
+        divergence = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
+        return F.l1_loss(decoded, image) + edges + 1e-3 * divergence
+
+    is_matrix = lambda name, p: p.dim() == 4 and "conv_out" not in name and "conv_in" not in name  # noqa: E731
+    optimiser = Optimiser(ae.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=args.ae_steps)
+    train("autoencoder", args.ae_steps, loss, optimiser, {"model": ae}, args)
+    return ae.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args) -> Tensor:
+    """Return a posterior sample of every picture, unscaled (n, z, h, w) in bfloat16; kept in the work folder."""
+    file = args.work / "latents.pt"
+    if not file.exists():
+        latents = []
+        for at in tqdm(range(0, len(pictures), 64), "latents", mininterval=5):
+            image = batch_of(pictures, torch.arange(at, min(at + 64, len(pictures))))
+            with torch.autocast("cpu", torch.bfloat16):
+                mean, logvar = ae.encoder(image).float().chunk(2, dim=1)
+            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(at))
+            latents.append((mean + torch.exp(0.5 * logvar) * noise).bfloat16())
+        write(file, lambda f: torch.save(torch.cat(latents), f))
+    return torch.load(file, weights_only=True)
+
+
+def finish_autoencoder(ae: AutoEncoder, latents: Tensor, args) -> AutoEncoder:
+    """Measure scale and shift so that latents have unit variance; write the file, the constants and the held-out error."""
+    some = latents[:10_000].float()
+    constants = {
+        "scaling_factor": round(1 / some.std().item(), 4),
+        "shift_factor": round(some.mean().item(), 4),
+    }
+    config = {"theta": THETA, "sample_size": args.size, **constants}
+    write(args.out / "config.json", lambda f: f.write_text(json.dumps(config, indent=2) + "\n"))
+    export(ae, args.out / "ae.safetensors")
+    sizes = AutoEncoderSizes(
+        **{
+            **asdict(AE),
+            "scale_factor": constants["scaling_factor"],
+            "shift_factor": constants["shift_factor"],
+        }
+    )
+    finished = AutoEncoder(sizes)
+    finished.load_state_dict(ae.state_dict())
+    held_out = training_pictures(64, torch.Generator().manual_seed(args.seed), args.size)[0]
+    with torch.no_grad():
+        error = (finished.decode(finished.encode(held_out)) - held_out).square().mean(dim=(1, 2, 3))
+    print(f"autoencoder: held-out PSNR {(10 * (4 / error).log10()).mean():.1f} dB; {constants}")
+    return finished.requires_grad_(False).eval()
+
+
+def export(module: nn.Module, path: Path) -> None:
+    """Write a module in float16, which keeps more of these small weights than bfloat16."""
+    tensors = {name: tensor.half().contiguous() for name, tensor in module.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"{path.name}: some weights are not finite in float16")
+    write(path, lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+
+
+# --- Text encoders and transformer -------------------------------------------------------------------------
+
+
+def build(args) -> nn.ModuleDict:
+    """Return fresh text encoders and transformer, in the parts that become files."""
+    torch.manual_seed(args.seed)
+    tokenizers = load_tokenizers(args.out)
+    t5_vocabulary = sentencepiece.SentencePieceProcessor(
+        model_file=str(args.out / "tokenizer_2" / "spiece.model")
+    )
+    d = args.hidden_size
+    parts = nn.ModuleDict(
+        {
+            "t5": T5(
+                T5Sizes(len(t5_vocabulary), hidden_size=64, head_dim=16, num_heads=4, mlp_size=128, depth=2)
+            ),
+            "clip": CLIPText(
+                CLIPSizes(tokenizers.clip.pad + 1, CLIP_LENGTH, 64, num_heads=4, mlp_size=256, depth=2)
+            ),
+            "flux": Flux(
+                FluxSizes(
+                    in_channels=4 * AE.z_channels,
+                    out_channels=4 * AE.z_channels,
+                    pooled_size=64,
+                    txt_size=64,
+                    hidden_size=d,
+                    mlp_size=4 * d,
+                    num_heads=d // 32,
+                    depth=2,
+                    depth_single=4,
+                    guidance=True,
+                    axes=(4, 14, 14),
+                    theta=THETA,
+                )
+            ),
+        }
+    )
+    for name, p in parts.named_parameters():  # AdaLN and output start at zero (DiT), embeddings small
+        if any(
+            key in name for key in ("_mod.lin", "modulation.lin", "adaLN_modulation", "final_layer.linear")
+        ):
+            nn.init.zeros_(p)
+        elif "embedding" in name or "shared" in name:
+            nn.init.normal_(p, std=0.3 if "shared" in name else 0.1)
+    return parts
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+    """`flux.layers.attention` for training on a CPU in bfloat16.
+
+    Written out with real numbers because the compiler does not fuse complex ones, and with two plain products
+    because the CPU's fused attention takes half of a bfloat16 step for its backward.
+    """
+    with torch.autocast("cpu", enabled=False):
+
+        def rotate(x: Tensor) -> Tensor:
+            even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack([even * pe.real - odd * pe.imag, even * pe.imag + odd * pe.real], -1).flatten(
+                -2
+            )
+
+        scores = (rotate(q).bfloat16() @ rotate(k).bfloat16().mT).float() / math.sqrt(q.shape[-1])
+        x = scores.softmax(dim=-1).bfloat16() @ v.bfloat16()
+    return rearrange(x.to(v.dtype), "b h l d -> b l (h d)")
+
+
+def velocity(
+    parts: nn.ModuleDict, x: Tensor, t: Tensor, t5_tokens: Tensor, clip_tokens: Tensor, guidance: Tensor
+) -> Tensor:
+    """Run text encoders and transformer on packed latents x (b, l, c)."""
+    side = int(x.shape[1] ** 0.5) * 2
+    img_ids, txt_ids = position_ids(len(x), side, side, t5_tokens.shape[1])
+    return parts["flux"](x, img_ids, parts["t5"](t5_tokens), txt_ids, t, parts["clip"](clip_tokens), guidance)
+
+
+def train_transformer(latents: Tensor, captions: list[str], ae: AutoEncoder, args) -> nn.ModuleDict:
+    """Train text encoders and transformer on flow matching, then teach the guidance input; return the average.
+
+    FLUX.1-dev is distilled: its guidance input does in one pass what two passes do in classifier-free guidance
+    (Ho and Salimans 2022). Ours learns the same from itself: first the input is a random number without
+    meaning, then the target is the guided velocity of the frozen first model.
+    """
+    tokenizers = load_tokenizers(args.out)
+    texts = {text: i for i, text in enumerate(dict.fromkeys(captions))}
+    text_of = torch.tensor([texts[text] for text in captions])
+    tokens = tokenizers.t5(list(texts)), tokenizers.clip(list(texts))
+    empty = tokenizers.t5([""]), tokenizers.clip([""])
+    parts = build(args)
+    ema = copy.deepcopy(parts).requires_grad_(False)
+    layers.attention = cpu_attention
+
+    def batch(generator: torch.Generator):
+        index = torch.randint(len(latents), (args.batch,), generator=generator)
+        x = pack(latents[index].float())
+        noise = torch.randn(x.shape, generator=generator)
+        t = torch.randn(args.batch, generator=generator).sigmoid()
+        dropped = torch.rand(args.batch, 1, generator=generator) < 0.07
+        text = [torch.where(dropped, none, some[text_of[index]]) for none, some in zip(empty, tokens)]
+        guidance = 1 + 5 * torch.rand(args.batch, generator=generator)
+        return x, noise, t, text, guidance
+
+    def flow_loss(step: int, generator: torch.Generator) -> Tensor:
+        x, noise, t, text, guidance = batch(generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = velocity(parts, add_noise(x, noise, t), t, *text, guidance)
+        return F.mse_loss(predicted.float(), velocity_target(x, noise))
+
+    def guidance_loss(step: int, generator: torch.Generator) -> Tensor:
+        x, noise, t, text, guidance = batch(generator)
+        x = add_noise(x, noise, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                told = velocity(teacher, x, t, *text, guidance).float()
+                untold = velocity(
+                    teacher, x, t, *(none.expand(len(x), -1) for none in empty), guidance
+                ).float()
+            predicted = velocity(parts, x, t, *text, guidance)
+        return F.mse_loss(predicted.float(), untold + guidance[:, None, None] * (told - untold))
+
+    def run(name: str, steps: int, loss: Callable, muon: float) -> None:
+        is_matrix = lambda name, p: "_blocks" in name and p.dim() == 2 and "mod" not in name  # noqa: E731
+        optimiser = Optimiser(parts.named_parameters(), is_matrix, muon=muon, adamw=muon / 6, steps=steps)
+
+        def draw_sheet() -> None:
+            sample_sheet(ema, ae, args, guidance=3.5).save(args.work / f"{name}.png")
+
+        train(name, steps, loss, optimiser, {"live": parts, "ema": ema}, args, draw_sheet)
+
+    if args.compile:
+        for block in [*parts["flux"].double_blocks, *parts["flux"].single_blocks]:
+            block.compile(dynamic=False)
+    run("transformer", args.steps, flow_loss, muon=0.012)
+    parts.load_state_dict(ema.state_dict())
+    teacher = copy.deepcopy(ema)
+    run("guidance", args.guidance_steps, guidance_loss, muon=0.003)
+    return ema
+
+
+PROMPTS = (
+    "a photo of a woman at the beach wearing a red shirt",
+    "a photo of a man in the city in a blue shirt",
+    "a painting of a woman",
+    "a sketch of a man wearing a green shirt",
+    "a neon picture of a woman at night",
+    "a photo of a man in the forest wearing a yellow shirt",
+    "a photo of a woman",
+    "a man",
+)
+
+
+def sample_sheet(
+    parts: nn.ModuleDict, ae: AutoEncoder, args, guidance: float, seeds: int = 12
+) -> Image.Image:
+    """Sample a row per prompt, with the same seeds in every row."""
+    conditioner = Conditioner(parts["t5"], parts["clip"], load_tokenizers(args.out))
+    side = args.size // AE.reduction
+    noise = draw_noise(list(range(seeds)), AE.z_channels, side, side)
+    rows = []
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            txt, pooled = (x.expand(seeds, *x.shape[1:]) for x in conditioner.encode([prompt]))
+            latents = denoise(parts["flux"], noise, txt, pooled, steps=12, guidance=guidance)
+            rows.append(rearrange(to_pixels(ae.decode(latents)), "n h w c -> h (n w) c"))
+    sheet = Image.fromarray(torch.cat(rows).numpy())
+    return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.BICUBIC)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("tiny/weights"), help="model folder to write")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for pictures, latents and training states (2 GB)"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="pictures with captions (.txt) to learn from instead of drawn people"
+    )
+    parser.add_argument("--pictures", type=int, default=100_000, help="size of the training set")
+    parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
+    parser.add_argument(
+        "--hidden-size", type=int, default=160, help="width of the transformer, a multiple of 32"
+    )
+    parser.add_argument("--ae-steps", type=int, default=9000, help="updates of the autoencoder")
+    parser.add_argument("--steps", type=int, default=16_000, help="updates of text encoders and transformer")
+    parser.add_argument(
+        "--guidance-steps", type=int, default=1500, help="updates that teach the guidance input"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="pictures in an update of the transformer")
+    parser.add_argument("--save-every", type=int, default=500, help="updates between saved states")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the blocks: 1.5 times faster, needs a C++ compiler"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for folder in (args.out, args.work):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    pictures, captions = read_pictures(args)
+    if not (args.out / "tokenizer_2" / "tokenizer_config.json").exists():
+        make_tokenizers(captions, args.out)
+    ae = train_autoencoder(pictures, args)
+    latents = encode_pictures(ae, pictures, args)
+    ae = finish_autoencoder(ae, latents, args)
+    latents = ae.sizes.scale_factor * (latents.float() - ae.sizes.shift_factor)
+    parts = train_transformer(latents, captions, ae, args)
+
+    export(parts["flux"], args.out / "flux1-tiny.safetensors")
+    export(parts["clip"], args.out / "text_encoder" / "model.safetensors")
+    heads = {"num_attention_heads": parts["clip"].sizes.num_heads}
+    write(args.out / "text_encoder" / "config.json", lambda f: f.write_text(json.dumps(heads) + "\n"))
+    export(parts["t5"], args.out / "text_encoder_2" / "model.safetensors")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "work", "data")}
+    write(args.out / "pretrain.json", lambda f: f.write_text(json.dumps(settings, indent=2) + "\n"))
+    write(args.out / "samples.png", lambda f: sample_sheet(parts, ae, args, guidance=3.5).save(f, "png"))
+
+
+if __name__ == "__main__":
+    main()
