@@ -3,13 +3,12 @@
 It knows pixels and numbers only: encoding belongs to `flux/`, finding faces to `vision/`.
 """
 
+import argparse
 import hashlib
 import json
 import math
-import os
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
+
+from flux.loading import atomic
+from flux.sampling import draw_times
 
 Size = tuple[int, int]  # (height, width)
 Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, half open
@@ -59,6 +62,17 @@ def read_photo(path: Path) -> Image.Image:
         ) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def photo_size(path: Path) -> Size:
+    """Return a photo's (height, width) from its header, upright by its EXIF rotation; ValueError as `read_photo`."""
+    try:
+        with Image.open(path, formats=PHOTO_FORMATS) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5  # the EXIF orientations that swap the sides
+    except (OSError, ValueError, SyntaxError):
+        return read_photo(path).size[::-1]  # which explains what is wrong
+    return (width, height) if turned else (height, width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -261,53 +275,115 @@ def deal_batches(
     return [next(remaining[turns[turn]]) for turn in order]
 
 
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the choices where the paper is silent; the same in both stages."""
+    group = parser.add_argument_group("choices where the paper is silent")
+    group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
+    group.add_argument("--clip-grad", type=float, default=1.0, help="largest norm of a gradient")
+    group.add_argument("--t-mean", type=float, default=0.0, help="times are logit-normal with this mean")
+    group.add_argument("--t-std", type=float, default=1.0, help="and this standard deviation")
+    group.add_argument("--train-guidance", type=float, default=1.0, help="guidance input while training")
+    group.add_argument("--latents", choices=["sample", "mean"], default="sample", help="of the posterior")
+
+
+def make_batch(
+    entries: Sequence[tuple[dict, dict]], generator: torch.Generator, args: argparse.Namespace, device, dtype
+) -> dict[str, Tensor]:
+    """Stack cached (latents, prompt) pairs and draw noise and times: the arguments of `flux.sampling.flow_loss`."""
+    latents, prompts = zip(*entries)
+    x = torch.stack([entry["mean"] for entry in latents]).float()  # (b, z, h, w)
+    if args.latents == "sample":
+        x = x + torch.stack([entry["std"] for entry in latents]).float() * torch.randn(
+            x.shape, generator=generator
+        )
+    return {
+        "latents": x.to(device),
+        "noise": torch.randn(x.shape, generator=generator).to(device),
+        "t": draw_times(len(x), generator, args.t_mean, args.t_std).to(device),
+        "txt": torch.stack([prompt["txt"] for prompt in prompts]).to(device, dtype),
+        "pooled": torch.stack([prompt["pooled"] for prompt in prompts]).to(device, dtype),
+    }
+
+
 # Files
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to, which becomes `path` when the block ends and vanishes when it fails.
-
-    So a stopped run leaves the old file or the new one, never half a file. The suffix stays: PIL goes by it.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class LatentCache:
-    """Posterior means and standard deviations on disk, one file per picture, named by what it was made from.
-
-    Tensors come back in the dtype they were given: a picture of 1024 x 1024 takes 1 MB at 16 bit.
-    """
+class TensorCache:
+    """Tensors on disk, one file per entry, named by the content they were made from."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    @staticmethod
-    def key(photo: Path, shape: Size, box: Box | None, flip: bool, autoencoder: str) -> str:
-        """Name the latents of a crop. autoencoder: whatever identifies it, such as its file's hash."""
-        digest = hashlib.sha256(photo.read_bytes()).hexdigest()
-        recipe = json.dumps([CACHE_VERSION, digest, shape, box, flip, autoencoder])
-        return hashlib.sha256(recipe.encode()).hexdigest()
-
-    def get(self, key: str) -> tuple[Tensor, Tensor] | None:
-        """Return (mean, std), or None when there is no whole file; encode and `put` then."""
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """Return what was put, or None when there is no whole file."""
         try:
-            tensors = load_file(self.folder / f"{key}.safetensors")
-            return tensors["mean"], tensors["std"]
-        except (FileNotFoundError, SafetensorError, KeyError):
+            return load_file(self.folder / f"{key}.safetensors")
+        except (FileNotFoundError, SafetensorError):
             return None
 
-    def put(self, key: str, mean: Tensor, std: Tensor) -> None:
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         with atomic(self.folder / f"{key}.safetensors") as path:
-            save_file({"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}, path)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+class MemoryCache(dict):
+    """The same without a disk."""
+
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        self[key] = {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the trainer sees once in a while: a photo, or a box of it, in the shape it is trained in."""
+
+    path: Path
+    shape: Size
+    box: Box | None = None
+    flip: bool = False
+
+    def key(self, encoder: str) -> str:
+        """Name its latents. encoder: whatever identifies the autoencoder."""
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return content_key(CACHE_VERSION, digest, self.shape, self.box, self.flip, encoder)
+
+
+def content_key(*recipe: object) -> str:
+    """Hash what an entry of the cache is made from; all of it must survive JSON."""
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+
+
+@torch.no_grad()
+def encode_pictures(pictures: Sequence[Picture], autoencoder, encoder: str, cache: TensorCache) -> list[str]:
+    """Put the posterior of every picture in the cache and return the keys, in order.
+
+    An entry holds mean and std (z, h, w) in float16, scaled as latents: 1 MB at 1024 x 1024. Pictures that are
+    there already are not encoded again. autoencoder: a `flux.AutoEncoder`, called one picture at a time.
+    """
+    keys, photo = [], (None, None)
+    device = next(autoencoder.parameters()).device
+    for picture in tqdm(pictures, "latents", disable=len(pictures) < 50):
+        keys.append(key := picture.key(encoder))
+        if cache.get(key) is None:
+            if photo[0] != picture.path:  # crops of one photo follow each other
+                photo = picture.path, read_photo(picture.path)
+            image = to_tensor(photo[1], picture.shape, picture.box, picture.flip)[None].to(device)
+            mean, std = autoencoder.encode_moments(image)
+            cache.put(key, {"mean": mean[0].half(), "std": std[0].half()})
+    return keys
+
+
+@torch.no_grad()
+def encode_prompts(prompts: Sequence[str], conditioner, encoder: str, cache: TensorCache) -> list[str]:
+    """Put txt (l, d) and pooled (d,) of every prompt in the cache and return the keys, in order."""
+    keys = []
+    for prompt in tqdm(prompts, "prompts", disable=len(prompts) < 50):
+        keys.append(key := content_key(prompt, encoder))
+        if cache.get(key) is None:
+            txt, pooled = conditioner.encode([prompt])
+            cache.put(key, {"txt": txt[0], "pooled": pooled[0]})
+    return keys
 
 
 # Looking at results
@@ -326,8 +402,10 @@ def contact_sheet(
     height, width = cell
     gap, font = 4, ImageFont.load_default(size=max(10, min(cell) // 16))
     letters, line = max(1, int(width / font.getlength("n"))), math.ceil(sum(font.getmetrics()) * 1.1)
-    labels = [textwrap.wrap(label, max(1, letters // 2), max_lines=5) for label in row_labels]
-    titles = [textwrap.wrap(title, letters, max_lines=5) for title in column_titles]
+    labels = [
+        textwrap.wrap(label, max(1, letters // 2), max_lines=5, placeholder="…") for label in row_labels
+    ]
+    titles = [textwrap.wrap(title, letters, max_lines=5, placeholder="…") for title in column_titles]
     left = gap + (width // 2 if any(labels) else 0)
     top = gap + line * max((len(title) for title in titles), default=0)
     columns = max(len(titles), max((len(row) for row in rows), default=0))

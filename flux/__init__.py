@@ -3,7 +3,15 @@
 from flux.autoencoder import AutoEncoder
 from flux.clip import CLIPText
 from flux.conditioner import Conditioner, load_tokenizers
-from flux.loading import find_model, find_transformer, load_autoencoder, load_clip, load_flux, load_t5
+from flux.loading import (
+    find_model,
+    find_transformer,
+    load_autoencoder,
+    load_clip,
+    load_conditioner,
+    load_flux,
+    load_t5,
+)
 from flux.model import Flux
 from flux.t5 import T5
 
@@ -17,6 +25,7 @@ __all__ = [
     "find_transformer",
     "load_autoencoder",
     "load_clip",
+    "load_conditioner",
     "load_flux",
     "load_t5",
     "load_tokenizers",

@@ -32,10 +32,11 @@ def rope_table(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
     Axis n owns `axes[n]` channels of a head. Angles are computed in float64, as diffusers does, and
     stored as unit complex numbers: rotating is then one multiplication.
     """
+    wide = torch.float32 if ids.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     angles = []
     for axis, dim in enumerate(axes):
-        omega = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
-        angles.append(ids[..., axis, None].double() * omega)
+        omega = theta ** -(torch.arange(0, dim, 2, dtype=wide, device=ids.device) / dim)
+        angles.append(ids[..., axis, None].to(wide) * omega)
     angles = torch.cat(angles, dim=-1)[:, None]  # (b, 1, l, head_dim / 2): one axis for the heads
     return torch.complex(angles.cos().float(), angles.sin().float())
 

@@ -4,18 +4,23 @@ A model is a folder in the layout of black-forest-labs/FLUX.1-dev: `flux1-*.safe
 `text_encoder/`, `text_encoder_2/` (sharded or not), `tokenizer/`, `tokenizer_2/`.
 """
 
+import argparse
+import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.clip import CLIPSizes, CLIPText
+from flux.conditioner import Conditioner, load_tokenizers
 from flux.model import Flux, FluxSizes
 from flux.t5 import T5, T5Sizes
 
@@ -45,7 +50,7 @@ def find_model(name: str) -> Path:
     """
     if name in HUB_MODELS:
         repo, transformer = HUB_MODELS[name]
-        return Path(_from_hub(repo, transformer, *HUB_FILES)).parent
+        return _from_hub(repo, [transformer, *HUB_FILES])
     folder = LOCAL_MODELS.get(name, Path(name))
     if not folder.is_dir():
         known = ", ".join([*HUB_MODELS, *LOCAL_MODELS])
@@ -66,24 +71,36 @@ def find_transformer(folder: Path) -> Path:
     return files[0]
 
 
-def _from_hub(repo: str, *files: str) -> str:
-    """Download what the cache lacks and return the path of the first file."""
+def _from_hub(repo: str, files: list[str]) -> Path:
+    """Return the folder of the hub's cache that holds the files, downloaded if one is missing."""
+    cached = {file: try_to_load_from_cache(repo, file) for file in files}
+    missing = [
+        file for file, path in cached.items() if not isinstance(path, str)
+    ]  # None, or a mark for "never"
+    if not missing:
+        return Path(cached[files[0]]).parent
     try:
-        paths = [try_to_load_from_cache(repo, file) or hf_hub_download(repo, file) for file in files]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (
-            "the hub refuses without a licence"
-            if isinstance(error, GatedRepoError)
-            else "it cannot be downloaded"
-        )
+        get_hf_file_metadata(hf_hub_url(repo, missing[0]))  # fails within 10 s; a download would keep trying
+        return Path(snapshot_download(repo, allow_patterns=files))
+    except Exception as error:  # the network's errors have other types in every version of huggingface_hub
+        reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{repo} is not in the hub cache, and {reason} ({type(error).__name__}).\n"
+            f"{repo} is not whole in the hub cache and cannot be downloaded ({type(error).__name__}: {reason}).\n"
             f"Accept its licence at https://huggingface.co/{repo}, then run `hf auth login` with a read token "
             "or set HF_TOKEN;\nor name a folder that holds the files already: --model FOLDER "
             "(flux1-dev.safetensors, ae.safetensors, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/);\n"
             "or try everything on the small model that comes along: --model tiny"
         ) from error
-    return paths[0]
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """Open a safetensors file; ValueError names it when it is damaged or of another kind."""
+    try:
+        with safe_open(file, "pt") as f:
+            yield f
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -103,30 +120,30 @@ class Checkpoint:
             raise FileNotFoundError(f"{path}: no such safetensors file, or a folder without any")
         file_of, shapes = {}, {}
         for file in files:
-            try:
-                with safe_open(file, "pt") as f:
-                    for name in f.keys():
-                        if name in file_of:
-                            raise ValueError(f"{path}: {name} is in {file_of[name].name} and in {file.name}")
-                        file_of[name] = file
-                        shapes[name] = tuple(f.get_slice(name).get_shape())
-            except SafetensorError as error:
-                raise ValueError(f"{file} is not a whole safetensors file ({error})") from error
+            with opened(file) as f:
+                for name in f.keys():
+                    if name in file_of:
+                        raise ValueError(f"{path}: {name} is in {file_of[name].name} and in {file.name}")
+                    file_of[name] = file
+                    shapes[name] = tuple(f.get_slice(name).get_shape())
         return cls(path, file_of, shapes)
 
     @property
     def config(self) -> dict:
         """The `config.json` beside the weights, empty when there is none."""
         file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        try:
+            return json.loads(file.read_text()) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON ({error})") from error
 
     def read(
         self, names: list[str], device: str | torch.device, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
         """Read tensors; on the CPU and in the file's own dtype they stay mapped to the file, uncopied."""
         tensors = {}
-        for file in {self.file_of[name]: None for name in names}:
-            with safe_open(file, "pt") as f:
+        for file in dict.fromkeys(self.file_of[name] for name in names):
+            with opened(file) as f:
                 for name in names:
                     if self.file_of[name] == file:
                         tensors[name] = f.get_tensor(name).to(device, dtype)
@@ -140,19 +157,19 @@ def load(
 
     Raises ValueError that lists every missing, unexpected and misshapen tensor and names the file.
     """
-    checkpoint = Checkpoint.open(path)
-    shapes = {
-        name: shape for name, shape in checkpoint.shapes.items() if name not in getattr(kind, "IGNORED", ())
-    }
+    checkpoint, ignored = Checkpoint.open(path), getattr(kind, "IGNORED", ())
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in ignored}
+    config = checkpoint.config
     try:
-        sizes = sizes_kind.from_shapes(shapes, checkpoint.config)
+        sizes = sizes_kind.from_shapes(shapes, config)
+        with torch.device("meta"):
+            model = kind(sizes)
     except (KeyError, ValueError, IndexError) as error:
-        some = ", ".join(sorted(shapes)[:3])
+        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else error
+        some = ", ".join(sorted(shapes)[:3]) or "no tensor"
         raise ValueError(
-            f"{path} is not a {kind.__name__} checkpoint: {error} (it begins with {some})"
+            f"{path} is not a {kind.__name__} checkpoint: {reason}; it begins with {some}"
         ) from error
-    with torch.device("meta"):
-        model = kind(sizes)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
     problems += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected]
@@ -185,3 +202,90 @@ def load_t5(path: Path | str, device="cpu", dtype=torch.bfloat16) -> T5:
 def load_clip(path: Path | str, device="cpu", dtype=torch.bfloat16) -> CLIPText:
     """Load the CLIP text encoder; frozen."""
     return load(CLIPText, CLIPSizes, path, device, dtype)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a small safetensors file whole, with its metadata; ValueError names a file that is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with opened(path) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to, which becomes `path` when the block ends and vanishes when it fails.
+
+    So a stopped run leaves the old file or the new one, never half a file. The suffix stays: PIL goes by it.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_conditioner(
+    folder: Path, device="cpu", dtype=torch.bfloat16, t5_length: int | None = None
+) -> Conditioner:
+    """Load both text encoders of a model folder and their tokenizers."""
+    clip = load_clip(folder / "text_encoder", device, dtype)
+    return Conditioner(
+        load_t5(folder / "text_encoder_2", device, dtype), clip, load_tokenizers(folder, t5_length)
+    )
+
+
+def native_size(folder: Path) -> int:
+    """The side in pixels of the pictures that a model was made for: its config's `sample_size`, else 1,024."""
+    config = folder / "config.json"
+    return json.loads(config.read_text()).get("sample_size", 1024) if config.is_file() else 1024
+
+
+def fingerprint(*paths: Path) -> str:
+    """Tell weights apart without reading gigabytes: a hash of each file's size, first and last MiB."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            with file.open("rb") as f:
+                size = f.seek(0, os.SEEK_END)
+                f.seek(0)
+                digest.update(f"{size} ".encode() + f.read(2**20))
+                f.seek(max(0, size - 2**20))
+                digest.update(f.read())
+    return digest.hexdigest()
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show a default unless there is none, or the help text tells it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        tells = action.default in (None, "", False) or "default:" in action.help
+        return action.help if tells else super()._get_help_string(action)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model runs, where and in which precision; the same in every script."""
+    group = parser.add_argument_group("model")
+    known = ", ".join([*HUB_MODELS, *LOCAL_MODELS])
+    group.add_argument(
+        "--model", default="flux-dev", help=f"{known}, or a folder laid out like FLUX.1-dev's on the hub"
+    )
+    group.add_argument("--device", help="cuda, cuda:1, mps, cpu; default: a GPU if there is one")
+    group.add_argument(
+        "--dtype", choices=["bf16", "fp32"], help="of weights and activations; default: bf16, fp32 on a CPU"
+    )
+    group.add_argument(
+        "--t5-length", type=int, help="tokens per prompt; default: what the tokenizer's config says"
+    )
+
+
+def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Resolve --device and --dtype."""
+    default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(args.device or default)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype)
+    return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)

@@ -71,6 +71,8 @@ class Flux(nn.Module):
             raise ValueError(
                 f"rotary axes {sizes.axes} add up to {sum(sizes.axes)}, the head size is {sizes.head_dim}"
             )
+        if any(dim % 2 for dim in sizes.axes):
+            raise ValueError(f"rotary axes {sizes.axes} must be even: channels are rotated in pairs")
         self.sizes = sizes
         d, block = sizes.hidden_size, (sizes.hidden_size, sizes.head_dim, sizes.mlp_size)
         self.img_in = nn.Linear(sizes.in_channels, d)

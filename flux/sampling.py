@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
+from flux.autoencoder import AutoEncoder
 from flux.model import Flux
 
 
@@ -24,6 +27,26 @@ def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     """The derivative of x_t by t, which the model learns."""
     return noise - latents
+
+
+def draw_times(n: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Draw training times from the logit-normal distribution (Esser et al. 2024): (n,) in (0, 1), on the CPU."""
+    return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
+
+
+def flow_loss(
+    model: Flux, latents: Tensor, noise: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: float
+) -> Tensor:
+    """Mean squared error of the predicted velocity, a float32 scalar (L_diff of the paper).
+
+    latents and noise (b, c, h, w) and t (b,) in float32, txt (b, l, d) and pooled (b, d) in the model's dtype.
+    """
+    b, _, h, w = latents.shape
+    img_ids, txt_ids = position_ids(b, h, w, txt.shape[1], latents.device)
+    img = pack(add_noise(latents, noise, t)).to(txt.dtype)
+    strength = torch.full((b,), guidance, device=latents.device)
+    velocity = model(img, img_ids, txt, txt_ids, t, pooled, strength)
+    return F.mse_loss(velocity.float(), pack(velocity_target(latents, noise)))
 
 
 def euler_step(x: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:
@@ -112,6 +135,29 @@ def denoise(
         img = euler_step(img, velocity, t, t_next)
         progress(step)
     return unpack(img, height, width)
+
+
+@torch.inference_mode()
+def generate(
+    model: Flux,
+    autoencoder: AutoEncoder,
+    prompt: tuple[Tensor, Tensor],
+    seeds: list[int],
+    size: tuple[int, int],
+    **settings,
+) -> list[Image.Image]:
+    """Make one picture of `size` (height, width) per seed, one after the other.
+
+    prompt: txt (1, l, d) and pooled (1, d); settings: those of `denoise`.
+    Both sides are multiples of the pixels per image token, twice the autoencoder's reduction.
+    """
+    height, width = (side // autoencoder.sizes.reduction for side in size)
+    pictures = []
+    for seed in seeds:
+        noise = draw_noise([seed], autoencoder.sizes.z_channels, height, width)
+        latents = denoise(model, noise, *prompt, **settings)
+        pictures.append(Image.fromarray(to_pixels(autoencoder.decode(latents))[0].numpy()))
+    return pictures
 
 
 def to_pixels(image: Tensor) -> Tensor:

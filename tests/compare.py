@@ -18,7 +18,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 9
         parameter.data = noise / fan_in**0.5
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and name.endswith("weight"):
+        if parameter.ndim == 1 and name.endswith(("weight", "scale")):
             parameter.data += 1
     return model.eval()
 

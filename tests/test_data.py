@@ -3,6 +3,7 @@
 import io
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ from PIL import Image
 
 import data
 from data import (
-    LatentCache,
+    MemoryCache,
+    Picture,
+    TensorCache,
     atomic,
     contact_sheet,
     crop_boxes,
     deal_batches,
     deal_buckets,
+    encode_pictures,
     fit_shape,
+    photo_size,
     read_photo,
     scan_people,
     to_tensor,
@@ -81,13 +86,13 @@ def test_first_frame_of_an_animation(tmp_path):
 
 
 def test_large_photos_are_read_and_absurd_ones_refused(tmp_path, monkeypatch):
-    limit = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_000_000)
     Image.new("L", (14_000, 14_000)).save(tmp_path / "a.png")  # 196 megapixels: PIL alone refuses 179
     assert read_photo(tmp_path / "a.png").size == (14_000, 14_000)
     monkeypatch.setattr(data, "MAX_PIXELS", 100_000_000)
     with pytest.raises(ValueError, match="14000 x 14000 pixels, more than 100 megapixels"):
         read_photo(tmp_path / "a.png")
-    assert Image.MAX_IMAGE_PIXELS == limit
+    assert Image.MAX_IMAGE_PIXELS == 89_000_000
 
 
 def jpeg_bytes() -> bytes:
@@ -191,6 +196,7 @@ def test_captions_must_be_text(tmp_path):
         ((1024, 1024), (1024, 1024)),
         ((3000, 3000), (1024, 1024)),
         ((1080, 1920), (768, 1360)),
+        ((4000, 3000), (1168, 880)),  # .753; (1184, 880) would be .743
         ((250, 250), (240, 240)),
         ((700, 1500), (688, 1488)),
         ((16, 16), (16, 16)),
@@ -198,6 +204,10 @@ def test_captions_must_be_text(tmp_path):
 )
 def test_fit_shape_by_hand(size, shape):
     assert fit_shape(size, 1024, 16) == shape
+
+
+def test_fit_shape_is_not_thrown_off_by_rounding():
+    assert fit_shape((644, 644), 512, 8) == (512, 512)  # 644 * (512 / 644) / 8 is 63.99999999999999
 
 
 def test_fit_shape_properties():
@@ -386,31 +396,64 @@ def test_atomic_leaves_the_old_file_or_the_new(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_latent_cache(tmp_path, dtype):
-    cache = LatentCache(tmp_path / "latents")
+def test_tensor_cache(tmp_path, dtype):
+    cache = TensorCache(tmp_path / "latents")
     mean = torch.randn(16, 4, 6, generator=generator()).to(dtype).transpose(1, 2)
     assert cache.get("a") is None
-    cache.put("a", mean, mean + 1)
-    got = LatentCache(tmp_path / "latents").get("a")
-    assert got[0].dtype == dtype and torch.equal(got[0], mean) and torch.equal(got[1], mean + 1)
+    cache.put("a", {"mean": mean, "std": mean + 1})
+    got = TensorCache(tmp_path / "latents").get("a")
+    assert got["mean"].dtype == dtype
+    assert torch.equal(got["mean"], mean) and torch.equal(got["std"], mean + 1)
     file = tmp_path / "latents" / "a.safetensors"
     content = file.read_bytes()
     for length in (0, 5, 100, len(content) - 1):
         file.write_bytes(content[:length])
         assert cache.get("a") is None
-    cache.put("a", mean, mean)
-    assert torch.equal(cache.get("a")[1], mean)
+    cache.put("a", {"mean": mean})
+    assert torch.equal(cache.get("a")["mean"], mean)
 
 
 def test_latent_keys_differ_with_everything_that_matters(tmp_path):
     photos = [tmp_path / "a.jpg", tmp_path / "b.jpg", tmp_path / "copy.jpg"]
     for photo, content in zip(photos, (b"a", b"b", b"a"), strict=True):
         photo.write_bytes(content)
-    recipe = {"photo": photos[0], "shape": (8, 8), "box": (0, 0, 9, 9), "flip": False, "autoencoder": "x"}
-    changes = [{"photo": photos[1]}, {"shape": (8, 16)}, {"box": None}, {"flip": True}, {"autoencoder": "y"}]
-    keys = [LatentCache.key(**recipe | change) for change in [{}, *changes]]
+    picture = Picture(photos[0], (8, 8), (0, 0, 9, 9), flip=False)
+    changes = [{"path": photos[1]}, {"shape": (8, 16)}, {"box": None}, {"flip": True}]
+    keys = [replace(picture, **change).key("x") for change in [{}, *changes]] + [picture.key("y")]
     assert len(set(keys)) == len(keys)
-    assert LatentCache.key(**recipe | {"photo": photos[2]}) == keys[0]  # the content counts, not the name
+    assert replace(picture, path=photos[2]).key("x") == keys[0]  # the content counts, not the name
+
+
+class CountingEncoder(torch.nn.Linear):
+    """Stands for the autoencoder: its mean is the image in eighths, and it counts its calls."""
+
+    calls = 0
+
+    def encode_moments(self, image):
+        self.calls += 1
+        return image[..., ::8, ::8], torch.ones_like(image[..., ::8, ::8])
+
+
+def test_pictures_are_encoded_once(tmp_path):
+    Image.new("RGB", (40, 32), "red").save(tmp_path / "a.png")
+    pictures = [Picture(tmp_path / "a.png", (16, 16), flip=flip) for flip in (False, True)]
+    encoder = CountingEncoder(1, 1)
+    for cache in (TensorCache(tmp_path / "cache"), TensorCache(tmp_path / "cache"), MemoryCache()):
+        keys = encode_pictures(pictures, encoder, "one", cache)
+        assert (
+            cache.get(keys[0])["mean"].shape == (3, 2, 2) and cache.get(keys[1])["std"].dtype == torch.float16
+        )
+    assert (
+        encoder.calls == 4
+    )  # twice for the disk, whose second use finds everything, and twice for the memory
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_photo_size_is_that_of_the_upright_photo(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 32)).save(tmp_path / "a.jpg", exif=exif)
+    assert photo_size(tmp_path / "a.jpg") == read_photo(tmp_path / "a.jpg").size[::-1]
 
 
 # Sheets

@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -31,11 +30,22 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
+from data import ASPECT_RATIOS, PHOTO_SUFFIXES, Size, fit_shape, read_photo, to_tensor
 from flux import Conditioner, layers, load_tokenizers
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.clip import CLIPSizes, CLIPText
+from flux.loading import atomic
 from flux.model import Flux, FluxSizes
-from flux.sampling import add_noise, denoise, draw_noise, pack, position_ids, to_pixels, velocity_target
+from flux.sampling import (
+    add_noise,
+    denoise,
+    draw_noise,
+    pack,
+    position_ids,
+    to_pixels,
+    unpack,
+    velocity_target,
+)
 from flux.t5 import T5, T5Sizes
 from tiny.people import SCENES, SHIRTS, STYLES, training_pictures
 
@@ -139,10 +149,8 @@ def train(
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             states = {key: module.state_dict() for key, module in kept.items()}
-            write(
-                file,
-                lambda f: torch.save({"step": step + 1, "optimiser": optimiser.state_dict(), **states}, f),
-            )
+            with atomic(file) as temporary:
+                torch.save({"step": step + 1, "optimiser": optimiser.state_dict(), **states}, temporary)
             line = {
                 "stage": name,
                 "step": step + 1,
@@ -155,71 +163,74 @@ def train(
                 saved()
 
 
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Write through a temporary name, so that an interrupted run leaves the old file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    save(temporary)
-    os.replace(temporary, path)
-
-
 # --- Data --------------------------------------------------------------------------------------------------
 
 
-def read_pictures(args) -> tuple[np.ndarray, list[str]]:
-    """Return pictures (n, 3, size, size) uint8, mapped from the work folder, and their captions."""
-    file, captions = args.work / "pictures.npy", args.work / "captions.json"
+def shapes(size: int) -> list[Size]:
+    """The picture shapes to learn, the square first: appendix D's aspect ratios at an area of size ** 2."""
+    ratios = sorted(ASPECT_RATIOS, key=lambda ratio: ratio[0] != ratio[1])
+    return [fit_shape((100 * down, 100 * across), size, 2 * AE.reduction) for across, down in ratios]
+
+
+def read_pictures(shape: Size, count: int, seed: int, args) -> tuple[np.ndarray, list[str]]:
+    """Return pictures (count, 3, *shape) uint8, mapped from the work folder, and their captions."""
+    name = f"{shape[0]}x{shape[1]}"
+    file, captions = args.work / f"pictures_{name}.npy", args.work / f"captions_{name}.json"
     if not captions.exists():
-        pictures, texts = (
-            np.lib.format.open_memmap(
-                file, "w+", dtype=np.uint8, shape=(args.pictures, 3, args.size, args.size)
-            ),
-            [],
-        )
-        folder = sorted(args.data.glob("**/*.txt")) if args.data else None
-        if folder is not None and not folder:
+        pictures = np.lib.format.open_memmap(file, "w+", dtype=np.uint8, shape=(count, 3, *shape))
+        folder, texts = sorted(args.data.glob("**/*.txt")) if args.data else None, []
+        if folder == []:
             raise SystemExit(
-                f"--data {args.data}: no captions (.txt) there; each picture needs one of the same name"
+                f"--data {args.data}: no captions; beside each picture lies a .txt of the same name"
             )
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the renderer's tensors are too small to share
-        for at in tqdm(range(0, args.pictures, 512), "pictures", mininterval=5):
-            count = min(512, args.pictures - at)
-            if folder:
-                images, new = read_folder(folder, at, count, args.size)
-            else:
-                generator = torch.Generator().manual_seed(args.seed + 1 + at)
-                images, new, _ = training_pictures(count, generator, args.size)
-                new = [with_spare_word(text, generator) for text in new]
-            pictures[at : at + count] = ((images + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-            texts += new
+        for at in tqdm(range(0, count, 512), f"pictures {name}", mininterval=5):
+            generator = torch.Generator().manual_seed(seed + at)
+            n = min(512, count - at)
+            images, new = read_folder(folder, at, n, shape) if folder else draw(n, shape, generator)
+            pictures[at : at + n] = ((images + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+            texts += [with_spare_word(text, generator) for text in new]
         torch.set_num_threads(threads)
         pictures.flush()
-        write(captions, lambda f: f.write_text(json.dumps(texts)))
+        with atomic(captions) as temporary:
+            temporary.write_text(json.dumps(texts))
     return np.load(file, mmap_mode="r"), json.loads(captions.read_text())
+
+
+def draw(n: int, shape: Size, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Draw n people; other shapes than squares are cut out of squares, near the face."""
+    height, width = shape
+    side = max(shape)
+    images, captions, boxes = training_pictures(n, generator, side)
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2 + side / 8 * (2 * torch.rand(n, 2, generator=generator) - 1)
+    corner = (middle - torch.tensor([width, height]) / 2).long()
+    corner = corner.clamp(min=torch.tensor(0), max=torch.tensor([side - width, side - height])).tolist()
+    images = [image[:, y : y + height, x : x + width] for image, (x, y) in zip(images, corner)]
+    return torch.stack(images), captions
 
 
 def with_spare_word(caption: str, generator: torch.Generator) -> str:
     """Put a meaningless word into one caption of fourteen, so that unknown words do little harm in a prompt."""
     if torch.rand((), generator=generator) > 0.07:
         return caption
-    letters = torch.randint(97, 123, (int(torch.randint(2, 9, (), generator=generator)),), generator=generator)
+    letters = torch.randint(
+        97, 123, (int(torch.randint(2, 9, (), generator=generator)),), generator=generator
+    )
     words = caption.split()
-    words.insert(int(torch.randint(len(words) + 1, (), generator=generator)), bytes(letters.tolist()).decode())
+    words.insert(
+        int(torch.randint(len(words) + 1, (), generator=generator)), bytes(letters.tolist()).decode()
+    )
     return " ".join(words)
 
 
-def read_folder(captions: list[Path], at: int, count: int, size: int) -> tuple[Tensor, list[str]]:
-    """Read `count` captioned pictures from position `at` on, starting again at the end; cropped to a square."""
+def read_folder(captions: list[Path], at: int, count: int, shape: Size) -> tuple[Tensor, list[str]]:
+    """Read `count` captioned pictures from position `at` on, starting again at the end; cut to the shape."""
     images, texts = [], []
     for k in range(at, at + count):
         text = captions[k % len(captions)]
-        picture = next(f for f in sorted(text.parent.glob(f"{text.stem}.*")) if f.suffix != ".txt")
-        image = Image.open(picture).convert("RGB")
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
-        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1)
+        picture = next(f for f in sorted(text.parent.glob(f"{text.stem}.*")) if f.suffix in PHOTO_SUFFIXES)
+        images.append(to_tensor(read_photo(picture), shape))
         texts.append(text.read_text(encoding="utf-8").strip())
     return torch.stack(images), texts
 
@@ -312,16 +323,17 @@ def train_autoencoder(pictures: np.ndarray, args) -> AutoEncoder:
 @torch.no_grad()
 def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args) -> Tensor:
     """Return a posterior sample of every picture, unscaled (n, z, h, w) in bfloat16; kept in the work folder."""
-    file = args.work / "latents.pt"
+    file = args.work / f"latents_{pictures.shape[2]}x{pictures.shape[3]}.pt"
     if not file.exists():
         latents = []
-        for at in tqdm(range(0, len(pictures), 64), "latents", mininterval=5):
+        for at in tqdm(range(0, len(pictures), 64), file.stem, mininterval=5):
             image = batch_of(pictures, torch.arange(at, min(at + 64, len(pictures))))
             with torch.autocast("cpu", torch.bfloat16):
                 mean, logvar = ae.encoder(image).float().chunk(2, dim=1)
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(at))
             latents.append((mean + torch.exp(0.5 * logvar) * noise).bfloat16())
-        write(file, lambda f: torch.save(torch.cat(latents), f))
+        with atomic(file) as temporary:
+            torch.save(torch.cat(latents), temporary)
     return torch.load(file, weights_only=True)
 
 
@@ -333,7 +345,7 @@ def finish_autoencoder(ae: AutoEncoder, latents: Tensor, args) -> AutoEncoder:
         "shift_factor": round(some.mean().item(), 4),
     }
     config = {"theta": THETA, "sample_size": args.size, **constants}
-    write(args.out / "config.json", lambda f: f.write_text(json.dumps(config, indent=2) + "\n"))
+    write_json(config, args.out / "config.json")
     export(ae, args.out / "ae.safetensors")
     sizes = AutoEncoderSizes(
         **{
@@ -356,7 +368,14 @@ def export(module: nn.Module, path: Path) -> None:
     tensors = {name: tensor.half().contiguous() for name, tensor in module.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{path.name}: some weights are not finite in float16")
-    write(path, lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+    path.parent.mkdir(exist_ok=True)
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def write_json(values: dict, path: Path) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 # --- Text encoders and transformer -------------------------------------------------------------------------
@@ -426,57 +445,61 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
 
 def velocity(
-    parts: nn.ModuleDict, x: Tensor, t: Tensor, t5_tokens: Tensor, clip_tokens: Tensor, guidance: Tensor
+    parts: nn.ModuleDict, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], guidance: Tensor
 ) -> Tensor:
-    """Run text encoders and transformer on packed latents x (b, l, c)."""
-    side = int(x.shape[1] ** 0.5) * 2
-    img_ids, txt_ids = position_ids(len(x), side, side, t5_tokens.shape[1])
-    return parts["flux"](x, img_ids, parts["t5"](t5_tokens), txt_ids, t, parts["clip"](clip_tokens), guidance)
+    """Run text encoders and transformer: noised latents x (b, c, h, w), T5 and CLIP tokens -> (b, c, h, w)."""
+    (b, _, h, w), (t5_tokens, clip_tokens) = x.shape, text
+    img_ids, txt_ids = position_ids(b, h, w, t5_tokens.shape[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        txt, pooled = parts["t5"](t5_tokens), parts["clip"](clip_tokens)
+        return unpack(parts["flux"](pack(x), img_ids, txt, txt_ids, t, pooled, guidance).float(), h, w)
 
 
-def train_transformer(latents: Tensor, captions: list[str], ae: AutoEncoder, args) -> nn.ModuleDict:
+def train_transformer(
+    latents: list[Tensor], captions: list[list[str]], ae: AutoEncoder, args
+) -> nn.ModuleDict:
     """Train text encoders and transformer on flow matching, then teach the guidance input; return the average.
 
-    FLUX.1-dev is distilled: its guidance input does in one pass what two passes do in classifier-free guidance
-    (Ho and Salimans 2022). Ours learns the same from itself: first the input is a random number without
-    meaning, then the target is the guided velocity of the frozen first model.
+    latents and captions: one entry per shape. FLUX.1-dev is distilled: its guidance input does in one pass what
+    two passes do in classifier-free guidance (Ho and Salimans 2022). Ours learns the same from itself: first the
+    input is a random number without meaning, then the target is the guided velocity of the frozen first model.
     """
     tokenizers = load_tokenizers(args.out)
-    texts = {text: i for i, text in enumerate(dict.fromkeys(captions))}
-    text_of = torch.tensor([texts[text] for text in captions])
+    texts = {text: i for i, text in enumerate(dict.fromkeys(text for some in captions for text in some))}
+    text_of = [torch.tensor([texts[text] for text in some]) for some in captions]
     tokens = tokenizers.t5(list(texts)), tokenizers.clip(list(texts))
     empty = tokenizers.t5([""]), tokenizers.clip([""])
+    share = torch.tensor([float(len(some)) for some in captions])
     parts = build(args)
     ema = copy.deepcopy(parts).requires_grad_(False)
     layers.attention = cpu_attention
 
-    def batch(generator: torch.Generator):
-        index = torch.randint(len(latents), (args.batch,), generator=generator)
-        x = pack(latents[index].float())
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+        shape = int(torch.multinomial(share, 1, generator=generator))
+        index = torch.randint(len(latents[shape]), (args.batch,), generator=generator)
+        x = ae.sizes.scale_factor * (latents[shape][index].float() - ae.sizes.shift_factor)
         noise = torch.randn(x.shape, generator=generator)
         t = torch.randn(args.batch, generator=generator).sigmoid()
-        dropped = torch.rand(args.batch, 1, generator=generator) < 0.07
-        text = [torch.where(dropped, none, some[text_of[index]]) for none, some in zip(empty, tokens)]
-        guidance = 1 + 5 * torch.rand(args.batch, generator=generator)
-        return x, noise, t, text, guidance
+        untold = torch.rand(args.batch, 1, generator=generator) < 0.07
+        text = tuple(
+            torch.where(untold, none, some[text_of[shape][index]]) for none, some in zip(empty, tokens)
+        )
+        return x, noise, t, text, 1 + 5 * torch.rand(args.batch, generator=generator)
 
     def flow_loss(step: int, generator: torch.Generator) -> Tensor:
         x, noise, t, text, guidance = batch(generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = velocity(parts, add_noise(x, noise, t), t, *text, guidance)
-        return F.mse_loss(predicted.float(), velocity_target(x, noise))
+        return F.mse_loss(
+            velocity(parts, add_noise(x, noise, t), t, text, guidance), velocity_target(x, noise)
+        )
 
     def guidance_loss(step: int, generator: torch.Generator) -> Tensor:
         x, noise, t, text, guidance = batch(generator)
         x = add_noise(x, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                told = velocity(teacher, x, t, *text, guidance).float()
-                untold = velocity(
-                    teacher, x, t, *(none.expand(len(x), -1) for none in empty), guidance
-                ).float()
-            predicted = velocity(parts, x, t, *text, guidance)
-        return F.mse_loss(predicted.float(), untold + guidance[:, None, None] * (told - untold))
+        with torch.no_grad():
+            told = velocity(teacher, x, t, text, guidance)
+            untold = velocity(teacher, x, t, tuple(none.expand(len(x), -1) for none in empty), guidance)
+        target = untold + guidance.view(-1, 1, 1, 1) * (told - untold)
+        return F.mse_loss(velocity(parts, x, t, text, guidance), target)
 
     def run(name: str, steps: int, loss: Callable, muon: float) -> None:
         is_matrix = lambda name, p: "_blocks" in name and p.dim() == 2 and "mod" not in name  # noqa: E731
@@ -555,23 +578,29 @@ def main() -> None:
     for folder in (args.out, args.work):
         folder.mkdir(parents=True, exist_ok=True)
 
-    pictures, captions = read_pictures(args)
+    # The square has three fifths of the pictures, the other shapes share the rest.
+    data = []
+    for k, shape in enumerate(shapes(args.size)):
+        count = args.pictures * 3 // 5 if k == 0 else args.pictures // 10
+        data.append(read_pictures(shape, count, seed=args.seed * 1_000_003 + (k + 1) * 10_000_000, args=args))
+    pictures, captions = zip(*data)
     if not (args.out / "tokenizer_2" / "tokenizer_config.json").exists():
-        make_tokenizers(captions, args.out)
-    ae = train_autoencoder(pictures, args)
-    latents = encode_pictures(ae, pictures, args)
-    ae = finish_autoencoder(ae, latents, args)
-    latents = ae.sizes.scale_factor * (latents.float() - ae.sizes.shift_factor)
+        make_tokenizers(captions[0], args.out)
+    ae = train_autoencoder(pictures[0], args)
+    latents = [encode_pictures(ae, some, args) for some in pictures]
+    ae = finish_autoencoder(ae, latents[0], args)
     parts = train_transformer(latents, captions, ae, args)
 
     export(parts["flux"], args.out / "flux1-tiny.safetensors")
     export(parts["clip"], args.out / "text_encoder" / "model.safetensors")
-    heads = {"num_attention_heads": parts["clip"].sizes.num_heads}
-    write(args.out / "text_encoder" / "config.json", lambda f: f.write_text(json.dumps(heads) + "\n"))
+    write_json(
+        {"num_attention_heads": parts["clip"].sizes.num_heads}, args.out / "text_encoder" / "config.json"
+    )
     export(parts["t5"], args.out / "text_encoder_2" / "model.safetensors")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "work", "data")}
-    write(args.out / "pretrain.json", lambda f: f.write_text(json.dumps(settings, indent=2) + "\n"))
-    write(args.out / "samples.png", lambda f: sample_sheet(parts, ae, args, guidance=3.5).save(f, "png"))
+    settings = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
+    write_json(settings, args.out / "pretrain.json")
+    with atomic(args.out / "samples.png") as temporary:
+        sample_sheet(parts, ae, args, guidance=3.5).save(temporary)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,305 @@
+"""Meta-LoRA: the layer (paper, eq. 1), where it goes in FLUX, its optimiser, and its files.
+
+Three factors while training, meta_down shared and mid and up per identity; one ordinary LoRA in the exported file.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flux.loading import atomic, read_tensors
+
+
+class MetaLoRALinear(nn.Module):
+    """A frozen linear layer with the Meta-LoRA update added (paper, eq. 1).
+
+        h = W0 x + up[i] mid[i] meta_down x        i: the identity slot of each sample
+
+    The layer may hold several projections of the same input, fused (q, k, v and the single block's MLP): each
+    of these parts has its own three factors and its own rows of the output.
+
+    meta_down: (parts, r1, d_in)         LoMD, shared by all identities
+    mid:       (slots, parts, r2, r1)    LoM, one per identity
+    up:        (slots, d_out, r2)        LoU, one per identity; zero at the start, so h = W0 x
+    slot:      (b,) or (1,) long         the identity of each sample or of all; None: slot 0 for all
+    """
+
+    def __init__(self, base: nn.Linear, parts: list[int], r1: int, r2: int, slots: int):
+        super().__init__()
+        assert sum(parts) == base.out_features, (parts, base)
+        self.base, self.parts, self.slot = base, parts, None
+        new = {"device": base.weight.device, "dtype": torch.float32}
+        self.meta_down = nn.Parameter(torch.empty(len(parts), r1, base.in_features, **new))
+        self.mid = nn.Parameter(torch.empty(slots, len(parts), r2, r1, **new))
+        self.up = nn.Parameter(torch.empty(slots, base.out_features, r2, **new))
+        # 1 where a row of the output belongs to a part, else 0: (parts, 1, d_out)
+        rows = torch.block_diag(*(torch.ones(1, size, **new) for size in parts))[:, None]
+        self.register_buffer("rows", rows, persistent=False)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Start afresh: meta_down and mid kaiming-uniform with a = sqrt(5), as in LoRA, and up zero."""
+        for factor in (self.meta_down, self.mid):
+            kaiming_(factor, generator)
+        self.up.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (b, ..., d_in) -> (b, ..., d_out); modulation layers have no token axis."""
+        slot = slice(1) if self.slot is None else self.slot
+        # Multiply the small matrices first: r1 never meets the tokens.
+        down = (self.mid[slot] @ self.meta_down).flatten(1, 2)  # (b, parts * r2, d_in)
+        up = (self.up[slot].mT[:, None] * self.rows).flatten(1, 2)  # (b, parts * r2, d_out), block-diagonal
+        h = self.base(x)
+        z = x.reshape(len(x), -1, x.shape[-1]) @ down.mT.to(x.dtype)  # (b, l, parts * r2)
+        return torch.baddbmm(
+            h.reshape(len(x), -1, h.shape[-1]), z, up.to(x.dtype).expand(len(x), -1, -1)
+        ).view_as(h)
+
+
+def kaiming_(factor: nn.Parameter, generator: torch.Generator | None = None) -> None:
+    """Fill (..., inputs) uniformly up to 1 / sqrt(inputs), drawn on the CPU: the same on every device."""
+    if not factor.is_meta:
+        bound = 1 / math.sqrt(factor.shape[-1])
+        factor.data.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
+
+
+# --- Where the layers go -----------------------------------------------------------------------------------
+
+# Adapted layers of a block -> the names of their parts in diffusers, in the order of the fused rows.
+DOUBLE_BLOCK = {
+    "img_mod.lin": ["norm1.linear"],
+    "txt_mod.lin": ["norm1_context.linear"],
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"],
+    "txt_mlp.0": ["ff_context.net.0.proj"],
+    "txt_mlp.2": ["ff_context.net.2"],
+}
+SINGLE_BLOCK = {
+    "modulation.lin": ["norm.linear"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    "linear2": ["proj_out"],
+}
+TARGETS = {
+    "all": lambda name: True,
+    "no-modulation": lambda name: "mod" not in name,
+    "attention": lambda name: "attn" in name or "linear" in name,  # the single block fuses attention and MLP
+}
+
+
+def linear_names(model: nn.Module, targets: str = "all") -> Iterator[tuple[str, list[str]]]:
+    """Yield each adapted linear layer's name and the diffusers names of its parts."""
+    blocks = [
+        ("double_blocks", "transformer_blocks", DOUBLE_BLOCK),
+        ("single_blocks", "single_transformer_blocks", SINGLE_BLOCK),
+    ]
+    for ours, theirs, layers in blocks:
+        for i in range(len(getattr(model, ours))):
+            for name, parts in layers.items():
+                if TARGETS[targets](name):
+                    yield f"{ours}.{i}.{name}", [f"{theirs}.{i}.{part}" for part in parts]
+
+
+def part_sizes(model: nn.Module, count: int, d_out: int) -> list[int]:
+    """Output rows of each of `count` parts: q, k and v are as wide as the model, the rest is the last part."""
+    d = model.sizes.hidden_size
+    return [d_out] if count == 1 else [d, d, d, d_out - 3 * d][:count]
+
+
+def inject(
+    model: nn.Module,
+    r1: int,
+    r2: int,
+    slots: int,
+    targets: str = "all",
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Replace the targeted linear layers of a Flux, in place, by `MetaLoRALinear` around them; return the model.
+
+    Nothing outside the blocks is adapted. The base is frozen, the new factors are freshly initialised.
+    """
+    model.requires_grad_(False)
+    for name, parts in linear_names(model, targets):
+        base = model.get_submodule(name)
+        layer = MetaLoRALinear(base, part_sizes(model, len(parts), base.out_features), r1, r2, slots)
+        layer.reset(generator)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def adapters(model: nn.Module) -> dict[str, MetaLoRALinear]:
+    """The adapted layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MetaLoRALinear)}
+
+
+def factors(model: nn.Module, *names: str) -> list[nn.Parameter]:
+    """The parameters called `names` (meta_down, mid, up) of all adapted layers."""
+    return [getattr(layer, name) for layer in adapters(model).values() for name in names]
+
+
+def use_slots(model: nn.Module, slots: Tensor | None) -> None:
+    """Say which identity each sample of the next batch belongs to: (b,), or (1,) for all, long on the model's device.
+
+    The slots must stay set until backward has returned: checkpointed blocks run forward again and would
+    silently read the next batch's slots.
+    """
+    for layer in adapters(model).values():
+        layer.slot = slots
+
+
+class SlotAdamW:
+    """AdamW for parameters (slots, ...) in which every slot lives as if it had an optimizer of its own.
+
+    Only the slots present in a batch move, decay and count a step; Loshchilov and Hutter 2019 otherwise.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.01):
+        self.params, self.lr, self.weight_decay = params, lr, weight_decay
+        self.count = torch.zeros(len(params[0]), device=params[0].device)
+        self.mean, self.square = ([torch.zeros_like(p) for p in params] for _ in range(2))
+
+    @torch.no_grad()
+    def step(self, slots: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        """Update the given slots, once each however often they are named; drop the gradients."""
+        self.count[slots] += 1
+        for p, mean, square in zip(self.params, self.mean, self.square):
+            grad = p.grad[slots]
+            count = self.count[slots].view(-1, *[1] * (p.dim() - 1))
+            # 1 - beta^count; written so, float32 would lose three of its seven digits in the first steps.
+            correct = [-torch.expm1(count * math.log(beta)) for beta in betas]
+            mean[slots] = m = mean[slots].lerp(grad, 1 - betas[0])
+            square[slots] = s = square[slots].lerp(grad.square(), 1 - betas[1])
+            update = m / correct[0] / ((s / correct[1]).sqrt() + eps)
+            p[slots] = p[slots] * (1 - self.lr * self.weight_decay) - self.lr * update
+            p.grad = None
+
+    def state_dict(self) -> dict:
+        return {"count": self.count, "mean": self.mean, "square": self.square}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count.copy_(state["count"])
+        for name in ("mean", "square"):
+            for own, stored in zip(getattr(self, name), state[name], strict=True):
+                own.copy_(stored)
+
+
+# --- Files -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def collapse(model: nn.Module, slot: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """Multiply one identity out to an ordinary LoRA: diffusers module -> lora_A (r2, d_in), lora_B (d_out, r2)."""
+    parts_of, lora = dict(linear_names(model)), {}
+    for name, layer in adapters(model).items():
+        down = layer.mid[slot] @ layer.meta_down  # (parts, r2, d_in)
+        for part, a, b in zip(parts_of[name], down, layer.up[slot].split(layer.parts)):
+            lora[part] = a, b
+    return lora
+
+
+def export_lora(model: nn.Module, path: Path, metadata: dict, slot: int = 0) -> None:
+    """Write one identity as the ordinary rank-r2 LoRA that diffusers and ComfyUI read, float16, scale folded in.
+
+    Raises ValueError when the weights are not finite: such a file would give black pictures elsewhere.
+    """
+    tensors = {}
+    for part, (a, b) in collapse(model, slot).items():
+        tensors[f"transformer.{part}.lora_A.weight"] = a.half().contiguous().cpu()
+        tensors[f"transformer.{part}.lora_B.weight"] = b.half().contiguous().cpu()
+    write_tensors(tensors, path, metadata)
+
+
+def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> dict[str, str]:
+    """Merge a LoRA file into the weights, W + strength B A in float32, rounded once; return its metadata.
+
+    Takes the files that `export_lora` writes, of any rank. Raises ValueError listing all that does not fit;
+    the model is then as before.
+    """
+    tensors, metadata = read_tensors(path)
+    updates, problems = {}, []
+    for name, parts in linear_names(model):
+        d_out, d_in = model.get_submodule(name).weight.shape
+        sizes = part_sizes(model, len(parts), d_out)
+        for part, size, end in zip(parts, sizes, accumulate(sizes)):
+            a, b = (tensors.pop(f"transformer.{part}.lora_{letter}.weight", None) for letter in "AB")
+            if a is None and b is None:
+                continue
+            if a is None or b is None:
+                problems.append(f"{part} has only one of lora_A and lora_B")
+                continue
+            rank = a.numel() // d_in
+            if a.shape != (rank, d_in) or b.shape != (size, rank):
+                given = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
+                problems.append(f"{part} has {given}, must be (rank, {d_in}) and ({size}, rank)")
+            updates.setdefault(name, []).append((slice(end - size, end), a, b))
+    problems += [f"{key} is for no layer of this model" for key in sorted(tensors)]
+    refuse(path, problems if updates else problems or ["it holds no tensors"])
+    for name, pairs in updates.items():
+        layer = model.get_submodule(name)
+        weight = layer.weight.to(torch.float32, copy=True)  # the old one may be mapped to the model's file
+        for rows, a, b in pairs:
+            weight[rows].addmm_(b.to(weight), a.to(weight), alpha=strength)
+        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    return metadata
+
+
+def save_meta(model: nn.Module, path: Path, metadata: dict, meta_down: list[Tensor] | None = None) -> None:
+    """Write all meta_down, the product of stage 1, in float16; `meta_down` replaces the live ones (an average).
+
+    The metadata must hold r1 and targets, which `inject` needs before the file can be used.
+    """
+    names = [f"{name}.meta_down" for name in adapters(model)]
+    values = zip(names, meta_down or factors(model, "meta_down"), strict=True)
+    write_tensors({name: t.detach().half().contiguous().cpu() for name, t in values}, path, metadata)
+
+
+def load_meta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a stage-1 file: tensors `<layer>.meta_down` and the metadata, among it r1 and targets.
+
+    Raises ValueError when it is something else.
+    """
+    tensors, metadata = read_tensors(path)
+    named = all(name.endswith(".meta_down") for name in tensors)
+    if not tensors or not named or not {"r1", "targets"} <= metadata.keys():
+        raise ValueError(f"{path} is no file of stage 1 (python train_meta.py writes it as meta.safetensors)")
+    return tensors, metadata
+
+
+def assign_meta(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy a stage-1 file's tensors into the injected layers; ValueError lists what does not fit."""
+    expected = {f"{name}.meta_down": layer.meta_down for name, layer in adapters(model).items()}
+    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} is for no layer of this model" for name in tensors.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, must be {tuple(own.shape)}"
+        for name, own in expected.items()
+        if name in tensors and tensors[name].shape != own.shape
+    ]
+    refuse(path, sorted(problems))
+    for name, own in expected.items():
+        own.data.copy_(tensors[name])
+
+
+def refuse(path: Path, problems: list[str]) -> None:
+    """Raise ValueError if there are problems with a file, naming the first twenty."""
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(problems[:20] + more))
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict) -> None:
+    """Write finite tensors with metadata: text as it is, any other value as JSON."""
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} is not written: {len(broken)} tensors are not finite, such as {broken[0]}")
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", **text})

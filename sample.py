@@ -1,0 +1,140 @@
+"""Prompt to pictures, with a LoRA of a person or without.
+
+python sample.py --lora out.safetensors --prompt "a photo of a woman at the beach"
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+import flux
+from data import contact_sheet
+from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size
+from flux.memory import release
+from flux.sampling import generate
+from metalora import load_lora
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser.add_argument("--prompt", nargs="+", required=True, help="what to show; several make a row each")
+    parser.add_argument("--lora", type=Path, help="LoRA file; default: the base model alone")
+    parser.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA's update")
+    parser.add_argument("--out", type=Path, default=Path("out/samples"), help="folder for the pictures")
+    parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    add_model_arguments(parser)
+
+    group = parser.add_argument_group("sampler (defaults: the paper's)")
+    group.add_argument(
+        "--size",
+        type=parse_size,
+        help="pixels, as 768 or 1024x768 (width x height); default: the model's, 1024",
+    )
+    group.add_argument("--steps", type=int, default=30, help="Euler steps")
+    group.add_argument("--guidance", type=float, default=3.5, help="the model's guidance input")
+    group.add_argument(
+        "--cfg", type=float, default=1.0, help="true classifier-free guidance; above 1 every step costs two"
+    )
+    group.add_argument("--negative", default="", help="prompt to move away from; needs --cfg above 1")
+    args = parser.parse_args(argv)
+    if args.n < 1 or args.steps < 1:
+        parser.error(f"--n {args.n}, --steps {args.steps}: both must be at least 1")
+    if args.negative and args.cfg <= 1:
+        parser.error(f"--negative does nothing at --cfg {args.cfg}: give --cfg above 1, such as 2")
+    return args
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read "768" or "1024x768" (width x height) as (height, width)."""
+    if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024 or 1024x768")
+    return int(match[2] or match[1]), int(match[1])
+
+
+def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
+    """Write a PNG with its settings in text chunks, a chunk per setting."""
+    chunks = PngInfo()
+    for name, value in settings.items():
+        chunks.add_itxt(name, str(value))
+    with atomic(path) as temporary:
+        picture.save(temporary, pnginfo=chunks)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    device, dtype = choose_device(args)
+    if args.lora and not args.lora.is_file():
+        raise FileNotFoundError(f"--lora {args.lora}: no such file")
+    folder = flux.find_model(args.model)
+    size = args.size or (native_size(folder),) * 2
+    autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
+    check_size(size, 2 * autoencoder.sizes.reduction)
+
+    # The text encoders come first and go before the transformer is there: together they would not fit 24 GB.
+    conditioner = flux.load_conditioner(folder, device, dtype, args.t5_length)
+    prompts = [conditioner.encode([prompt]) for prompt in args.prompt]
+    negative = conditioner.encode([args.negative]) if args.cfg > 1 else None
+    del conditioner
+    release(device)
+
+    transformer = flux.find_transformer(folder)
+    model = flux.load_flux(transformer, device, dtype)
+    if args.lora:
+        load_lora(model, args.lora, args.strength)
+    args.out.mkdir(parents=True, exist_ok=True)
+    sampler = {"steps": args.steps, "guidance": args.guidance, "cfg": args.cfg}
+    settings = {**sampler, "size": f"{size[1]}x{size[0]}", "model": transformer.name}
+    if args.lora:
+        settings |= {"lora": args.lora.name, "strength": args.strength}
+
+    seeds, rows = [args.seed + k for k in range(args.n)], []
+    bar = tqdm(total=len(prompts) * args.n * args.steps, desc="sampling", unit="step", dynamic_ncols=True)
+    for number, (text, prompt) in enumerate(zip(args.prompt, prompts)):
+        rows.append([])
+        for seed in seeds:
+            (picture,) = generate(
+                model,
+                autoencoder,
+                prompt,
+                [seed],
+                size,
+                negative=negative,
+                progress=lambda _: bar.update(),
+                **sampler,
+            )
+            path = args.out / f"{number:02d}_{slug(text)}_{seed}.png"
+            save_picture(picture, path, {"prompt": text, "seed": seed, **settings})
+            rows[-1].append(picture)
+    bar.close()
+    if len(prompts) * args.n > 1:
+        cell = tuple(min(max(side, 192), 512) for side in size)
+        with atomic(args.out / "grid.png") as temporary:
+            contact_sheet(rows, args.prompt, [f"seed {seed}" for seed in seeds], cell).save(temporary)
+    print(f"{len(prompts) * args.n} pictures in {args.out}")
+
+
+def check_size(size: tuple[int, int], multiple: int) -> None:
+    """Raise ValueError when the model cannot make pictures of this (height, width)."""
+    if any(side < multiple or side % multiple for side in size):
+        near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in size[::-1])
+        raise ValueError(
+            f"--size {size[1]}x{size[0]}: both sides must be multiples of {multiple}; {near} is near"
+        )
+
+
+def slug(text: str) -> str:
+    """Make a prompt safe in a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
