@@ -54,11 +54,10 @@ class MetaLoRALinear(nn.Module):
         # Multiply the small matrices first: r1 never meets the tokens.
         down = (self.mid[slot] @ self.meta_down).flatten(1, 2)  # (b, parts * r2, d_in)
         up = (self.up[slot].mT[:, None] * self.rows).flatten(1, 2)  # (b, parts * r2, d_out), block-diagonal
-        h = self.base(x)
+        up = up.to(x.dtype).expand(len(x), -1, -1)
         z = x.reshape(len(x), -1, x.shape[-1]) @ down.mT.to(x.dtype)  # (b, l, parts * r2)
-        return torch.baddbmm(
-            h.reshape(len(x), -1, h.shape[-1]), z, up.to(x.dtype).expand(len(x), -1, -1)
-        ).view_as(h)
+        h = self.base(x)
+        return torch.baddbmm(h.reshape(len(x), -1, h.shape[-1]), z, up).view_as(h)
 
 
 def kaiming_(factor: nn.Parameter, generator: torch.Generator | None = None) -> None:

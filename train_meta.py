@@ -36,7 +36,7 @@ from data import (
 from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, fingerprint, native_size
 from flux.memory import checkpoint_blocks, memory_in_use, release
 from flux.sampling import flow_loss, generate
-from metalora import TARGETS, SlotAdamW, factors, inject, save_meta, use_slots
+from metalora import TARGETS, SlotAdamW, factors, inject, kaiming_, save_meta, use_slots
 
 MUST_STAY = (
     "model",
@@ -126,8 +126,7 @@ class Trainer:
             return
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + bucket)
         for mid, up in zip(self.personal[::2], self.personal[1::2]):
-            bound = mid.shape[-1] ** -0.5  # as in MetaLoRALinear.reset
-            mid.data.copy_((2 * torch.rand(mid.shape, generator=generator) - 1) * bound)
+            kaiming_(mid, generator)
             up.data.zero_()
 
     def close_bucket(self, bucket: int) -> None:

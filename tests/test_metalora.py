@@ -1,0 +1,431 @@
+"""The Meta-LoRA layer against the paper's product, its optimizer against torch's, its files in diffusers."""
+
+import functools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import difference, header, randomize
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_model import DEV, REAL, inputs, pair
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import metalora
+from flux import load_flux
+from flux.model import Flux
+from metalora import (
+    MetaLoRALinear,
+    SlotAdamW,
+    adapters,
+    assign_meta,
+    collapse,
+    export_lora,
+    factors,
+    inject,
+    load_lora,
+    load_meta,
+    save_meta,
+    use_slots,
+)
+
+META = {"r1": 6, "targets": "all"}
+
+
+def adapted(
+    r2: int = 1, slots: int = 3, seed: int = 0, targets: str = "all", model: Flux | None = None
+) -> Flux:
+    """Return a Flux with adapters that are not zero, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    model = inject(model or randomize(Flux(DEV)), 6, r2, slots, targets, generator)
+    for up in factors(model, "up"):
+        up.data = torch.randn(up.shape, generator=generator) / 4
+    return model
+
+
+# --- The layer ---------------------------------------------------------------------------------------------
+
+
+def three_steps(layer: MetaLoRALinear, x: Tensor, slots: list[int]) -> Tensor:
+    """Multiply as the paper writes it, one matrix after the other, for each sample and part."""
+    samples = []
+    for sample, slot in zip(x, slots):
+        ups = layer.up[slot].split(layer.parts)
+        parts = zip(layer.meta_down, layer.mid[slot], ups)
+        samples.append(torch.cat([sample @ down.T @ mid.T @ up.T for down, mid, up in parts], dim=-1))
+    return layer.base(x) + torch.stack(samples)
+
+
+def results(forward, layer: MetaLoRALinear, x: Tensor) -> list[Tensor]:
+    """Return the output and the gradients of meta_down, mid, up and x."""
+    h = forward(x)
+    pull = torch.linspace(-1, 1, h.numel(), dtype=h.dtype).view_as(h)
+    return [h, *torch.autograd.grad((h * pull).sum(), [layer.meta_down, layer.mid, layer.up, x])]
+
+
+def far(ours: list[Tensor], theirs: list[Tensor]) -> list[float]:
+    return [difference(a, b) / b.abs().max().item() for a, b in zip(ours, theirs, strict=True)]
+
+
+def layer_and_input(r2: int, tokens: tuple[int, ...]) -> tuple[MetaLoRALinear, Tensor]:
+    torch.manual_seed(0)
+    layer = MetaLoRALinear(nn.Linear(7, 24).requires_grad_(False), [5, 5, 5, 9], r1=6, r2=r2, slots=4)
+    for factor in (layer.meta_down, layer.mid, layer.up):
+        nn.init.normal_(factor)
+    return layer.double(), torch.randn(3, *tokens, 7, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("tokens", [(5,), ()], ids=["tokens", "modulation"])
+@pytest.mark.parametrize("r2", [1, 4])
+def test_layer_equals_the_papers_product(r2, tokens):
+    layer, x = layer_and_input(r2, tokens)
+    layer.slot = torch.tensor([2, 2, 0])  # one identity twice, two others absent
+    ours = results(layer, layer, x)
+    assert max(far(ours, results(lambda x: three_steps(layer, x, [2, 2, 0]), layer, x))) < 1e-12
+    assert not ours[2][[1, 3]].any() and not ours[3][[1, 3]].any()
+
+    other = results(lambda x: three_steps(layer, x, [0, 2, 2]), layer, x)
+    assert min(far(ours, other)) > 0.01  # output and every gradient notice wrong slots
+    layer.meta_down.data = layer.meta_down.data[[1, 0, 2, 3]]  # q's and k's
+    assert far(ours, results(layer, layer, x))[0] > 0.01
+
+    for layer.slot, slots in ((None, [0, 0, 0]), (torch.tensor([1]), [1, 1, 1])):
+        assert (
+            max(far(results(layer, layer, x), results(lambda x: three_steps(layer, x, slots), layer, x)))
+            < 1e-12
+        )
+
+
+def test_fresh_factors():
+    """Uniform up to 1 / sqrt(inputs), as kaiming with a = sqrt(5); up zero; the seed decides."""
+    first, again, other = (
+        inject(Flux(DEV), 64, 2, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)
+    )
+    for name in ("meta_down", "mid"):
+        for a, b, c in zip(*(factors(model, name) for model in (first, again, other))):
+            assert a.dtype == torch.float32 and a.requires_grad
+            assert torch.equal(a, b) and not torch.equal(a, c)
+            assert 0.97 < a.abs().max() * a.shape[-1] ** 0.5 <= 1
+            assert abs(a.std() * (3 * a.shape[-1]) ** 0.5 - 1) < 0.1
+    assert not any(up.any() for up in factors(first, "up"))
+
+
+def test_injection_holds_the_base_uncopied_and_changes_nothing():
+    model, given = randomize(Flux(DEV)), inputs(DEV)
+    expected, weights = model(**given), {p.data_ptr() for p in model.parameters()}
+    assert inject(model, r1=6, r2=2, slots=2) is model
+    use_slots(model, torch.tensor([1, 0]))
+    assert torch.equal(model(**given), expected)
+    frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
+    assert frozen == weights
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for p in factors(model, "meta_down", "mid", "up")}
+
+
+@pytest.mark.parametrize(
+    "targets, double, single",
+    [
+        ("all", 10, {"modulation.lin", "linear1", "linear2"}),
+        ("no-modulation", 8, {"linear1", "linear2"}),
+        ("attention", 4, {"linear1", "linear2"}),
+    ],
+)
+def test_targets(targets, double, single):
+    names = adapters(inject(Flux(DEV), 6, 1, 1, targets)).keys()
+    pattern = {"all": ".", "no-modulation": "attn|mlp", "attention": "attn"}[targets]
+    assert all(re.search(pattern, name) for name in names if name.startswith("double"))
+    assert sum(name.startswith("double") for name in names) == DEV.depth * double
+    ours = [name.split(".", 2)[2] for name in names if name.startswith("single")]
+    assert set(ours) == single and len(ours) == DEV.depth_single * len(single)
+
+
+def real_model() -> Flux:
+    with torch.device("meta"):
+        return inject(Flux(REAL), r1=128, r2=1, slots=1)
+
+
+def test_counts_on_flux_dev():
+    model = real_model()
+    lora = collapse(model)
+    assert len(lora) == 494  # 19 * 14 + 38 * 6
+    assert sum(p.numel() for p in factors(model, "meta_down")) == 298_844_160
+    assert sum(p.numel() for p in factors(model, "mid", "up")) == 3_098_368
+    assert sum(a.numel() + b.numel() for a, b in lora.values()) == 5_369_856
+
+
+def test_every_linear_layer_of_the_published_blocks_is_adapted():
+    blocks = re.compile(r"(single_)?transformer_blocks\..*\.weight")
+    published = {
+        name: shape
+        for name, shape in header("flux1-dev-diffusers").items()
+        if blocks.match(name) and len(shape) == 2
+    }
+    lora = collapse(real_model())
+    assert {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b) in lora.items()} == published
+
+
+def test_slots_must_stay_set_until_backward_returns():
+    """Checkpointed blocks run forward again in backward and read the slots that are set by then."""
+
+    def gradients(checkpointed: bool, late_slots: list[int]) -> list[Tensor]:
+        model = adapted()
+        for block in [*model.double_blocks, *model.single_blocks] if checkpointed else []:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        use_slots(model, torch.tensor([2, 0]))
+        loss = model(**inputs(DEV)).square().mean()
+        use_slots(model, torch.tensor(late_slots))
+        loss.backward()
+        return [p.grad for p in factors(model, "meta_down", "mid", "up")]
+
+    expected = gradients(False, [2, 0])
+    assert max(far(gradients(True, [2, 0]), expected)) < 1e-5
+    assert max(far(gradients(False, [0, 2]), expected)) < 1e-5
+    assert max(far(gradients(True, [0, 2]), expected)) > 0.1
+
+
+# --- The optimizer -----------------------------------------------------------------------------------------
+
+
+def test_every_slot_has_an_adamw_of_its_own():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    params = [nn.Parameter(draw(5, 2, 3)), nn.Parameter(draw(5, 4))]
+    single = [[nn.Parameter(p[slot].detach().clone()) for p in params] for slot in range(5)]
+    optimizers = [torch.optim.AdamW(own, lr=0.01, weight_decay=0.01) for own in single]
+    ours = SlotAdamW(params, lr=0.01, weight_decay=0.01)
+    for step in range(12):
+        if step == 6:  # a bucket that comes round again goes on from its stored state
+            state = ours.state_dict()
+            ours = SlotAdamW(params, lr=0.01, weight_decay=0.01)
+            ours.load_state_dict(state)
+        slots = torch.randint(4, (3,), generator=generator)  # repeats; the last slot never comes
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = draw(*p.shape) * 10.0 ** torch.randint(-5, 2, (1,), generator=generator)
+        for slot in slots.unique():
+            for own, p in zip(single[slot], params):
+                own.grad = p.grad[slot].clone()
+            optimizers[slot].step()
+        ours.step(slots)
+        absent = [slot for slot in range(5) if slot not in slots]
+        assert all(torch.equal(p[absent], old[absent]) and p.grad is None for p, old in zip(params, before))
+    for slot in range(5):
+        steps = optimizers[slot].state[single[slot][0]].get("step", 0)
+        assert ours.count[slot] == steps
+        for own, p in zip(single[slot], params):
+            torch.testing.assert_close(p[slot], own, rtol=1e-6, atol=1e-7)
+    assert len(ours.count.unique()) > 2 and ours.count[4] == 0
+
+
+# --- Files -------------------------------------------------------------------------------------------------
+
+
+def test_exported_file(tmp_path):
+    path = tmp_path / "person.safetensors"
+    model = adapted(r2=2)
+    export_lora(model, path, {"prompt": "ä photo", "steps": 375}, slot=1)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "prompt": "ä photo", "steps": "375"}
+    tensors = load_file(path)
+    modules = {f"transformer.{name}" for name in collapse(model)}
+    assert {*tensors} == {f"{name}.lora_{letter}.weight" for name in modules for letter in "AB"}
+    theirs = dict(pair(DEV)[1].named_modules())
+    for name in modules:
+        a, b = (tensors[f"{name}.lora_{letter}.weight"] for letter in "AB")
+        linear = theirs[name.removeprefix("transformer.")]
+        assert (a.shape, b.shape) == ((2, linear.in_features), (linear.out_features, 2))
+        assert a.dtype == b.dtype == torch.float16
+    words = ("processor", "base_model", "lora_down", "lora_mid", "alpha", "lora_unet")
+    assert not [key for key in tensors for word in words if word in key]
+
+
+@torch.no_grad()
+def their_velocity(theirs: FluxTransformer2DModel) -> Tensor:
+    given = inputs(DEV)
+    return theirs(
+        hidden_states=given["img"],
+        img_ids=given["img_ids"][0],
+        encoder_hidden_states=given["txt"],
+        txt_ids=given["txt_ids"][0],
+        timestep=given["t"],
+        pooled_projections=given["pooled"],
+        guidance=given["guidance"],
+    ).sample
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("r2", [1, 4])
+def test_diffusers_reads_the_exported_file(r2, tmp_path):
+    path = tmp_path / "person.safetensors"
+    ours, theirs = pair(DEV)
+    base = ours(**inputs(DEV))
+    export_lora(adapted(r2), path, META, slot=2)
+    load_lora(ours, path)
+    missing = dict.fromkeys(
+        ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"]
+    )
+    pipeline = FluxPipeline(transformer=theirs, **missing)
+    pipeline.load_lora_weights(path)
+    expected = their_velocity(theirs)
+    assert difference(ours(**inputs(DEV)), expected) < 1e-5
+    assert difference(base, expected) > 0.01
+    pipeline.unload_lora_weights()
+    assert difference(base, their_velocity(theirs)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_loaded_lora_equals_the_live_adapter(tmp_path):
+    path, live = tmp_path / "person.safetensors", adapted(r2=2)
+    export_lora(live, path, META, slot=2)
+    lora = collapse(live, slot=2)
+    use_slots(live, torch.tensor([2, 2]))
+    expected, base = live(**inputs(DEV)), randomize(Flux(DEV))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+
+    assert load_lora(base, path, strength=0) == {"format": "pt", "r1": "6", "targets": "all"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    load_lora(base, path)
+    assert difference(base(**inputs(DEV)), expected) < 2e-3  # the file has 11 bits
+    update = {name: tensor - before[name] for name, tensor in base.state_dict().items()}
+    a, b = lora["single_transformer_blocks.1.attn.to_k"]
+    rows = update["single_blocks.1.linear1.weight"][DEV.hidden_size : 2 * DEV.hidden_size]
+    assert difference(rows, b @ a) < 1e-3 * (b @ a).abs().max()
+
+    doubled = randomize(Flux(DEV))
+    load_lora(doubled, path, strength=2)
+    for name, tensor in doubled.state_dict().items():
+        torch.testing.assert_close(tensor - before[name], 2 * update[name], rtol=0, atol=1e-6)
+
+
+def test_merging_leaves_the_models_file_and_its_map_alone(tmp_path):
+    path, lora = tmp_path / "flux1-x.safetensors", tmp_path / "person.safetensors"
+    save_file(randomize(Flux(DEV)).state_dict(), path)
+    export_lora(adapted(), lora, META)
+    before, mapped = path.read_bytes(), load_flux(path, dtype=torch.float32)
+    weight = mapped.single_blocks[0].linear1.weight
+    load_lora(mapped, lora)
+    assert not torch.equal(mapped.single_blocks[0].linear1.weight, weight)
+    assert torch.equal(weight, load_file(path)["single_blocks.0.linear1.weight"])
+    assert path.read_bytes() == before
+
+
+def test_merging_rounds_once_to_the_weights_own_dtype(tmp_path):
+    path = tmp_path / "person.safetensors"
+    export_lora(adapted(), path, META)
+    exact, half = randomize(Flux(DEV)).bfloat16().float(), randomize(Flux(DEV)).bfloat16()
+    load_lora(exact, path)
+    load_lora(half, path)
+    for ours, expected in zip(half.parameters(), exact.parameters()):
+        assert torch.equal(ours, expected.bfloat16())
+
+
+def test_a_lora_that_does_not_fit_is_refused_in_one_error(tmp_path):
+    path = tmp_path / "person.safetensors"
+    export_lora(adapted(), path, META)
+    tensors = load_file(path)
+    first = "transformer.transformer_blocks.0."
+    del tensors[first + "attn.to_q.lora_A.weight"]
+    tensors[first + "attn.to_k.lora_B.weight"] = torch.zeros(95, 1)
+    tensors[first + "ff.net.2.lora_A.weight"] = torch.zeros(2, 384)
+    tensors[first + "ff.net.7.lora_A.weight"] = torch.zeros(1, 96)
+    tensors["lora_unet_single_blocks_0_linear1.alpha"] = torch.tensor(1.0)
+    save_file(tensors, path)
+    model = randomize(Flux(DEV))
+    before = model.double_blocks[0].img_mod.lin.weight.clone()
+    with pytest.raises(ValueError) as error:
+        load_lora(model, path)
+    assert str(error.value).splitlines() == [
+        f"{path} does not fit this model:",
+        "  transformer_blocks.0.attn.to_q has only one of lora_A and lora_B",
+        "  transformer_blocks.0.attn.to_k has lora_A (1, 96) and lora_B (95, 1), must be (rank, 96) and (96, rank)",
+        "  transformer_blocks.0.ff.net.2 has lora_A (2, 384) and lora_B (96, 1), must be (rank, 384) and (96, rank)",
+        "  lora_unet_single_blocks_0_linear1.alpha is for no layer of this model",
+        f"  {first}ff.net.7.lora_A.weight is for no layer of this model",
+    ]
+    assert torch.equal(model.double_blocks[0].img_mod.lin.weight, before)
+
+    export_lora(adapted(model=Flux(replace(DEV, hidden_size=64, num_heads=2))), path, META)
+    with pytest.raises(ValueError, match=r"(?s)norm1.linear has lora_A \(1, 64\).*and 26 more"):
+        load_lora(model, path)
+    save_file({}, path)
+    with pytest.raises(ValueError, match="holds no tensors"):
+        load_lora(model, path)
+
+
+def test_meta_file_round_trip(tmp_path):
+    path, model, other = tmp_path / "meta.safetensors", adapted(), adapted(seed=1)
+    save_meta(model, path, META)
+    tensors, metadata = load_meta(path)
+    assert metadata == {"format": "pt", "r1": "6", "targets": "all"}
+    mids = [mid.clone() for mid in factors(other, "mid")]
+    assign_meta(other, tensors, path)
+    for ours, stored in zip(factors(other, "meta_down"), factors(model, "meta_down"), strict=True):
+        assert torch.equal(ours, stored.half().float())
+    assert all(map(torch.equal, mids, factors(other, "mid")))
+
+    save_meta(model, path, META, [-p for p in factors(model, "meta_down")])
+    for name, stored in load_meta(path)[0].items():
+        assert torch.equal(stored, -tensors[name])
+
+
+def test_a_meta_file_that_does_not_fit_is_refused(tmp_path):
+    path, model = tmp_path / "meta.safetensors", adapted()
+    save_meta(model, path, META)
+    tensors, _ = load_meta(path)
+    tensors["single_blocks.9.linear1.meta_down"] = tensors.pop("single_blocks.0.linear1.meta_down")
+    tensors["single_blocks.0.linear2.meta_down"] = torch.zeros(1, 8, 480)
+    with pytest.raises(ValueError) as error:
+        assign_meta(model, tensors, path)
+    assert str(error.value).splitlines() == [
+        f"{path} does not fit this model:",
+        "  missing single_blocks.0.linear1.meta_down",
+        "  single_blocks.0.linear2.meta_down is (1, 8, 480), must be (1, 6, 480)",
+        "  single_blocks.9.linear1.meta_down is for no layer of this model",
+    ]
+    for write in (
+        lambda: export_lora(model, path, META),
+        lambda: save_meta(model, path, {"r1": 6}),
+        lambda: save_file({}, path, metadata={"r1": "6", "targets": "all"}),
+    ):
+        write()
+        with pytest.raises(ValueError, match="no file of stage 1"):
+            load_meta(path)
+    path.write_text("a text")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_meta(path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = adapted()
+    layer = model.single_blocks[1].linear2
+    layer.up.data[1, 3] = 1e5  # finite in float32, not in the file's float16
+    layer.meta_down.data[0, 2, 5] = torch.nan
+    for write, name in (
+        (lambda path: export_lora(model, path, META, slot=1), "1.proj_out.lora_A"),
+        (lambda path: save_meta(model, path, META), "1.linear2.meta_down"),
+    ):
+        with pytest.raises(ValueError, match=f"is not written: . tensors are not finite, .*{name}"):
+            write(tmp_path / "file.safetensors")
+    layer.meta_down.data[0, 2, 5] = 0
+    with pytest.raises(ValueError, match="1.proj_out.lora_B"):
+        export_lora(model, tmp_path / "file.safetensors", META, slot=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "person.safetensors"
+    export_lora(adapted(), path, META)
+    before = path.read_bytes()
+
+    def crash(tensors, temporary, metadata):
+        temporary.write_bytes(before[:99])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metalora, "save_file", crash)
+    with pytest.raises(KeyboardInterrupt):
+        export_lora(adapted(seed=1), path, META)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
