@@ -469,14 +469,19 @@ def train_transformer(
     text_of = [torch.tensor([texts[text] for text in some]) for some in captions]
     tokens = tokenizers.t5(list(texts)), tokenizers.clip(list(texts))
     empty = tokenizers.t5([""]), tokenizers.clip([""])
-    share = torch.tensor([float(len(some)) for some in captions])
+    # People are learned from photos, so these come three times as often as pictures of another style.
+    styles = [phrase for style, phrase in STYLES.items() if style != "photo"]
+    weights = [
+        torch.tensor([1.0 if any(s in text for s in styles) else 3.0 for text in some]) for some in captions
+    ]
+    share = torch.stack([some.sum() for some in weights])
     parts = build(args)
     ema = copy.deepcopy(parts).requires_grad_(False)
     layers.attention = cpu_attention
 
     def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
         shape = int(torch.multinomial(share, 1, generator=generator))
-        index = torch.randint(len(latents[shape]), (args.batch,), generator=generator)
+        index = torch.multinomial(weights[shape], args.batch, replacement=True, generator=generator)
         x = ae.sizes.scale_factor * (latents[shape][index].float() - ae.sizes.shift_factor)
         noise = torch.randn(x.shape, generator=generator)
         t = torch.randn(args.batch, generator=generator).sigmoid()
