@@ -1,4 +1,4 @@
-"""Photos of people: folders of identities, training shapes, appendix D's crops, buckets, latents on disk.
+"""Photos of people: folders of identities, pictures, prompts, shapes, appendix D's crops, buckets, latents on disk.
 
 It knows pixels and numbers only: encoding belongs to `flux/`, finding faces to `vision/`.
 """
@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,15 +114,16 @@ class Person:
     photos: tuple[Photo, ...]
 
 
-def scan_people(folder: Path) -> list[Person]:
+def scan_people(folder: Path, option: str = "--data") -> list[Person]:
     """List the people of `<folder>/<person>/*.jpg|jpeg|png|webp`, each with or without a `.txt` caption.
 
     People and photos are sorted by name; pids count from 0. Hidden files and folders are left out.
+    option: what the folder is called in messages.
     Raises FileNotFoundError or ValueError when the folder is laid out otherwise, or a person has no photo.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"--data {folder}: no such folder; it should hold one folder of photos per person"
+            f"{option} {folder}: no such folder; it should hold one folder of photos per person"
         )
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     people = [Person(pid, path.name, _list_photos(path)) for pid, path in enumerate(folders)]
@@ -130,17 +132,17 @@ def scan_people(folder: Path) -> list[Person]:
         if len(empty) == len(people) and below:
             sample = below[0].relative_to(folder)
             raise ValueError(
-                f"--data {folder} is a level too high: a person's photos should not be in {sample}"
+                f"{option} {folder} is a level too high: a person's photos should not be in {sample}"
             )
         names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
         kinds = ", ".join(PHOTO_SUFFIXES)
         raise ValueError(f"{len(empty)} of {len(people)} people in {folder} have no photo ({kinds}): {names}")
     if not people and (photos := _list_photos(folder)):
         raise ValueError(
-            f"--data {folder} is a level too low: it holds {len(photos)} photos; give the folder above it"
+            f"{option} {folder} is a level too low: it holds {len(photos)} photos; give the folder above it"
         )
     if not people:
-        raise ValueError(f"--data {folder} is empty; it should hold one folder of photos per person")
+        raise ValueError(f"{option} {folder} is empty; it should hold one folder of photos per person")
     return people
 
 
@@ -160,6 +162,138 @@ def _read_caption(photo: Path) -> str | None:
     if not caption:
         raise ValueError(f"{path} is empty: write a caption, or delete the file to use the default one")
     return caption
+
+
+# What a system made, and from what
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture that a system made, `<person>/<prompt>/<seed>.png`."""
+
+    person: str
+    prompt: str  # "03" of the folders 03, 3 and 03_any-words; the whole name when it begins with no number
+    seed: str
+    path: Path
+
+
+def scan_samples(folder: Path) -> list[Sample]:
+    """List a system's pictures, sorted; ValueError when there are none, one lies elsewhere, or two in a place."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--images {folder}: no such folder")
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
+    files = [file for file in files if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "."]
+    if not files or (stray := [file for file in files if len(file.parts) != 3]):
+        found = f"{len(stray)} of {len(files)} are not, such as {stray[0]}" if files else "there are none"
+        raise ValueError(f"--images {folder}: pictures should be <person>/<prompt>/<seed>.png; {found}")
+    samples = {}
+    for file in files:
+        person, prompt, _ = file.parts
+        number = re.match(r"\d+", prompt)
+        place = (person, f"{int(number[0]):02d}" if number else prompt, file.stem)
+        if place in samples:
+            raise ValueError(f"{samples[place].path} and {folder / file} have the same prompt and seed")
+        samples[place] = Sample(*place, folder / file)
+    return list(samples.values())
+
+
+def make_rows(samples: Sequence[Sample], classes: dict[str, str], prompts=None, base=None) -> list[dict]:
+    """Return a row for each picture: what it is, its prompt, and the base model's picture to compare with.
+
+    classes: of each person; prompts: a list for each class; base: a folder, see `find_base`.
+    """
+    rows = [{**vars(sample), "class": classes[sample.person]} for sample in samples]
+    for sample, row in zip(samples, rows):
+        if prompts:
+            row["text"] = find_text(sample, prompts[row["class"]])
+        if base:
+            row["base"] = find_base(sample, base, row["class"])
+    return rows
+
+
+def find_missing(samples: Sequence[Sample], prompts: dict[str, Sequence[str]]) -> list[str]:
+    """List what lacks for everybody to have each of their prompts, prompts[person], with every seed."""
+    have = {(sample.person, sample.prompt, sample.seed) for sample in samples}
+    seeds = sorted({seed for _, _, seed in have})
+    wanted = [(person, prompt, seed) for person in prompts for prompt in prompts[person] for seed in seeds]
+    return ["/".join(place) for place in wanted if place not in have]
+
+
+def find_text(sample: Sample, prompts: Sequence[str]) -> str:
+    """Return the prompt of a picture by its number; ValueError when the list has no such number."""
+    if not sample.prompt.isdecimal() or int(sample.prompt) >= len(prompts):
+        places = f"a number from 00 to {len(prompts) - 1:02d}, its place in the list of prompts"
+        raise ValueError(f"{sample.path.parent}: a prompt's folder should begin with {places}")
+    return prompts[int(sample.prompt)]
+
+
+def find_base(sample: Sample, base: Path, kind: str) -> Path:
+    """Return the base model's picture of the same name, below the person, the person's class, or neither."""
+    name = Path(*sample.path.parts[-2:])
+    for path in (base / sample.person / name, base / kind / name, base / name):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"--base {base} has no {name} to compare with {sample.path}")
+
+
+def find_photos(folder: Path, references: dict[str, str]) -> dict[str, list[Path]]:
+    """Return everybody's photos, first the reference that a system was given: as named, else the first by name.
+
+    Raises ValueError when a reference is not there, or is there twice: R-FaceSim must not compare with it.
+    """
+    people = scan_people(folder, "--people")
+    if strange := references.keys() - {person.name for person in people}:
+        raise ValueError(f"--references: {', '.join(sorted(strange))}: no such person in {folder}")
+    photos = {}
+    for person in people:
+        name = references.get(person.name, person.photos[0].path.name)
+        paths = sorted((photo.path for photo in person.photos), key=lambda path: path.name != name)
+        if paths[0].name != name:
+            raise ValueError(f"--references: {folder / person.name} has no photo {name}")
+        if copies := [path for path in paths[1:] if path.read_bytes() == paths[0].read_bytes()]:
+            raise ValueError(f"{copies[0]} is a copy of the reference {name}: remove it")
+        photos[person.name] = paths
+    return photos
+
+
+def read_names(path: Path | None, option: str) -> dict[str, str]:
+    """Read a JSON object from people's names to strings; ValueError when the file holds something else."""
+    try:
+        names = json.loads(path.read_text("utf-8")) if path else {}
+    except ValueError as error:
+        raise ValueError(f"{option} {path} is not JSON ({error})") from error
+    if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
+        raise ValueError(f'{option} {path} should read like {{"anna": "...", "boris": "..."}}')
+    return names
+
+
+def class_of(person: str, classes: dict[str, str]) -> str:
+    """Return a person's class: as given, else what the name begins with, as woman_07 does, else "person"."""
+    named = re.match(r"(man|woman)(?![a-z])", person)
+    return classes.get(person) or (named[1] if named else "person")
+
+
+def read_prompts(path: Path, kind: str) -> list[str]:
+    """Read a prompt per line, blank lines left out, for a class; [his/her] becomes "his" for man, "her" for woman.
+
+    path: a file, or a folder with a `<class>.txt` for each class. Raises ValueError on bytes that are not UTF-8, on
+    a list without prompts, and on slots for people who are neither man nor woman.
+    """
+    file = path / f"{kind}.txt" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"--prompts {path}: no such file{f' for a {kind}' if path.is_dir() else ''}")
+    data = file.read_bytes()
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 text") from error
+    if not (prompts := [" ".join(line.split()) for line in lines if line.strip()]):
+        raise ValueError(f"{file} holds no prompts")
+    slot = re.compile(r"\[([^][/]*)/([^][/]*)\]")
+    if kind not in ("man", "woman") and any(map(slot.search, prompts)):
+        raise ValueError(f"{file} has slots such as [man/woman], but for the class {kind} there is no word")
+    return [slot.sub(r"\1" if kind == "man" else r"\2", prompt) for prompt in prompts]
 
 
 # Shapes and crops

@@ -2,7 +2,7 @@
 
     python personalize.py ref.jpg
 
-writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref.png, pictures made with it.
+writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_samples.png, pictures made with it.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from PIL import Image
@@ -39,6 +40,8 @@ from metalora import TARGETS, adapters, assign_meta, export_lora, factors, injec
 from vision.detector import find_faces, load_detector
 
 STEPS = {"meta-lora": 375, "lora": 625}  # paper, section 4.2
+# What the grid of samples shows besides the caption, as "a photo of a woman at the beach".
+SCENES = ("at the beach", "in the city at night", "wearing a red shirt", "in a forest", "at sunset")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,16 +90,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("run")
-    group.add_argument("--samples", type=int, default=4, help="pictures in the grid <out>.png; 0: none")
+    group.add_argument(
+        "--samples", type=int, default=4, help="pictures in the grid <out>_samples.png, up to 6; 0: none"
+    )
     group.add_argument(
         "--no-checkpointing", action="store_true", help="keep all activations: faster, more memory"
     )
     group.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out = args.out or Path(f"{args.photos[0].stem}.safetensors")
-    args.steps = args.steps or STEPS[args.method]
-    args.rank = args.rank or (1 if len(args.photos) == 1 else 4)
+    args.steps = STEPS[args.method] if args.steps is None else args.steps
+    args.rank = args.rank if args.rank is not None else 1 if len(args.photos) == 1 else 4
     args.caption = args.caption or f"a photo of a {args.class_word}"
+    for name in ("steps", "rank", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.out.suffix != ".safetensors":
         parser.error(f"--out {args.out}: the file's name must end in .safetensors")
     if args.face and len(args.photos) > 1:
@@ -116,51 +124,50 @@ def parse_box(text: str) -> Box:
 def find_face(path: Path, photo: Image.Image, detector) -> Box:
     """Return the box of the only face that matters; ValueError with advice when there is none or several."""
     faces = find_faces(photo, detector)
-    prominent = [
-        face for face in faces if face.area > faces[0].area / 4
-    ]  # bystanders far behind do not count
     if not faces:
         raise ValueError(
             f"{path}: no face found in {photo.width}x{photo.height} pixels. Take a photo in which the face is "
             "upright and unobstructed, or say where it is: --face x0,y0,x1,y1; or train on the whole photo: --no-augment"
         )
+    # Bystanders far behind do not count.
+    prominent = [face for face in faces if face.area > faces[0].area / 4]
     if len(prominent) > 1:
         boxes = "\n".join("  --face " + ",".join(map(str, face.box)) for face in prominent)
         raise ValueError(
-            f"{path}: {len(prominent)} faces found. Crop the photo, or say which one, largest first:\n{boxes}"
+            f"{path}: {len(prominent)} faces found. Crop the photo; or, if it is the only photo, say which face, "
+            f"largest first:\n{boxes}"
         )
     return faces[0].box
 
 
-def list_pictures(args: argparse.Namespace, multiple: int) -> list[Picture]:
+def list_crops(photos: dict[Path, Image.Image], args: argparse.Namespace) -> list[tuple[Path, Box]]:
     """Return what is trained on: the crops of appendix D of every photo, or the whole photos."""
-    detector = None if args.face or args.no_augment else load_detector(args.detector)
-    pictures = []
-    for path in args.photos:
-        photo = read_photo(path)
-        height, width = photo.size[::-1]
-        boxes = [(0, 0, width, height)]
-        if not args.no_augment:
-            boxes = crop_boxes((height, width), args.face or find_face(path, photo, detector))
-        for box in boxes:
-            x0, y0, x1, y1 = box
-            pictures.append(Picture(path, fit_shape((y1 - y0, x1 - x0), args.resolution, multiple), box))
-    return pictures
+    if args.no_augment:
+        return [(path, (0, 0, *photo.size)) for path, photo in photos.items()]
+    detector = None if args.face else load_detector(args.detector)
+    crops = []
+    for path, photo in photos.items():
+        face = args.face or find_face(path, photo, detector)
+        crops += [(path, box) for box in crop_boxes(photo.size[::-1], face)]
+    return crops
 
 
-def show_crops(pictures: list[Picture], path: Path) -> None:
-    """Write all crops as one sheet, five to a row, each titled with its sizes in the photo and in training."""
-    crops = [read_photo(picture.path).crop(picture.box) for picture in pictures]
-    titles = [f"{crop.width}x{crop.height} as {p.shape[1]}x{p.shape[0]}" for crop, p in zip(crops, pictures)]
-    rows = [crops[start : start + 5] for start in range(0, len(crops), 5)]
-    labels = [", ".join(titles[start : start + 5]) for start in range(0, len(crops), 5)]
+def show_crops(photos: dict[Path, Image.Image], crops: list[tuple[Path, Box]], path: Path) -> None:
+    """Write all crops as one sheet, five to a row, with their sizes in the photo at the left."""
+    pictures = [photos[photo].crop(box) for photo, box in crops]
+    rows = [pictures[start : start + 5] for start in range(0, len(pictures), 5)]
+    labels = [", ".join(f"{crop.width}x{crop.height}" for crop in row) for row in rows]
     with atomic(path) as temporary:
         contact_sheet(rows, labels).save(temporary)
-    print(f"{path}: {len(crops)} crops")
+    print(f"{path}: {len(pictures)} crops")
 
 
-def find_meta(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
-    """Load the stage-1 file; FileNotFoundError says how to get one."""
+def find_meta(
+    folder: Path, args: argparse.Namespace
+) -> tuple[dict[str, Tensor], dict[str, str], Path] | None:
+    """Load the stage-1 file that the method needs; FileNotFoundError says how to get one."""
+    if args.method == "lora":
+        return None
     path = args.meta or folder / "meta.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
@@ -220,36 +227,41 @@ def train(
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
-    for path in args.photos:  # cheap checks first: the photos, the face, the files
-        read_photo(path)
-    folder = flux.find_model(args.model)
-    args.resolution = args.resolution or native_size(folder)
-    autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
-    pictures = list_pictures(args, 2 * autoencoder.sizes.reduction)
-    if args.show_crops:
-        return show_crops(pictures, args.out.with_name(args.out.stem + "_crops.png"))
-    meta = find_meta(args, folder) if args.method == "meta-lora" else None
+
+    # What can be wrong shows before anything takes long: the photos, the files, the face.
+    photos = {path: read_photo(path) for path in args.photos}
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=args.out.parent).close()  # a folder that cannot be written to is an error now
+    if args.show_crops:
+        return show_crops(photos, list_crops(photos, args), beside(args.out, "_crops.png"))
+    folder = flux.find_model(args.model)
+    transformer = flux.find_transformer(folder)
+    meta = find_meta(folder, args)
+    prepare(flux.load_flux(transformer, "meta"), args, meta)  # does the stage-1 file fit? reads no weights
+    crops = list_crops(photos, args)
 
     # Everything that does not change is computed once; then the encoders leave.
-    cache = MemoryCache()
+    autoencoder, cache = flux.load_autoencoder(folder / "ae.safetensors", device, dtype), MemoryCache()
+    side, multiple = args.resolution or native_size(folder), 2 * autoencoder.sizes.reduction
+    shapes = [fit_shape((y1 - y0, x1 - x0), side, multiple) for _, (x0, y0, x1, y1) in crops]
+    pictures = [Picture(path, shape, box) for (path, box), shape in zip(crops, shapes)]
     flips = [picture if args.no_augment else replace(picture, flip=True) for picture in pictures]
     keys = encode_pictures([p for pair in zip(pictures, flips) for p in pair], autoencoder, "", cache)
     del autoencoder
     release(device)
     conditioner = flux.load_conditioner(folder, device, dtype, args.t5_length)
-    prompts = [args.caption, *(f"{args.caption} {scene}" for scene in SCENES)][: max(1, args.samples)]
-    prompts = [cache[key] for key in encode_prompts(prompts, conditioner, "", cache)]
+    texts = [args.caption, *(f"a photo of a {args.class_word} {scene}" for scene in SCENES)]
+    texts = texts[: max(1, args.samples)]
+    prompts = {text: cache[key] for text, key in zip(texts, encode_prompts(texts, conditioner, "", cache))}
     del conditioner
     release(device)
 
-    transformer = flux.find_transformer(folder)
     model = flux.load_flux(transformer, device, dtype)
     trained = prepare(model, args, meta)
     if not args.no_checkpointing:
         checkpoint_blocks(model)
     latents = [(p.shape, cache[a], cache[b]) for p, a, b in zip(pictures, keys[::2], keys[1::2])]
-    train(model, trained, latents, prompts[0], args, device, dtype)
+    train(model, trained, latents, prompts[args.caption], args, device, dtype)
 
     metadata = {
         "base_model": transformer.name,
@@ -259,23 +271,19 @@ def main(argv: list[str] | None = None) -> None:
     export_lora(model, args.out, metadata)
     print(f"{args.out}: rank {args.rank}, {args.out.stat().st_size / 1e6:.1f} MB")
     if args.samples:
-        sample_grid(model, prompts, folder, args, device, dtype)
+        autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
+        row, size = [photos[args.photos[0]]], fit_shape((side, side), side, multiple)
+        for text in tqdm(texts, "sampling"):
+            prompt = prompts[text]["txt"][None], prompts[text]["pooled"][None]
+            row += generate(model, autoencoder, prompt, [args.seed], size)
+        with atomic(beside(args.out, "_samples.png")) as temporary:
+            contact_sheet([row], [], ["photo", *texts]).save(temporary)
+        print(f"{beside(args.out, '_samples.png')}: {len(row) - 1} pictures")
 
 
-# What the grid shows besides the caption itself; they follow it, as in "a photo of a woman at the beach".
-SCENES = ("at the beach", "in the city at night", "wearing a red shirt", "in a forest", "at sunset")
-
-
-def sample_grid(model: flux.Flux, prompts: list[dict], folder: Path, args, device, dtype) -> None:
-    """Write <out>.png: the photo, then a picture for each prompt, all of the first seed."""
-    autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
-    row, size = [read_photo(args.photos[0])], (args.resolution, args.resolution)
-    for prompt in tqdm(prompts, "sampling"):
-        row += generate(model, autoencoder, (prompt["txt"][None], prompt["pooled"][None]), [args.seed], size)
-    with atomic(args.out.with_suffix(".png")) as temporary:
-        titles = ["photo", args.caption, *(f"... {scene}" for scene in SCENES)][: len(row)]
-        contact_sheet([row], [], titles).save(temporary)
-    print(f"{args.out.with_suffix('.png')}: {len(prompts)} pictures")
+def beside(path: Path, ending: str) -> Path:
+    """Name a file after another one: <stem><ending>. A plain ref.png beside ref.safetensors could be the photo."""
+    return path.with_name(path.stem + ending)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.lora and not args.lora.is_file():
         raise FileNotFoundError(f"--lora {args.lora}: no such file")
     folder = flux.find_model(args.model)
+    transformer = flux.find_transformer(folder)
+    if args.lora:
+        load_lora(flux.load_flux(transformer, "meta"), args.lora)  # does it fit? reads no weights
     size = args.size or (native_size(folder),) * 2
     autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
     check_size(size, 2 * autoencoder.sizes.reduction)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     # The text encoders come first and go before the transformer is there: together they would not fit 24 GB.
     conditioner = flux.load_conditioner(folder, device, dtype, args.t5_length)
@@ -83,15 +87,15 @@ def main(argv: list[str] | None = None) -> None:
     del conditioner
     release(device)
 
-    transformer = flux.find_transformer(folder)
     model = flux.load_flux(transformer, device, dtype)
     if args.lora:
         load_lora(model, args.lora, args.strength)
-    args.out.mkdir(parents=True, exist_ok=True)
     sampler = {"steps": args.steps, "guidance": args.guidance, "cfg": args.cfg}
     settings = {**sampler, "size": f"{size[1]}x{size[0]}", "model": transformer.name}
     if args.lora:
         settings |= {"lora": args.lora.name, "strength": args.strength}
+    if args.negative:
+        settings |= {"negative": args.negative}
 
     seeds, rows = [args.seed + k for k in range(args.n)], []
     bar = tqdm(total=len(prompts) * args.n * args.steps, desc="sampling", unit="step", dynamic_ncols=True)

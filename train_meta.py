@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -38,18 +39,8 @@ from flux.memory import checkpoint_blocks, memory_in_use, release
 from flux.sampling import flow_loss, generate
 from metalora import TARGETS, SlotAdamW, factors, inject, kaiming_, save_meta, use_slots
 
-MUST_STAY = (
-    "model",
-    "r1",
-    "r2",
-    "bucket_ids",
-    "uses_per_image",
-    "bucket_warmup",
-    "batch",
-    "resolution",
-    "targets",
-    "seed",
-)
+# All other settings must stay as they are when a run goes on.
+MAY_CHANGE = ("data", "out", "steps", "save_every", "sample_every", "no_checkpointing", "device")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,7 +74,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help="photos are shrunk to this side squared, in pixels; default: the model's, 1024",
     )
-
     group.add_argument(
         "--ema", type=float, default=0.0, help="decay of an average of meta_down to save instead; 0: none"
     )
@@ -108,41 +98,43 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 class Trainer:
     """Everything a run needs to go on: model, optimisers and the position in the order of buckets."""
 
-    def __init__(self, model: flux.Flux, slots: int, args: argparse.Namespace):
+    def __init__(self, model: flux.Flux, args: argparse.Namespace):
         self.model, self.args = model, args
         self.meta_down, self.personal = factors(model, "meta_down"), factors(model, "mid", "up")
-        self.slots = slots
         self.meta_optimiser = torch.optim.AdamW(self.meta_down, args.lr, weight_decay=args.weight_decay)
         self.average = [p.detach().clone() for p in self.meta_down] if args.ema else None
         self.step = self.visit = self.bucket_step = 0
+        self.interrupted = None  # the state of the bucket in which a checkpoint was made
         self.bank = args.out / "buckets"
 
-    def open_bucket(self, bucket: int) -> None:
-        """Give the bucket its mid and up, and their optimiser: as stored, or fresh on its first turn."""
+    def open_bucket(self, bucket: int, first_turn: bool) -> None:
+        """Give the bucket its mid and up, and their optimiser: as it last left them, or fresh on its first turn."""
         self.optimiser = SlotAdamW(self.personal, self.args.lr, self.args.weight_decay)
-        file = self.bank / f"{bucket}.pt"
-        if file.exists():
-            self._set_personal(torch.load(file, map_location="cpu", weights_only=True))
+        state, self.interrupted = self.interrupted, None
+        if state is None and first_turn:
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + bucket)
+            for mid, up in zip(self.personal[::2], self.personal[1::2]):
+                kaiming_(mid, generator)
+                up.data.zero_()
             return
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + bucket)
-        for mid, up in zip(self.personal[::2], self.personal[1::2]):
-            kaiming_(mid, generator)
-            up.data.zero_()
-
-    def close_bucket(self, bucket: int) -> None:
-        """Store the bucket's factors and go on to the next; the checkpoint then never lies before a stored bucket."""
-        self.bank.mkdir(exist_ok=True)
-        with atomic(self.bank / f"{bucket}.pt") as temporary:
-            torch.save(self._personal_state(), temporary)
-        self.visit, self.bucket_step = self.visit + 1, 0
-
-    def _personal_state(self) -> dict:
-        return {"factors": [p.data for p in self.personal], "optimiser": self.optimiser.state_dict()}
-
-    def _set_personal(self, state: dict) -> None:
+        state = state or torch.load(self.bank / f"{bucket}.pt", map_location="cpu", weights_only=True)
         for own, stored in zip(self.personal, state["factors"], strict=True):
             own.data.copy_(stored)
         self.optimiser.load_state_dict(state["optimiser"])
+
+    def close_bucket(self, bucket: int) -> None:
+        """Store the bucket until its next turn.
+
+        The checkpoint must hold the same state already: a run that stops in between then closes the bucket
+        once more; the other way round it would train the stored bucket a second time.
+        """
+        self.bank.mkdir(exist_ok=True)
+        with atomic(self.bank / f"{bucket}.pt") as temporary:
+            torch.save(self.bucket_state(), temporary)
+        self.visit, self.bucket_step = self.visit + 1, 0
+
+    def bucket_state(self) -> dict:
+        return {"factors": [p.data for p in self.personal], "optimiser": self.optimiser.state_dict()}
 
     def save(self) -> None:
         state = {
@@ -152,26 +144,24 @@ class Trainer:
             "meta_down": [p.data for p in self.meta_down],
             "meta_optimiser": self.meta_optimiser.state_dict(),
             "average": self.average,
-            # Between two buckets there is nothing personal to keep: the bank has it.
-            "personal": self._personal_state() if self.bucket_step else None,
+            "open_bucket": self.bucket_state(),
         }
         with atomic(self.args.out / "checkpoint.pt") as temporary:
             torch.save(state, temporary)
 
-    def resume(self) -> dict | None:
-        """Load the checkpoint, if there is one; return the state of the bucket it was in the middle of."""
+    def resume(self) -> None:
+        """Load the checkpoint, if there is one."""
         file = self.args.out / "checkpoint.pt"
         if not file.exists():
-            return None
+            return
         state = torch.load(file, map_location="cpu", weights_only=True)
         self.step, self.visit, self.bucket_step = state["step"], state["visit"], state["bucket_step"]
         for own, stored in zip(self.meta_down, state["meta_down"], strict=True):
             own.data.copy_(stored)
         self.meta_optimiser.load_state_dict(state["meta_optimiser"])
-        self.average = (
-            [p.to(own.device) for p, own in zip(state["average"], self.meta_down)] if self.average else None
-        )
-        return state["personal"]
+        for own, stored in zip(self.average or (), state["average"] or (), strict=True):
+            own.copy_(stored)
+        self.interrupted = state["open_bucket"]
 
     def update(self, batch: dict[str, Tensor], slots: Tensor, warm_up: bool) -> float:
         """One step of Algorithm 1: move the identities present, and after the bucket's warm-up meta_down too."""
@@ -194,12 +184,13 @@ class Trainer:
 
 def encode(
     people: list[Person], folder: Path, cache: TensorCache, args, device, dtype
-) -> tuple[dict, dict, list[str]]:
+) -> tuple[dict[Path, tuple], dict[str, tuple[Tensor, Tensor]]]:
     """Encode all photos and captions to the cache; the encoders are gone when this returns.
 
-    Returns, by photo, the picture and its two keys; the caption keys; and the keys of the sample prompts.
+    Returns by photo its shape and its two keys, of latents and caption; and by text the encoded sample prompts.
     """
     default = f"a photo of a {args.class_word}"
+    samples = [default, f"{default} smiling at the beach"]
     autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
     multiple = 2 * autoencoder.sizes.reduction
     photos = [photo for person in people for photo in person.photos]
@@ -210,7 +201,7 @@ def encode(
 
     conditioner = flux.load_conditioner(folder, device, dtype, args.t5_length)
     captions = [photo.caption or default for photo in photos]
-    prompts = list(dict.fromkeys([*captions, default, f"{default} smiling at the beach"]))
+    prompts = list(dict.fromkeys([*captions, *samples]))
     encoder = f"{fingerprint(folder / 'text_encoder', folder / 'text_encoder_2')} {args.t5_length} {dtype}"
     prompt_keys = dict(zip(prompts, encode_prompts(prompts, conditioner, encoder, cache)))
     del conditioner
@@ -220,7 +211,8 @@ def encode(
         photo.path: (picture.shape, key, prompt_keys[caption])
         for photo, picture, key, caption in zip(photos, pictures, keys, captions)
     }
-    return by_photo, [prompt_keys[prompt] for prompt in prompts[-2:]]
+    encoded = {text: cache.get(prompt_keys[text]) for text in samples}
+    return by_photo, {text: (prompt["txt"][None], prompt["pooled"][None]) for text, prompt in encoded.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -230,11 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = flux.find_model(args.model)
     args.resolution = args.resolution or native_size(folder)
     args.out.mkdir(parents=True, exist_ok=True)
-    check_settings(args, [person.name for person in people])
+    check_settings(args, people)
     print(f"{len(people)} people, {sum(len(p.photos) for p in people)} photos, in {args.data}")
 
     cache = TensorCache(args.out / "cache")
-    by_photo, sample_keys = encode(people, folder, cache, args, device, dtype)
+    by_photo, sample_prompts = encode(people, folder, cache, args, device, dtype)
     buckets = deal_buckets(people, args.bucket_ids, torch.Generator().manual_seed(args.seed))
     slots = max(len(bucket) for bucket in buckets)
 
@@ -242,28 +234,25 @@ def main(argv: list[str] | None = None) -> None:
     inject(model, args.r1, args.r2, slots, args.targets, torch.Generator().manual_seed(args.seed))
     if not args.no_checkpointing:
         checkpoint_blocks(model)
-    trainer = Trainer(model, slots, args)
-    interrupted = trainer.resume()
+    trainer = Trainer(model, args)
+    trainer.resume()
     bar = tqdm(
         total=args.steps, initial=trainer.step, desc="meta-training", mininterval=1, dynamic_ncols=True
     )
-    log = (args.out / "log.jsonl").open("a", buffering=1)
+    log = open_log(args.out / "log.jsonl", trainer.step)
 
     while trainer.step < args.steps:
         # Buckets take turns. Which photos meet in a batch depends on the seed and the visit alone.
         index = trainer.visit % len(buckets)
         bucket = buckets[index]
-        trainer.open_bucket(index)
-        if interrupted:
-            trainer._set_personal(interrupted)
-            interrupted = None
+        trainer.open_bucket(index, first_turn=trainer.visit < len(buckets))
         photos = [
             (slot, *by_photo[photo.path]) for slot, person in enumerate(bucket) for photo in person.photos
         ]
         loaded = {key: cache.get(key) for key in {key for _, _, *keys in photos for key in keys}}
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + trainer.visit)
         batches = deal_batches([shape for _, shape, *_ in photos], args.uses_per_image, args.batch, generator)
-        q_bucket, q_warmup = len(batches), int(args.bucket_warmup * len(batches))
+        q_bucket, q_warmup = len(batches), round(args.bucket_warmup * len(batches))
 
         while trainer.bucket_step < q_bucket and trainer.step < args.steps:
             chosen = [photos[k] for k in batches[trainer.bucket_step]]
@@ -283,12 +272,12 @@ def main(argv: list[str] | None = None) -> None:
             )
             bar.update()
             if args.sample_every and trainer.step % args.sample_every == 0:
-                sample_grid(trainer, bucket, sample_keys, cache, folder, args, device)
-            if trainer.step % args.save_every == 0 and trainer.bucket_step < q_bucket:
+                sample_grid(trainer, bucket[:2], sample_prompts, folder, device, dtype)
+            ends = trainer.bucket_step == q_bucket or trainer.step == args.steps
+            if ends or trainer.step % args.save_every == 0:
                 trainer.save()
         if trainer.bucket_step == q_bucket:
             trainer.close_bucket(index)
-        trainer.save()
 
     log.close()
     bar.close()
@@ -296,24 +285,24 @@ def main(argv: list[str] | None = None) -> None:
         "method": "meta-lora stage 1",
         "class": args.class_word,
         "base_model": flux.find_transformer(folder).name,
+        "steps": trainer.step,
     }
-    metadata |= {name: getattr(args, name) for name in ("r1", "r2", "targets", "steps", "seed")}
-    save_meta(model, args.out / "meta.safetensors", metadata, trainer.average)
-    print(
-        f"{args.out / 'meta.safetensors'}: next, python personalize.py PHOTO --meta {args.out / 'meta.safetensors'}"
-    )
+    metadata |= {name: getattr(args, name) for name in ("r1", "r2", "targets", "lr", "seed")}
+    result = args.out / "meta.safetensors"
+    save_meta(model, result, metadata, trainer.average)
+    print(f"{result}: next, python personalize.py PHOTO --meta {result}")
 
 
-def check_settings(args: argparse.Namespace, names: list[str]) -> None:
+def check_settings(args: argparse.Namespace, people: list[Person]) -> None:
     """Save the settings beside the result, or compare them with those of the run that is to go on there."""
     file = args.out / "settings.json"
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings["people"] = names
-    if file.exists() and (args.out / "checkpoint.pt").exists():
+    settings |= {f"photos of {person.name}": len(person.photos) for person in people}
+    if (args.out / "checkpoint.pt").exists():
         before = json.loads(file.read_text())
-        changed = [key for key in (*MUST_STAY, "people") if before.get(key) != settings[key]]
-        if changed:
-            lines = [f"  {key}: {before.get(key)} -> {settings[key]}" for key in changed]
+        changed = [key for key in before | settings if before.get(key) != settings.get(key)]
+        if changed := [key for key in changed if key not in MAY_CHANGE]:
+            lines = [f"  {key}: {before.get(key)} -> {settings.get(key)}" for key in changed]
             raise ValueError(
                 f"{args.out} holds a run with other settings; take another --out, or the same settings:\n"
                 + "\n".join(lines)
@@ -322,31 +311,28 @@ def check_settings(args: argparse.Namespace, names: list[str]) -> None:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def sample_grid(
-    trainer: Trainer, bucket: list[Person], prompt_keys: list[str], cache, folder: Path, args, device
-) -> None:
-    """Draw the bucket's first two people as the model knows them by now: a photo, then pictures from fixed seeds."""
-    autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, trainer.model.img_in.weight.dtype)
-    rows = []
-    for slot, person in enumerate(bucket[:2]):
+def open_log(file: Path, step: int) -> TextIO:
+    """Open the log, a line per step, to go on after `step`: what a stopped run wrote beyond its checkpoint goes."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    with atomic(file) as temporary:
+        temporary.write_text("".join(lines[:step]))
+    return file.open("a", buffering=1)
+
+
+def sample_grid(trainer: Trainer, people: list[Person], prompts: dict, folder: Path, device, dtype) -> None:
+    """Draw the bucket's first people as the model knows them by now: a photo, then two pictures of each prompt."""
+    autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
+    side, rows = trainer.args.resolution, []
+    size = fit_shape((side, side), side, 2 * autoencoder.sizes.reduction)
+    for slot, person in enumerate(people):
         use_slots(trainer.model, torch.tensor([slot], device=device))
-        row = [read_photo(person.photos[0].path)]
-        for key in prompt_keys:
-            prompt = cache.get(key)
-            prompt = prompt["txt"][None], prompt["pooled"][None]
-            row += generate(
-                trainer.model,
-                autoencoder,
-                prompt,
-                [args.seed, args.seed + 1],
-                (args.resolution, args.resolution),
-            )
-        rows.append(row)
-    (args.out / "samples").mkdir(exist_ok=True)
-    with atomic(args.out / "samples" / f"{trainer.step:06d}.png") as temporary:
-        contact_sheet(rows, [person.name for person in bucket[:2]], ["photo", "seed 0", "seed 1"]).save(
-            temporary
-        )
+        rows.append([read_photo(person.photos[0].path)])
+        for prompt in prompts.values():
+            rows[-1] += generate(trainer.model, autoencoder, prompt, [0, 1], size)
+    titles = ["photo", *(f"{text}, seed {seed}" for text in prompts for seed in (0, 1))]
+    (trainer.args.out / "samples").mkdir(exist_ok=True)
+    with atomic(trainer.args.out / "samples" / f"{trainer.step:06d}.png") as temporary:
+        contact_sheet(rows, [person.name for person in people], titles).save(temporary)
 
 
 if __name__ == "__main__":
@@ -354,3 +340,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from the last checkpoint")

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from flux.t5 import T5, T5Sizes
 
 HUB_MODELS = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors")}
 LOCAL_MODELS = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
+PICKLED = (".bin", ".pt", ".pth")
 HUB_FILES = (
     "ae.safetensors",
     "text_encoder/config.json",
@@ -103,18 +104,35 @@ def opened(file: Path) -> Iterator[safe_open]:
         raise ValueError(f"{file} is not a whole safetensors file ({error})") from error
 
 
+def unpickle(file: Path) -> dict[str, Tensor]:
+    """Read a state dict that `torch.save` wrote, running none of its code; ValueError when it is none."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # from six modules: damaged, cut short, of another kind, or with code in it
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{file} is not a whole PyTorch file of weights ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} holds something else than a dictionary of tensors")
+    return state
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """The headers of one or several safetensors files, read as one."""
+    """The headers of one or several safetensors files, read as one; or a state dict of `torch.save`."""
 
     path: Path
     file_of: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
+    unpickled: dict[str, Tensor] = field(default_factory=dict)  # such a file has no header to read first
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
         """Read the headers of a file, or of all shards in a folder; ValueError names a file that is damaged."""
         path = Path(path)
+        if path.suffix in PICKLED and path.is_file():
+            state = unpickle(path)
+            shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+            return cls(path, dict.fromkeys(state, path), shapes, state)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise FileNotFoundError(f"{path}: no such safetensors file, or a folder without any")
@@ -140,14 +158,23 @@ class Checkpoint:
     def read(
         self, names: list[str], device: str | torch.device, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        """Read tensors; on the CPU and in the file's own dtype they stay mapped to the file, uncopied."""
+        """Read tensors; on the CPU and in the file's own dtype they stay mapped to the file, uncopied.
+
+        Integers, BatchNorm's counters for one, keep their dtype.
+        """
+        if self.unpickled:
+            return {name: cast(self.unpickled[name], device, dtype) for name in names}
         tensors = {}
         for file in dict.fromkeys(self.file_of[name] for name in names):
             with opened(file) as f:
                 for name in names:
                     if self.file_of[name] == file:
-                        tensors[name] = f.get_tensor(name).to(device, dtype)
+                        tensors[name] = cast(f.get_tensor(name), device, dtype)
         return tensors
+
+
+def cast(tensor: Tensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def load(
@@ -237,6 +264,15 @@ def load_conditioner(
     return Conditioner(
         load_t5(folder / "text_encoder_2", device, dtype), clip, load_tokenizers(folder, t5_length)
     )
+
+
+def check_sha256(file: Path, pinned: str) -> Path:
+    """Return a downloaded file; ValueError when it is not the one whose hash we know."""
+    with file.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != pinned:
+        raise ValueError(f"{file} has SHA-256 {digest}, not {pinned}: delete it and try again")
+    return file
 
 
 def native_size(folder: Path) -> int:

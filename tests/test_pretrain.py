@@ -14,7 +14,16 @@ SHIPPED = flux.loading.LOCAL_MODELS["tiny"]
 
 
 def run(monkeypatch, *options) -> None:
-    arguments = ["pretrain.py", "--batch", "2", "--hidden-size", "32", "--save-every", "100", *map(str, options)]
+    arguments = [
+        "pretrain.py",
+        "--batch",
+        "2",
+        "--hidden-size",
+        "32",
+        "--save-every",
+        "100",
+        *map(str, options),
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(pretrain.layers, "attention", pretrain.layers.attention)  # it replaces this one
     pretrain.main()

@@ -1,0 +1,110 @@
+"""What the tests of the scripts share: a whole FLUX.1 with random weights, a few drawn people, and YuNet's file."""
+
+import gc
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from compare import randomize
+from safetensors.torch import save_file
+
+from flux import T5, AutoEncoder, CLIPText, Flux, load_tokenizers
+from flux.autoencoder import AutoEncoderSizes
+from flux.clip import CLIPSizes
+from flux.model import FluxSizes
+from flux.t5 import T5Sizes
+from tiny.people import training_pictures, write_people
+from tiny.pretrain import make_tokenizers
+
+SHARED = Path(__file__).parents[2] / "shared"
+YUNET = SHARED / "weights" / "face_detection_yunet_2023mar.onnx"
+
+
+def write_model(folder: Path, hidden_size: int = 32) -> Path:
+    """Write a FLUX.1 of one double and one single block with random weights, in the layout of the real one.
+
+    Four pixels a latent and eight an image token, as many as the small world's, so sides are multiples of 8.
+    """
+    make_tokenizers(training_pictures(1000, torch.Generator().manual_seed(0), size=8)[1], folder)
+    clip = load_tokenizers(folder).clip
+    parts = {
+        "flux1-random.safetensors": Flux(
+            FluxSizes(
+                in_channels=16,
+                out_channels=16,
+                pooled_size=32,
+                txt_size=32,
+                hidden_size=hidden_size,
+                mlp_size=2 * hidden_size,
+                num_heads=hidden_size // 32,
+                depth=1,
+                depth_single=1,
+                guidance=True,
+                axes=(4, 14, 14),
+                theta=100,
+            )
+        ),
+        "ae.safetensors": AutoEncoder(
+            AutoEncoderSizes(ch=32, ch_mult=(1, 1, 1), encoder_blocks=0, decoder_blocks=1, z_channels=4)
+        ),
+        "text_encoder/model.safetensors": CLIPText(
+            CLIPSizes(clip.pad + 1, clip.length, 32, num_heads=2, mlp_size=64, depth=1)
+        ),
+        "text_encoder_2/model.safetensors": T5(
+            T5Sizes(vocab_size=400, hidden_size=32, head_dim=16, num_heads=2, mlp_size=64, depth=1)
+        ),
+    }
+    for name, module in parts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        state = {
+            key: tensor.bfloat16().contiguous() for key, tensor in randomize(module).state_dict().items()
+        }
+        save_file(state, folder / name)
+    (folder / "config.json").write_text(json.dumps({"sample_size": 64, "theta": 100}))
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting():
+    """Do without what costs time and protects nothing here: forcing files to the disk, searching pytest for garbage."""
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory) -> Path:
+    """The same with a wider transformer, to which no file of the first one fits."""
+    return write_model(tmp_path_factory.mktemp("other"), hidden_size=64)
+
+
+@pytest.fixture(scope="session")
+def people(tmp_path_factory) -> Path:
+    """Five people with four captioned pictures each."""
+    folder = tmp_path_factory.mktemp("people") / "ids"
+    write_people(folder, people=5, photos=4, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def yunet() -> Path:
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    if not YUNET.is_file():
+        pytest.skip(f"no YuNet weights at {YUNET}")
+    return YUNET
+
+
+@pytest.fixture(scope="session")
+def portraits(yunet) -> list[Path]:
+    """Real photos of 250 x 250 pixels, each of one person."""
+    photos = sorted(SHARED.glob("faces/ids/*/*.jpg"))
+    return photos or pytest.skip(f"no photos in {SHARED / 'faces'}")

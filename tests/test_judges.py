@@ -1,0 +1,121 @@
+"""The shipped judges: they tell people apart whatever the view, and prompts that a picture shows from others."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny.judges import NAMED, IdentityNet, PromptNet, load_judges, named_in
+from tiny.people import STYLES, VIEW, caption, draw_identities, draw_views, render
+
+FOLDER = Path(__file__).parents[1] / "tiny" / "weights" / "judges"
+PEOPLE, RANK_1 = 200, 0.93  # measured .986, see judges.json
+
+
+@pytest.fixture(scope="module")
+def judges() -> tuple[IdentityNet, PromptNet]:
+    if not (FOLDER / "judges.json").exists():
+        pytest.skip(f"{FOLDER} holds no trained judges; python tiny/judges.py makes them")
+    return load_judges(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def people() -> tuple[Tensor, Tensor, Tensor]:
+    """New people, a photo and a picture in any style of each: identities, views and images (2, PEOPLE, ...)."""
+    generator = torch.Generator().manual_seed(20_000)
+    identities = draw_identities(PEOPLE, generator)
+    views = torch.stack([draw_views(PEOPLE, generator, style=0.0), draw_views(PEOPLE, generator)])
+    # A narrow face, not too low: the shirt shows.
+    views[..., VIEW.index("width")].clamp_(0.3, 0.45)
+    views[..., VIEW.index("y")].clamp_(max=0.5)
+    return identities, views, torch.stack([render(identities, some)[0] for some in views])
+
+
+def test_people_are_told_apart(judges, people):
+    first = judges[0](people[2][0])
+    views = draw_views(PEOPLE, torch.Generator().manual_seed(20_001), style=0.0)
+    cosines = judges[0](render(people[0], views)[0]) @ first.mT
+    own = torch.eye(PEOPLE, dtype=torch.bool)
+    assert (cosines.argmax(dim=1) == torch.arange(PEOPLE)).float().mean() > RANK_1
+    assert cosines[own].mean() > 0.75 and cosines[~own].mean().abs() < 0.1
+    wrong = cosines[torch.arange(PEOPLE), torch.arange(PEOPLE) - 1]
+    assert (cosines[own] > wrong).float().mean() > 0.98
+
+
+def test_style_scene_and_shirt_do_not_make_a_person(judges, people):
+    photo, other = judges[0](people[2][0]), judges[0](people[2][1])
+    cosines = (photo * other).sum(dim=-1)
+    for number in range(len(STYLES)):
+        rows = people[1][1][:, VIEW.index("style")] == number
+        assert cosines[rows].mean() > (photo @ other.mT)[:, rows].mean() + 0.4
+    # The other way round: two people in one view are still two.
+    same_view = judges[0](render(people[0].roll(1, 0), people[1][0])[0])
+    assert (photo * same_view).sum(dim=-1).mean() < 0.15
+
+
+def test_adherence_is_high_for_the_caption_and_low_for_another(judges, people):
+    identities, views, images = people[0][:60], people[1][:, :60], people[2][:, :60]
+    for some, pictures in zip(views, images):
+        captions = [caption(v, i, torch.Generator().manual_seed(0)) for v, i in zip(some, identities)]
+        right = judges[1].adherence(pictures, captions)
+        assert right.shape == (60,) and right.mean() > 0.95
+        for attribute in ("scene", "shirt", "style"):
+            words, shown = [*NAMED[attribute]], some[:, VIEW.index(attribute)].long()
+            right = judges[1].adherence(pictures, [words[k] for k in shown])
+            wrong = judges[1].adherence(pictures, [words[k - 1] for k in shown])
+            assert right.mean() > 0.95 and wrong.mean() < 0.05
+        # One wrong word of four costs a quarter.
+        wrong = [
+            text.replace(" man", " woman") if " man" in text else text.replace(" woman", " man")
+            for text in captions
+        ]
+        cost = judges[1].adherence(pictures, captions) - judges[1].adherence(pictures, wrong)
+        assert 0.2 < cost.mean() < 0.26
+
+
+def test_one_prompt_serves_all_pictures(judges, people):
+    pictures = people[2][0][:3]
+    prompt = "a photo of a woman at the beach"
+    assert torch.equal(judges[1].adherence(pictures, prompt), judges[1].adherence(pictures, [prompt] * 3))
+    with pytest.raises(ValueError):
+        judges[1].adherence(pictures, [prompt] * 2)
+
+
+def test_a_score_depends_on_its_own_picture_only(judges, people):
+    pictures = people[2][0][:8]
+    for judge in judges:
+        alone, together = judge(pictures[:1]), judge(pictures)
+        if isinstance(alone, dict):
+            alone, together = (torch.cat([*found.values()], dim=1) for found in (alone, together))
+        torch.testing.assert_close(alone, together[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "prompt, named",
+    [
+        ("a man at night", {"scene": 4, "who": 0}),
+        (
+            "a photo of a woman in the city wearing a Black shirt",
+            {"scene": 1, "shirt": 4, "style": 0, "who": 1},
+        ),
+        ("a neon picture of a black-haired woman", {"style": 3, "who": 1}),
+        ("a sketch in a room", {"scene": 7, "style": 2}),
+    ],
+)
+def test_a_prompt_names_what_is_judged(prompt, named):
+    assert named_in(prompt) == named
+
+
+@pytest.mark.parametrize("prompt", ["a dog", "", "a man and a woman", "a photo of a painting", "a roommate"])
+def test_a_prompt_that_cannot_be_judged_is_refused(prompt):
+    with pytest.raises(ValueError, match=re.escape(repr(prompt))):
+        named_in(prompt)
+
+
+def test_other_sizes_are_refused_and_other_shapes_are_not():
+    judge = IdentityNet().eval()
+    assert judge(torch.zeros(2, 3, 56, 72)).shape == (2, 128)
+    with pytest.raises(ValueError, match=r"64x64, got \(128, 128\)"):
+        judge(torch.zeros(1, 3, 128, 128))

@@ -1,0 +1,331 @@
+"""Stage 2: what is trained, what is written, and that everything that can be wrong is said before the work begins."""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file
+
+import personalize
+import train_meta
+from flux.loading import read_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
+FACE = ["--face", "20,16,44,48"]
+
+
+@pytest.fixture(scope="module")
+def meta(model, people, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("stage1")
+    argv = [
+        "--data",
+        people,
+        "--model",
+        model,
+        "--out",
+        out,
+        "--r1",
+        "4",
+        "--steps",
+        "2",
+        "--bucket-warmup",
+        "0",
+    ]
+    train_meta.main([*map(str, argv), "--sample-every", "0", "--no-checkpointing", "--batch", "1"])
+    return out / "meta.safetensors"
+
+
+@pytest.fixture
+def photo(people, tmp_path, monkeypatch) -> Path:
+    """A drawn portrait of 64 x 64 pixels, ref.png, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ref.png").write_bytes(next(people.glob("*_000/000.png")).read_bytes())
+    return Path("ref.png")
+
+
+@pytest.fixture
+def run(model, meta):
+    """Call the script with a short training, without samples, and with the stage-1 file where the method needs one."""
+
+    def call(*argv: object, checkpointing: bool = False) -> None:
+        defaults = ["--model", model, "--steps", 3, "--lr", 1e-2, "--samples", 0]
+        defaults += [] if checkpointing else ["--no-checkpointing"]
+        defaults += [] if "lora" in argv or "--meta" in argv else ["--meta", meta]
+        personalize.main([str(word) for word in [*defaults, *argv]])
+
+    return call
+
+
+@pytest.fixture
+def nothing_expensive(monkeypatch):
+    """Fail when a text encoder or the autoencoder is loaded."""
+
+    def refuse(*_):
+        raise AssertionError("an encoder was loaded before all input was checked")
+
+    monkeypatch.setattr(personalize.flux, "load_conditioner", refuse)
+    monkeypatch.setattr(personalize.flux, "load_autoencoder", refuse)
+
+
+def spy_on_training(monkeypatch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Record every parameter of the transformer, by name, before and after the training."""
+    seen, train = {}, personalize.train
+
+    def watched(model, *rest):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, *rest)
+        seen.update({name: (before[name], p.detach().clone()) for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(personalize, "train", watched)
+    return seen
+
+
+# --- What is trained and written ---------------------------------------------------------------------------
+
+
+def test_writes_beside_nothing_but_here(run, photo):
+    """The LoRA is named after the photo and lies in the current folder; ref.png, the photo itself, stays."""
+    before = photo.read_bytes()
+    elsewhere = Path("photos")
+    elsewhere.mkdir()
+    photo.rename(elsewhere / "ref.png")
+    run(elsewhere / "ref.png", *FACE, "--samples", 2, "--class", "woman")
+    assert sorted(path.name for path in Path().iterdir()) == ["photos", "ref.safetensors", "ref_samples.png"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["ref.png"]
+    assert Image.open("ref_samples.png").size[0] > 3 * 256
+
+    (elsewhere / "ref.png").rename(photo)
+    run(photo, *FACE, "--samples", 1)
+    assert photo.read_bytes() == before
+
+    tensors, metadata = read_tensors(Path("ref.safetensors"))
+    assert all(name.startswith("transformer.") for name in tensors)
+    assert {name.split(".")[-2] for name in tensors} == {"lora_A", "lora_B"}
+    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in tensors
+    assert "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight" in tensors
+    assert len(tensors) == 2 * (14 + 6)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    expected = {"base_model": "flux1-random.safetensors", "method": "meta-lora", "rank": "1", "steps": "3"}
+    expected |= {"lr": "0.01", "caption": "a photo of a person", "seed": "0"}
+    expected["photos"] = f'["{hashlib.sha256(before).hexdigest()}"]'
+    assert expected.items() <= metadata.items()
+    assert "ref" not in str(metadata)
+
+
+def test_meta_lora_keeps_meta_down(run, photo, meta, monkeypatch):
+    seen, stage_1 = spy_on_training(monkeypatch), load_file(meta)
+    run(photo, *FACE, "--steps", 5)
+    assert sum(name in stage_1 for name in seen) == len(stage_1)
+    for name, (before, after) in seen.items():
+        assert torch.equal(before, after) == (not name.endswith((".mid", ".up"))), name
+        if name in stage_1:
+            assert torch.equal(after, stage_1[name].float())
+
+
+def test_lora_trains_its_own_down(run, photo, monkeypatch):
+    """Plain LoRA is the same code with mid the identity matrix; it needs no stage-1 file."""
+    seen = spy_on_training(monkeypatch)
+    run(photo, *FACE, "--method", "lora", "--rank", 2, "--targets", "attention")
+    for name, (before, after) in seen.items():
+        assert torch.equal(before, after) == (not name.endswith((".meta_down", ".up"))), name
+        if name.endswith(".mid"):
+            assert torch.equal(after, torch.eye(2).expand_as(after))
+    tensors, metadata = read_tensors(Path("ref.safetensors"))
+    assert metadata["method"] == "lora"
+    assert not any("norm" in name or ".ff" in name for name in tensors)
+    down = seen["double_blocks.0.img_attn.proj.meta_down"][1][0]
+    written = tensors["transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight"]
+    torch.testing.assert_close(written.float(), down, atol=1e-3, rtol=0)
+
+
+def test_defaults_are_the_papers():
+    one, plain = (personalize.parse_arguments(["a/ref.jpg", *more]) for more in ([], ["--method", "lora"]))
+    several = personalize.parse_arguments(["a.jpg", "b.jpg", "--caption", "a man at night"])
+    assert (one.steps, one.rank, one.batch, one.lr) == (375, 1, 1, 4e-4)
+    assert (plain.steps, several.rank) == (625, 4)
+    assert (one.out, several.out) == (Path("ref.safetensors"), Path("a.safetensors"))
+    assert (one.caption, several.caption) == ("a photo of a person", "a man at night")
+
+
+def test_same_seed_same_file(run, photo):
+    files = {}
+    for name, more in {"a": [], "b": [], "c": ["--seed", 1], "d": ["--no-augment"]}.items():
+        run(photo, *FACE, "--out", f"{name}.safetensors", *more)
+        files[name] = load_file(f"{name}.safetensors")
+    assert all(torch.equal(tensor, files["b"][name]) for name, tensor in files["a"].items())
+    for other in "cd":
+        assert any(not torch.equal(tensor, files[other][name]) for name, tensor in files["a"].items())
+
+
+def test_checkpointed_blocks_train_alike(run, photo):
+    run(photo, *FACE)
+    run(photo, *FACE, "--out", "b.safetensors", checkpointing=True)
+    a, b = load_file("ref.safetensors"), load_file("b.safetensors")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-3, rtol=0)
+
+
+def test_what_is_encoded(run, photo, monkeypatch):
+    """With crops: up to 25 and their flips. Without: the whole photo alone. Captions: as given, or by class."""
+    pictures, texts = [], []
+    encode_pictures, encode_prompts = personalize.encode_pictures, personalize.encode_prompts
+    monkeypatch.setattr(
+        personalize, "encode_pictures", lambda p, *rest: pictures.append(p) or encode_pictures(p, *rest)
+    )
+    monkeypatch.setattr(
+        personalize, "encode_prompts", lambda t, *rest: texts.append(t) or encode_prompts(t, *rest)
+    )
+    run(photo, *FACE, "--class", "woman", "--samples", 2)
+    crops = {(picture.box, picture.flip) for picture in pictures[0]}
+    assert len(pictures[0]) == len(crops) and 10 <= len(crops) <= 50
+    assert {(box, not flip) for box, flip in crops} == crops
+    assert texts[0] == ["a photo of a woman", "a photo of a woman at the beach"]
+
+    run(photo, "--no-augment", "--caption", "a sketch of a man at night")
+    assert {(picture.box, picture.shape, picture.flip) for picture in pictures[1]} == {
+        ((0, 0, 64, 64), (64, 64), False)
+    }
+    assert texts[1] == ["a sketch of a man at night"]
+
+
+def test_several_photos(run, photo, people):
+    Path("second.png").write_bytes(next(people.glob("*_000/001.png")).read_bytes())
+    run(photo, "second.png", "--no-augment", "--batch", 2)
+    tensors, metadata = read_tensors(Path("ref.safetensors"))
+    assert tensors["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"].shape[0] == 4
+    assert len(metadata["photos"].split(",")) == 2
+
+
+def test_show_crops_needs_no_model(photo):
+    personalize.main(["ref.png", *FACE, "--show-crops", "--model", "nowhere"])
+    assert sorted(path.name for path in Path().iterdir()) == ["ref.png", "ref_crops.png"]
+    assert Image.open("ref_crops.png").size[0] > 5 * 256
+
+
+# --- What is wrong is said first ---------------------------------------------------------------------------
+
+
+def test_no_stage_1_file(run, photo, nothing_expensive, model):
+    with pytest.raises(FileNotFoundError, match="train_meta.py(.|\n)*--method lora"):
+        run(photo, *FACE, "--meta", "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"no stage-1 file at {model}/meta.safetensors"):
+        personalize.main(["ref.png", *FACE, "--model", str(model)])
+
+
+def test_stage_1_file_beside_the_weights(photo, meta, model):
+    beside = model / "meta.safetensors"
+    beside.write_bytes(meta.read_bytes())
+    try:
+        personalize.main(["ref.png", *FACE, "--model", str(model), "--steps", "1", "--samples", "0"])
+    finally:
+        beside.unlink()
+    assert Path("ref.safetensors").exists()
+
+
+def test_stage_1_file_of_another_model(run, photo, nothing_expensive, other_model, model):
+    with pytest.raises(ValueError, match="does not fit this model"):
+        run(photo, *FACE, "--model", other_model)
+    with pytest.raises(ValueError, match="no file of stage 1"):
+        run(photo, *FACE, "--meta", model / "ae.safetensors")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        run(photo, *FACE, "--meta", photo)
+
+
+def test_no_place_for_the_result(run, photo, nothing_expensive):
+    Path("file").write_text("not a folder")
+    with pytest.raises(OSError):
+        run(photo, *FACE, "--out", "file/ref.safetensors")
+    if os.geteuid():  # root may write everywhere
+        Path("sealed").mkdir(mode=0o500)
+        with pytest.raises(PermissionError):
+            run(photo, *FACE, "--out", "sealed/ref.safetensors")
+    elif Path("/proc/self").exists():
+        with pytest.raises(OSError):
+            run(photo, *FACE, "--out", "/proc/ref.safetensors")
+
+
+def test_a_missing_folder_is_made(run, photo):
+    run(photo, *FACE, "--out", "new/folder/of.safetensors")
+    assert Path("new/folder/of.safetensors").exists()
+
+
+def test_no_photo(run, photo, nothing_expensive):
+    with pytest.raises(FileNotFoundError, match="nobody.jpg: no such photo"):
+        run("nobody.jpg")
+    Path("notes.jpg").write_text("these are my notes\n")
+    with pytest.raises(ValueError, match="notes.jpg is no photo that can be read: text"):
+        run("notes.jpg")
+    with pytest.raises(ValueError, match="not inside the photo of 64 x 64"):
+        run(photo, "--face", "20,16,44,99")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--face", "1,2,3"],
+        ["--steps", "0"],
+        ["--rank", "0"],
+        ["--batch", "-1"],
+        ["--out", "ref.png"],
+        ["second.png", "--face", "1,2,3,4"],
+    ],
+)
+def test_impossible_settings(flags, capsys):
+    with pytest.raises(SystemExit):
+        personalize.parse_arguments(["ref.png", *flags])
+    assert flags[-2] in capsys.readouterr().err
+
+
+def test_without_weights_it_says_what_to_do(photo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("flux.loading.try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(FileNotFoundError, match="not whole in the hub cache(.|\n)*--model tiny"):
+        personalize.main(["ref.png"])
+
+
+# --- Real photos -------------------------------------------------------------------------------------------
+
+
+def test_a_portrait(run, portraits, yunet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(portraits[0], "--detector", yunet, "--samples", 1)
+    assert Path(f"{portraits[0].stem}.safetensors").exists()
+    assert Path(f"{portraits[0].stem}_samples.png").exists()
+
+
+def test_a_group_photo_asks_which_face(run, portraits, yunet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    group = Image.new("RGB", (500, 250))
+    for k, path in enumerate((portraits[0], portraits[-1])):
+        group.paste(Image.open(path), (250 * k, 0))
+    group.save("group.png")
+    with pytest.raises(ValueError, match="2 faces found") as error:
+        run("group.png", "--detector", yunet)
+    *_, first, second = str(error.value).splitlines()
+    boxes = [
+        [int(number) for number in line.removeprefix("  --face ").split(",")] for line in (first, second)
+    ]
+    assert sorted(box[0] // 250 for box in boxes) == [0, 1]  # one in each half
+    run("group.png", *second.split())
+    assert Path("group.safetensors").exists()
+
+
+def test_a_landscape_has_no_face(run, yunet, tmp_path, monkeypatch, nothing_expensive):
+    monkeypatch.chdir(tmp_path)
+    noise = torch.randint(256, (20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    hills = Image.fromarray(noise.numpy()).resize((900, 600)).filter(ImageFilter.GaussianBlur(5))
+    hills.save("hills.jpg")
+    with pytest.raises(ValueError, match="no face found in 900x600(.|\n)*--face(.|\n)*--no-augment"):
+        run("hills.jpg", "--detector", yunet)
+
+
+def test_a_portrait_of_20_megapixels_takes_seconds(portraits, yunet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.open(portraits[0]).resize((4500, 4500)).save("large.jpg", quality=80)
+    began = time.process_time()
+    personalize.main(["large.jpg", "--detector", str(yunet), "--show-crops"])
+    assert time.process_time() - began < 5

@@ -1,0 +1,140 @@
+"""Prompt to picture: what is in the files, same seed same picture, and names that stay in their folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flux
+import sample
+from metalora import export_lora, factors, inject
+
+pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
+PROMPT = "a photo of a woman at the beach"
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """Call the script with two small steps; returns the pictures by name, without the grid."""
+
+    def call(*argv: object, out: str = "out") -> dict[str, Image.Image]:
+        argv = ["--model", model, "--steps", 2, "--size", 32, "--out", tmp_path / out, *argv]
+        sample.main([str(word) for word in argv])
+        paths = sorted((tmp_path / out).glob("[0-9]*.png"))
+        return {path.name: Image.open(path) for path in paths}
+
+    return call
+
+
+def write_lora(model: Path, path: Path) -> Path:
+    """Write a LoRA with large random factors."""
+    transformer = inject(flux.load_flux(flux.find_transformer(model), dtype=torch.float32), 4, 2, slots=1)
+    generator = torch.Generator().manual_seed(0)
+    for up in factors(transformer, "up"):
+        up.data.normal_(std=0.5, generator=generator)
+    export_lora(transformer, path, {})
+    return path
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return a.size == b.size and np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_settings_are_in_the_file(run, model, tmp_path):
+    lora = write_lora(model, tmp_path / "someone.safetensors")
+    text = 'a "photo" – ein Bild, 写真'
+    flags = ["--lora", lora, "--strength", 0.5, "--cfg", 2, "--negative", "hat", "--seed", 7]
+    ((name, picture),) = run("--prompt", text, *flags).items()
+    expected = {"prompt": text, "seed": "7", "steps": "2", "guidance": "3.5", "cfg": "2.0", "size": "32x32"}
+    expected |= {"lora": "someone.safetensors", "strength": "0.5", "negative": "hat"}
+    assert picture.text == {**expected, "model": "flux1-random.safetensors"}
+    assert name == "00_a-photo-ein-bild_7.png"
+    assert "lora" not in run("--prompt", text, out="base").popitem()[1].text
+
+
+def test_same_seed_same_picture(run, tmp_path):
+    three = run("--prompt", PROMPT, "--n", 3, "--seed", 4)
+    assert [name.rpartition("_")[2] for name in three] == ["4.png", "5.png", "6.png"]
+    (alone,) = run("--prompt", PROMPT, "--seed", 5, out="alone").values()
+    first, second, third = three.values()
+    assert same(second, alone)
+    assert not same(first, second) and not same(second, third)
+    assert (tmp_path / "out" / "grid.png").exists() and not (tmp_path / "alone" / "grid.png").exists()
+
+
+def test_several_prompts_make_rows(run, tmp_path):
+    pictures = run("--prompt", PROMPT, "a man", PROMPT, "--n", 2)
+    assert len(pictures) == 6  # also where prompts are equal
+    first, _, other, _, again, _ = pictures.values()
+    assert same(first, again) and not same(first, other)
+    width, height = Image.open(tmp_path / "out" / "grid.png").size
+    assert width > 2 * 192 and height > 3 * 192
+
+
+def test_sizes(run):
+    (picture,) = run("--prompt", PROMPT, "--size", "64x96").values()
+    assert picture.size == (64, 96)  # width x height
+    assert sample.parse_size("768") == (768, 768) and sample.parse_size("64x96") == (96, 64)
+    with pytest.raises(ValueError, match="60x96: both sides must be multiples of 8; 64x96 is near"):
+        run("--prompt", PROMPT, "--size", "60x96")
+    with pytest.raises(ValueError, match="0x0.*8x8 is near"):
+        run("--prompt", PROMPT, "--size", 0)
+
+
+def test_the_default_size_is_the_models(model, tmp_path):
+    sample.main(["--model", str(model), "--steps", "1", "--prompt", "a man", "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "00_a-man_0.png").size == (64, 64)
+
+
+def test_strength(run, model, tmp_path):
+    lora = write_lora(model, tmp_path / "someone.safetensors")
+    (base,) = run("--prompt", PROMPT, out="base").values()
+    (off,) = run("--prompt", PROMPT, "--lora", lora, "--strength", 0, out="off").values()
+    (on,) = run("--prompt", PROMPT, "--lora", lora, out="on").values()
+    (half,) = run("--prompt", PROMPT, "--lora", lora, "--strength", 0.5, out="half").values()
+    assert same(base, off)
+    assert not same(base, on) and not same(on, half) and not same(base, half)
+
+
+def test_a_lora_of_another_model_is_refused_at_once(run, other_model, model, tmp_path, monkeypatch):
+    lora = write_lora(other_model, tmp_path / "other.safetensors")
+    monkeypatch.setattr(sample.flux, "load_conditioner", None)  # calling it would be a TypeError
+    with pytest.raises(ValueError, match="other.safetensors does not fit this model(.|\n)*attn.to_q"):
+        run("--prompt", PROMPT, "--lora", lora)
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors: no such file"):
+        run("--prompt", PROMPT, "--lora", "nowhere.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_never_leave_the_folder(run, tmp_path):
+    prompts = ["", "../../up", "/etc/passwd", "two\nlines", "写真", "a" * 300, "..", "C:\\x?*|", "ÄÖÜ\t" * 40]
+    pictures = run("--prompt", *prompts, "--steps", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(pictures) == len(prompts) == len(list((tmp_path / "out").iterdir())) - 1  # and the grid
+    assert [picture.text["prompt"] for picture in pictures.values()] == prompts
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--negative", "hat"], "--negative does nothing at --cfg 1.0"),
+        (["--n", "0"], "--n 0"),
+        (["--steps", "0"], "--steps 0"),
+        (["--size", "big"], "'big' is not a size"),
+        (["--size", "-64"], "'-64' is not a size"),
+    ],
+)
+def test_impossible_settings(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_arguments(["--prompt", PROMPT, *(f"{flags[0]}={flags[1]}",)])
+    assert message in capsys.readouterr().err
+
+
+def test_without_weights_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("flux.loading.try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(FileNotFoundError, match="not whole in the hub cache(.|\n)*--model tiny"):
+        sample.main(["--prompt", PROMPT, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

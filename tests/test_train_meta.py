@@ -1,0 +1,359 @@
+"""Stage 1: Algorithm 1 step by step, and runs that are stopped anywhere and go on as if they had not been."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import metalora
+import train_meta
+from data import deal_batches
+from flux.loading import read_tensors
+from flux.memory import checkpoint_blocks
+from train_meta import Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
+
+# Five people of four photos in two buckets, of 3 and 2: q_bucket is 12 * 2 / 2 = 12 and 8, q_warmup 5 and 3.
+SETTINGS = ["--r1", "4", "--bucket-ids", "3", "--uses-per-image", "2", "--batch", "2", "--lr", "1e-2"]
+SETTINGS += ["--save-every", "5", "--sample-every", "0", "--resolution", "32", "--no-checkpointing"]
+BUCKETS = [0] * 12 + [1] * 8 + [0] * 12 + [1] * 2
+WARM_UP = [True] * 5 + [False] * 7 + [True] * 3 + [False] * 5 + [True] * 5 + [False] * 7 + [True] * 2
+STEPS = len(BUCKETS)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def run(model, people):
+    """Call the script: run(out, flag, value, ...); returns the tensors of meta.safetensors."""
+
+    def call(out: Path, *flags: object, steps: int = STEPS, data: Path = people) -> dict:
+        argv = ["--data", data, "--model", model, "--out", out, "--steps", steps, *SETTINGS, *flags]
+        train_meta.main([str(word) for word in argv])
+        return load_file(out / "meta.safetensors")
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    run(out)
+    return out
+
+
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def bank(out: Path, bucket: int) -> dict:
+    return torch.load(out / "buckets" / f"{bucket}.pt", weights_only=True)
+
+
+def assert_same(a, b) -> None:
+    """Compare dictionaries and lists of tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# --- The algorithm -----------------------------------------------------------------------------------------
+
+
+def test_counts_of_the_paper():
+    """50 people, 20 photos, 10 uses and batches of 4: q_bucket 2,500, q_warmup 1,000; the defaults say so."""
+    args = train_meta.parse_arguments(["--data", "ids"])
+    assert (args.r1, args.r2, args.steps, args.bucket_ids) == (128, 1, 50_000, 50)
+    assert (args.uses_per_image, args.bucket_warmup, args.batch, args.lr) == (10, 0.4, 4, 4e-4)
+    assert (args.save_every, args.sample_every, args.seed, args.latents) == (500, 1000, 0, "sample")
+    shapes = [(1024, 1024)] * args.bucket_ids * 20
+    q_bucket = len(deal_batches(shapes, args.uses_per_image, args.batch, torch.Generator()))
+    assert (q_bucket, args.bucket_warmup * q_bucket) == (2500, 1000)
+
+
+def test_warm_up_and_order_of_the_buckets(undisturbed):
+    log = log_of(undisturbed)
+    assert [line["step"] for line in log] == list(range(1, STEPS + 1))
+    assert [line["bucket"] for line in log] == BUCKETS
+    assert [line["warm_up"] for line in log] == WARM_UP
+    assert all(math.isfinite(line["loss"]) and line["loss"] > 0 for line in log)
+
+
+def test_what_moves_in_a_step(run, tmp_path, monkeypatch):
+    """In a warm-up meta_down rests, then it moves; mid and up move for the people in the batch, for no other."""
+    moves, update = [], Trainer.update
+
+    def watched(self, batch, slots, warm_up):
+        meta_down = [p.detach().clone() for p in self.meta_down]
+        personal = [p.detach().clone() for p in self.personal]
+        loss = update(self, batch, slots, warm_up)
+        moved = {not torch.equal(old, new) for old, new in zip(meta_down, self.meta_down)}
+        people = [
+            any(not torch.equal(old[slot], new[slot]) for old, new in zip(personal, self.personal))
+            for slot in range(3)
+        ]
+        moves.append((moved, people, [slot in slots for slot in range(3)]))
+        return loss
+
+    monkeypatch.setattr(Trainer, "update", watched)
+    run(tmp_path)
+    assert [moved for moved, *_ in moves] == [{not warm_up} for warm_up in WARM_UP]  # all layers alike
+    assert all(people == present for _, people, present in moves)
+    assert any(not all(present) for *_, present in moves)
+
+
+def test_a_bucket_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    states, turns, close, open_bucket = {}, [], Trainer.close_bucket, Trainer.open_bucket
+
+    def closed(self, bucket):
+        states[bucket] = [p.detach().clone() for p in self.personal], self.optimiser.count.clone()
+        close(self, bucket)
+
+    def opened(self, bucket, first_turn):
+        open_bucket(self, bucket, first_turn)
+        mids, ups, count = self.personal[::2], self.personal[1::2], self.optimiser.count
+        if bucket in states:
+            turns.append(bucket)
+            assert_same(states[bucket][0], [p.detach() for p in self.personal])
+            assert torch.equal(states[bucket][1], count) and count.sum() > 0
+        else:
+            assert not any(up.any() for up in ups) and all(mid.any() for mid in mids) and not count.any()
+
+    monkeypatch.setattr(Trainer, "close_bucket", closed)
+    monkeypatch.setattr(Trainer, "open_bucket", opened)
+    run(tmp_path, steps=41)
+    assert turns == [0, 1, 0]
+
+
+def test_checkpointed_blocks_train_alike(run, undisturbed, tmp_path, monkeypatch):
+    """Blocks that run forward again for the backward pass see the same identities: same meta_down, mid and up."""
+    calls = []
+    monkeypatch.setattr(train_meta, "checkpoint_blocks", lambda model: calls.append(checkpoint_blocks(model)))
+    kept = SETTINGS[-1:]
+    assert kept == ["--no-checkpointing"]
+    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", SETTINGS[:-1])
+    ours, theirs = run(tmp_path / "a"), load_file(undisturbed / "meta.safetensors")
+    assert len(calls) == 1
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
+    start = run(tmp_path / "b", steps=1)  # in a warm-up: meta_down as it was drawn
+    assert all((start[name] - ours[name]).abs().max() > 0.02 for name in ours)
+
+
+# --- Stopping and going on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param(3, id="before the first checkpoint"),
+        pytest.param(5, id="right after a checkpoint"),
+        pytest.param(8, id="in the middle of a bucket"),
+        pytest.param(12, id="between two buckets"),
+        pytest.param(14, id="in a warm-up"),
+        pytest.param(24, id="in a bucket's second turn"),
+    ],
+)
+def test_a_killed_run_goes_on_bit_by_bit(run, undisturbed, tmp_path, monkeypatch, after):
+    update = Trainer.update
+
+    def dies(self, *batch):
+        if self.step == after:
+            raise Killed
+        return update(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", dies)
+        with pytest.raises(Killed):
+            run(tmp_path)
+    assert not (tmp_path / "meta.safetensors").exists()
+    assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("save_every", [5, 100])
+def test_killed_while_a_bucket_is_stored(run, undisturbed, tmp_path, monkeypatch, stored, save_every):
+    """Checkpoint and bucket are two files: a stop between writing them may not train a bucket twice.
+
+    It is the bucket's second turn, in which it would otherwise start from what it stored a moment ago.
+    """
+    close = Trainer.close_bucket
+
+    def dies(self, bucket):
+        second_turn = self.visit == 2
+        if stored or not second_turn:
+            close(self, bucket)
+        if second_turn:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "close_bucket", dies)
+        with pytest.raises(Killed):
+            run(tmp_path, "--save-every", save_every)
+    assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("first", [7, 12, 20])
+def test_more_steps_later(run, undisturbed, tmp_path, first):
+    run(tmp_path, steps=first)
+    assert len(log_of(tmp_path)) == first
+    assert read_tensors(tmp_path / "meta.safetensors")[1]["steps"] == str(first)
+    assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
+
+
+def assert_equals_undisturbed(ours: dict, out: Path, undisturbed: Path) -> None:
+    assert_same(ours, load_file(undisturbed / "meta.safetensors"))
+    for bucket in (0, 1):
+        assert_same(bank(out, bucket), bank(undisturbed, bucket))
+    logs = [[{**line, "time": 0} for line in log_of(folder)] for folder in (out, undisturbed)]
+    assert logs[0] == logs[1]  # each step once
+
+
+def test_a_finished_run_changes_nothing(run, undisturbed):
+    before = (undisturbed / "checkpoint.pt").stat().st_mtime_ns
+    assert_same(load_file(undisturbed / "meta.safetensors"), run(undisturbed))
+    assert (undisturbed / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_what_is_left_without_a_checkpoint_is_not_used(run, undisturbed, tmp_path):
+    run(tmp_path, "--seed", 1)
+    (tmp_path / "checkpoint.pt").unlink()
+    assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
+
+
+def test_other_settings_are_refused(run, undisturbed, people, tmp_path):
+    with pytest.raises(ValueError, match="other settings") as error:
+        run(undisturbed, "--r1", 8, "--lr", 1e-3)
+    assert "  r1: 4 -> 8\n  lr: 0.01 -> 0.001" in str(error.value)
+    assert str(error.value).count("->") == 2
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for person in sorted(people.glob("*_*"))[:4]:
+        (fewer / person.name).symlink_to(person)
+    with pytest.raises(ValueError, match=r"photos of \w+_\d+: 4 -> None$"):
+        run(undisturbed, data=fewer)
+    run(undisturbed, "--save-every", 7, "--sample-every", 50)  # these are free
+
+
+# --- Settings and files ------------------------------------------------------------------------------------
+
+
+def test_metadata_and_settings(undisturbed, model):
+    tensors, metadata = metalora.load_meta(undisturbed / "meta.safetensors")
+    assert {tensor.shape[-2] for tensor in tensors.values()} == {4}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    expected = {"method": "meta-lora stage 1", "base_model": "flux1-random.safetensors", "class": "person"}
+    expected |= {"r1": "4", "r2": "1", "targets": "all", "steps": str(STEPS), "lr": "0.01", "seed": "0"}
+    assert expected.items() <= metadata.items()
+    settings = json.loads((undisturbed / "settings.json").read_text())
+    assert settings["model"] == str(model) and settings["resolution"] == 32
+    assert sorted(path.name for path in undisturbed.iterdir()) == [
+        "buckets",
+        "cache",
+        "checkpoint.pt",
+        "log.jsonl",
+        "meta.safetensors",
+        "settings.json",
+    ]
+
+
+def test_seeds_and_latents(run, undisturbed, tmp_path):
+    same = load_file(undisturbed / "meta.safetensors")
+    for name, flags in {"seed": ("--seed", 1), "latents": ("--latents", "mean")}.items():
+        other = run(tmp_path / name, *flags, steps=8)
+        assert other.keys() == same.keys()
+        assert log_of(tmp_path / name)[0]["loss"] != log_of(undisturbed)[0]["loss"]
+
+
+def test_average(run, tmp_path):
+    """With decay 0.5 the saved meta_down is the running mean of those after each step that moved it."""
+    live = [run(tmp_path / str(steps), steps=steps) for steps in (5, 6, 7)]  # 5: still as it was at the start
+    for steps in (6, 7):  # in two runs: the average is part of the checkpoint
+        averaged = run(tmp_path / "average", "--ema", 0.5, steps=steps)
+    for name, tensor in averaged.items():
+        start, first, second = (tensors[name].float() for tensors in live)
+        expected = 0.5 * (0.5 * start + 0.5 * first) + 0.5 * second
+        torch.testing.assert_close(tensor.float(), expected, atol=1e-3, rtol=0)
+        assert not torch.equal(tensor, live[-1][name])
+
+
+def test_captions_come_from_text_files(run, people, tmp_path, monkeypatch):
+    prompts, encode = [], train_meta.encode_prompts
+    monkeypatch.setattr(
+        train_meta, "encode_prompts", lambda texts, *rest: prompts.append(texts) or encode(texts, *rest)
+    )
+    run(tmp_path / "out", "--class", "woman", steps=1)
+    texts = {path.read_text() for path in people.glob("*/*.txt")}
+    assert set(prompts[0]) - texts <= {"a photo of a woman", "a photo of a woman smiling at the beach"}
+    assert texts < set(prompts[0]) and len(texts) > 5
+
+    bare = tmp_path / "ids" / "someone"
+    bare.mkdir(parents=True)
+    for picture in sorted(people.glob("*_000/*.png")):
+        (bare / picture.name).write_bytes(picture.read_bytes())
+    run(tmp_path / "bare", "--class", "man", data=tmp_path / "ids", steps=1)
+    assert prompts[1] == ["a photo of a man", "a photo of a man smiling at the beach"]
+
+
+def test_sample_grids(run, undisturbed, tmp_path):
+    """The pictures change nothing in the training; an odd resolution gives the nearest size that works."""
+    run(tmp_path / "a", "--sample-every", 4, steps=7)
+    assert_same(load_file(tmp_path / "a" / "meta.safetensors"), run(tmp_path / "b", steps=7))
+    (grid,) = (tmp_path / "a" / "samples").iterdir()
+    assert grid.name == "000004.png"
+    width, height = Image.open(grid).size
+    assert width > 5 * 256 and height > 2 * 256  # a photo and four pictures; two people
+    run(tmp_path / "c", "--sample-every", 1, "--resolution", 35, steps=1)
+
+
+def test_broken_weights_are_not_saved(run, tmp_path, monkeypatch):
+    update = Trainer.update
+
+    def breaks(self, *batch):
+        self.meta_down[0].data[0, 0, 0] = math.nan
+        return update(self, *batch)
+
+    monkeypatch.setattr(Trainer, "update", breaks)
+    with pytest.raises(ValueError, match="not finite"):
+        run(tmp_path, steps=1)
+    assert not (tmp_path / "meta.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--batch", "0"], ["--bucket-warmup", "1"], ["--r1", "-1"], ["--steps", "0"]]
+)
+def test_impossible_settings(flags, capsys):
+    with pytest.raises(SystemExit):
+        train_meta.parse_arguments(["--data", "ids", *flags])
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_without_weights_the_script_says_what_to_do(people, tmp_path):
+    """As a user would call it, without network and with an empty hub cache: one paragraph, no traceback."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    script = Path(train_meta.__file__)
+    command = [sys.executable, script, "--model", "flux-dev", "--data", people, "--out", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("train_meta.py: black-forest-labs/FLUX.1-dev is not whole")
+    assert "--model tiny" in done.stderr and "hf auth login" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,200 @@
+"""The judges of the small world: whose face is in a picture, and does the picture show what the prompt says?
+
+    python tiny/judges.py --out tiny/weights/judges
+
+Both learn from drawn people that nothing else sees, and look at whole pictures: generated ones tell no box.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
+
+from flux.loading import read_tensors
+from tiny.people import IDENTITY, SCENES, SHIRTS, STYLES, VIEW, draw_identities, draw_views, render
+from tiny.pretrain import Optimiser, export, write_json
+
+SIZE, VIEWS = 64, 8  # pixels; pictures per person
+NAMED = {"scene": SCENES, "shirt": [f"{c} shirt" for c in SHIRTS], "style": STYLES, "who": ["man", "woman"]}
+
+
+class Block(nn.Module):
+    """Two convolutions beside a short cut (He et al. 2015), halving the picture at stride 2."""
+
+    def __init__(self, ins: int, outs: int, stride: int):
+        super().__init__()
+        # BatchNorm, frozen a constant scale: GroupNorm would weaken brightness, by which skins are told apart.
+        self.conv1, self.norm1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False), nn.BatchNorm2d(outs)
+        self.conv2, self.norm2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False), nn.BatchNorm2d(outs)
+        self.short = nn.Conv2d(ins, outs, 1, stride, bias=False) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.short(x) + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))).relu()
+
+
+class Judge(nn.Module):
+    """A small residual network that attends to four places of a picture, as a face may be anywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 5, 2, 2)
+        self.blocks = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 128, 2), Block(128, 128, 1))
+        self.where, self.head = nn.Conv2d(128, 4, 1), nn.Linear(4 * 128, self.outs)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image: (b, 3, h, w) in [-1, 1], of about 64 x 64 pixels in any shape -> (b, outs)."""
+        if not 0.7 < image[0, 0].numel() / SIZE**2 < 1.4:
+            raise ValueError(f"the judges know pictures of about {SIZE}x{SIZE}, got {tuple(image.shape[2:])}")
+        x = self.blocks(self.stem(image).relu())  # (b, 128, h/8, w/8)
+        where = self.where(x).flatten(2).softmax(dim=-1)  # (b, 4, hw/64)
+        return self.head((where @ x.flatten(2).mT).flatten(1)).float()
+
+
+class IdentityNet(Judge):
+    """Embed the person in a picture as a unit vector, (b, 128): cosine near 1 for one person, near 0 for two."""
+
+    outs = 128
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.normalize(super().forward(image), dim=-1)
+
+
+class PromptNet(Judge):
+    """Tell scene, shirt, style, and man or woman: the logits of each, (b, its values)."""
+
+    outs = sum(map(len, NAMED.values()))
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return dict(zip(NAMED, super().forward(image).split([*map(len, NAMED.values())], dim=-1)))
+
+    def adherence(self, image: Tensor, prompt: str | Sequence[str]) -> Tensor:
+        """Return the mean probability of all that the prompt names, (b,): a hidden shirt gets about 1/6."""
+        odds = {name: logits.softmax(dim=-1) for name, logits in self(image).items()}
+        prompts = [prompt] * len(image) if isinstance(prompt, str) else prompt
+        rows = zip(range(len(image)), map(named_in, prompts), strict=True)
+        return torch.stack([sum(odds[a][i, k] for a, k in named.items()) / len(named) for i, named in rows])
+
+
+def named_in(prompt: str) -> dict[str, int]:
+    """Find what a prompt names, as positions in NAMED: {"scene": 4, "who": 0} for "a man at night"."""
+    has = lambda word: re.search(rf"\b{word}\b", prompt.lower())
+    said = [(name, k) for name, words in NAMED.items() for k, word in enumerate(words) if has(word)]
+    if not said or len(dict(said)) < len(said):
+        raise ValueError(f"a prompt must name one or more of {', '.join(NAMED)}, each once: {prompt!r}")
+    return dict(said)
+
+
+def load_judges(folder: Path | str) -> tuple[IdentityNet, PromptNet]:
+    """Load both judges, frozen, in float32."""
+    judges = IdentityNet(), PromptNet()
+    for judge, name in zip(judges, ("identity", "prompt")):
+        judge.requires_grad_(False).eval()
+        judge.load_state_dict(read_tensors(Path(folder) / f"{name}.safetensors")[0], strict=True)
+    return judges
+
+
+def draw(people: int, photos: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Draw pictures of new people, (people, VIEWS, 3, 64, 64) uint8, and attributes, each (people, VIEWS)."""
+    identities, views = draw_identities(people, generator), draw_views(people * VIEWS, generator)
+    views[torch.rand(len(views), generator=generator) < photos, VIEW.index("style")] = 0
+    views = views.view(people, VIEWS, -1)
+    pictures = torch.empty(people, VIEWS, 3, SIZE, SIZE, dtype=torch.uint8)
+    for i in tqdm(range(0, people, 4), "drawing", mininterval=5, disable=people < 1000):
+        images = render(identities[i : i + 4].repeat_interleave(VIEWS, 0), views[i : i + 4].flatten(0, 1))[0]
+        pictures[i : i + 4] = ((images + 1) * 127.5).round().byte().unflatten(0, (-1, VIEWS))
+    labels = {name: views[..., VIEW.index(name)].long() for name in ("scene", "shirt", "style")}
+    labels["who"] = identities[:, IDENTITY.index("woman"), None].long().expand(-1, VIEWS)
+    labels["seen"] = views[..., VIEW.index("y")] + 1.55 * views[..., VIEW.index("width")] / 2 < 0.92
+    return pictures, labels
+
+
+def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn uint8 (b, 3, h, w) into [-1, 1], each picture with its own mix of the defects of generated ones."""
+    n, image = len(pictures), pictures.float() / 127.5 - 1
+    rand = lambda channels: torch.rand(n, channels, 1, 1, generator=generator)
+    noise = lambda size: torch.randn(n, 3, size, size, generator=generator)
+    strength = lambda most, channels=1: most * rand(channels) * (rand(1) < 0.5)  # half have none
+    soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    cast = strength(0.12, 3) - strength(0.12, 3)
+    blotches = strength(0.10) * F.interpolate(noise(SIZE // 4), SIZE, mode="bilinear")
+    image = image.lerp(soft, strength(0.8)) * (1 - strength(0.12)) + cast + blotches
+    return image + strength(0.08) * noise(SIZE)
+
+
+def identity_loss(judge: IdentityNet, pictures: Tensor, labels: dict, generator: torch.Generator) -> Tensor:
+    """Find each of 128 people among the others by a second picture: InfoNCE (van den Oord et al. 2018)."""
+    people = torch.randperm(len(pictures), generator=generator)[:128]
+    views = torch.rand(128, VIEWS, generator=generator).argsort(dim=1)[:, :2].T
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = judge(spoil(pictures[people, views].flatten(0, 1), generator)).chunk(2)
+    logits, target = a @ b.mT / 0.07, torch.arange(128)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
+
+
+def prompt_loss(judge: PromptNet, pictures: Tensor, labels: dict, generator: torch.Generator) -> Tensor:
+    """Sum the cross entropies of the attributes over 256 pictures."""
+    some = tuple(torch.randint(n, (256,), generator=generator) for n in pictures.shape[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = judge(spoil(pictures[some], generator))
+    return sum(F.cross_entropy(logits, labels[name][some]) for name, logits in found.items())
+
+
+def evaluate(folder: Path, photos: float, seed: int, people: int = 200) -> dict[str, float]:
+    """Measure both on people never seen; rank-1 and cosines compare everybody's first picture with the others."""
+    identity, prompt = load_judges(folder)
+    pictures, labels = draw(people, photos, torch.Generator().manual_seed(seed))
+    images = pictures.flatten(0, 1).float() / 127.5 - 1
+    faces = identity(images).view(people, VIEWS, -1)
+    cosines = torch.einsum("p v d, q d -> v p q", faces[:, 1:], faces[:, 0])
+    own = torch.eye(people, dtype=torch.bool)
+    same, different = cosines[:, own], cosines[:, ~own].flatten().sort().values
+    figures = {
+        "rank-1": cosines.argmax(dim=2) == torch.arange(people),
+        "AUC": torch.searchsorted(different, same) / len(different),
+        **{"same": same, "same, deviation": same.std()},
+        **{"different": different, "different, deviation": different.std()},
+    }
+    for name, logits in prompt(images).items():
+        right = logits.argmax(dim=1).view(people, VIEWS) == labels[name]
+        figures[name] = right[labels["seen"]] if name == "shirt" else right
+    return {name: round(values.float().mean().item(), 4) for name, values in figures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("tiny/weights/judges"), help="folder to write")
+    parser.add_argument("--people", type=int, default=8000, help=f"to learn from, {VIEWS} pictures each")
+    parser.add_argument("--steps", type=int, default=850, help="updates of the identity judge")
+    parser.add_argument("--prompt-steps", type=int, default=300, help="updates of the prompt judge")
+    parser.add_argument("--seed", type=int, default=7)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    data = draw(args.people, 0.6, torch.Generator().manual_seed(args.seed))
+    identity = ("identity", IdentityNet(), identity_loss, args.steps)
+    prompt = ("prompt", PromptNet(), prompt_loss, args.prompt_steps)
+    for name, judge, loss, steps in (identity, prompt):
+        judge.to(memory_format=torch.channels_last)  # three times faster in bfloat16
+        is_matrix = lambda name, p: "blocks" in name and p.dim() == 4
+        optimiser = Optimiser(judge.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=steps)
+        generator = torch.Generator().manual_seed(args.seed)
+        for step in (bar := tqdm(range(steps), name, mininterval=5)):
+            (value := loss(judge, *data, generator)).backward()
+            optimiser.step(step)
+            bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+        export(judge, args.out / f"{name}.safetensors")
+    kinds = {"photo": 1.0, "any style": 0.0}
+    figures = {kind: evaluate(args.out, photos, args.seed + 1) for kind, photos in kinds.items()}
+    write_json({"settings": {**vars(args), "out": str(args.out)}, **figures}, args.out / "judges.json")
+
+
+if __name__ == "__main__":
+    main()
