@@ -1,4 +1,4 @@
-"""Photos of people: folders of identities, pictures, prompts, shapes, appendix D's crops, buckets, latents on disk.
+"""Photos of people: folders of identities, prompts, shapes, appendix D's crops, buckets, latents on disk.
 
 It knows pixels and numbers only: encoding belongs to `flux/`, finding faces to `vision/`.
 """
@@ -7,16 +7,16 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -32,6 +32,7 @@ PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_PIXELS = 200_000_000
 
 ASPECT_RATIOS = ((16, 9), (4, 3), (1, 1), (3, 4), (9, 16))  # width : height; paper, appendix D
+COMMON_RATIOS = (*ASPECT_RATIOS, (3, 2), (2, 3), (5, 4), (4, 5))  # of photos
 SHORT_SIDES = (1.5, 2.0, 2.5, 3.5, 4.5)  # times the longer side of the face; paper, appendix D
 
 CACHE_VERSION = 1  # raise it whenever `to_tensor` changes a pixel: latents made before are then encoded anew
@@ -66,7 +67,7 @@ def read_photo(path: Path) -> Image.Image:
 
 
 def photo_size(path: Path) -> Size:
-    """Return a photo's (height, width) from its header, upright by its EXIF rotation; ValueError as `read_photo`."""
+    """Return an upright photo's (height, width) from its header, EXIF read; ValueError as `read_photo`."""
     try:
         with Image.open(path, formats=PHOTO_FORMATS) as image:
             width, height = image.size
@@ -131,9 +132,8 @@ def scan_people(folder: Path, option: str = "--data") -> list[Person]:
         below = sorted(path for path in folder.glob("*/*") if path.is_dir() and _list_photos(path))
         if len(empty) == len(people) and below:
             sample = below[0].relative_to(folder)
-            raise ValueError(
-                f"{option} {folder} is a level too high: a person's photos should not be in {sample}"
-            )
+            problem = f"is a level too high: a person's photos should not be in {sample}"
+            raise ValueError(f"{option} {folder} {problem}")
         names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
         kinds = ", ".join(PHOTO_SUFFIXES)
         raise ValueError(f"{len(empty)} of {len(people)} people in {folder} have no photo ({kinds}): {names}")
@@ -162,138 +162,6 @@ def _read_caption(photo: Path) -> str | None:
     if not caption:
         raise ValueError(f"{path} is empty: write a caption, or delete the file to use the default one")
     return caption
-
-
-# What a system made, and from what
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture that a system made, `<person>/<prompt>/<seed>.png`."""
-
-    person: str
-    prompt: str  # "03" of the folders 03, 3 and 03_any-words; the whole name when it begins with no number
-    seed: str
-    path: Path
-
-
-def scan_samples(folder: Path) -> list[Sample]:
-    """List a system's pictures, sorted; ValueError when there are none, one lies elsewhere, or two in a place."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--images {folder}: no such folder")
-    files = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
-    files = [file for file in files if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "."]
-    if not files or (stray := [file for file in files if len(file.parts) != 3]):
-        found = f"{len(stray)} of {len(files)} are not, such as {stray[0]}" if files else "there are none"
-        raise ValueError(f"--images {folder}: pictures should be <person>/<prompt>/<seed>.png; {found}")
-    samples = {}
-    for file in files:
-        person, prompt, _ = file.parts
-        number = re.match(r"\d+", prompt)
-        place = (person, f"{int(number[0]):02d}" if number else prompt, file.stem)
-        if place in samples:
-            raise ValueError(f"{samples[place].path} and {folder / file} have the same prompt and seed")
-        samples[place] = Sample(*place, folder / file)
-    return list(samples.values())
-
-
-def make_rows(samples: Sequence[Sample], classes: dict[str, str], prompts=None, base=None) -> list[dict]:
-    """Return a row for each picture: what it is, its prompt, and the base model's picture to compare with.
-
-    classes: of each person; prompts: a list for each class; base: a folder, see `find_base`.
-    """
-    rows = [{**vars(sample), "class": classes[sample.person]} for sample in samples]
-    for sample, row in zip(samples, rows):
-        if prompts:
-            row["text"] = find_text(sample, prompts[row["class"]])
-        if base:
-            row["base"] = find_base(sample, base, row["class"])
-    return rows
-
-
-def find_missing(samples: Sequence[Sample], prompts: dict[str, Sequence[str]]) -> list[str]:
-    """List what lacks for everybody to have each of their prompts, prompts[person], with every seed."""
-    have = {(sample.person, sample.prompt, sample.seed) for sample in samples}
-    seeds = sorted({seed for _, _, seed in have})
-    wanted = [(person, prompt, seed) for person in prompts for prompt in prompts[person] for seed in seeds]
-    return ["/".join(place) for place in wanted if place not in have]
-
-
-def find_text(sample: Sample, prompts: Sequence[str]) -> str:
-    """Return the prompt of a picture by its number; ValueError when the list has no such number."""
-    if not sample.prompt.isdecimal() or int(sample.prompt) >= len(prompts):
-        places = f"a number from 00 to {len(prompts) - 1:02d}, its place in the list of prompts"
-        raise ValueError(f"{sample.path.parent}: a prompt's folder should begin with {places}")
-    return prompts[int(sample.prompt)]
-
-
-def find_base(sample: Sample, base: Path, kind: str) -> Path:
-    """Return the base model's picture of the same name, below the person, the person's class, or neither."""
-    name = Path(*sample.path.parts[-2:])
-    for path in (base / sample.person / name, base / kind / name, base / name):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"--base {base} has no {name} to compare with {sample.path}")
-
-
-def find_photos(folder: Path, references: dict[str, str]) -> dict[str, list[Path]]:
-    """Return everybody's photos, first the reference that a system was given: as named, else the first by name.
-
-    Raises ValueError when a reference is not there, or is there twice: R-FaceSim must not compare with it.
-    """
-    people = scan_people(folder, "--people")
-    if strange := references.keys() - {person.name for person in people}:
-        raise ValueError(f"--references: {', '.join(sorted(strange))}: no such person in {folder}")
-    photos = {}
-    for person in people:
-        name = references.get(person.name, person.photos[0].path.name)
-        paths = sorted((photo.path for photo in person.photos), key=lambda path: path.name != name)
-        if paths[0].name != name:
-            raise ValueError(f"--references: {folder / person.name} has no photo {name}")
-        if copies := [path for path in paths[1:] if path.read_bytes() == paths[0].read_bytes()]:
-            raise ValueError(f"{copies[0]} is a copy of the reference {name}: remove it")
-        photos[person.name] = paths
-    return photos
-
-
-def read_names(path: Path | None, option: str) -> dict[str, str]:
-    """Read a JSON object from people's names to strings; ValueError when the file holds something else."""
-    try:
-        names = json.loads(path.read_text("utf-8")) if path else {}
-    except ValueError as error:
-        raise ValueError(f"{option} {path} is not JSON ({error})") from error
-    if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
-        raise ValueError(f'{option} {path} should read like {{"anna": "...", "boris": "..."}}')
-    return names
-
-
-def class_of(person: str, classes: dict[str, str]) -> str:
-    """Return a person's class: as given, else what the name begins with, as woman_07 does, else "person"."""
-    named = re.match(r"(man|woman)(?![a-z])", person)
-    return classes.get(person) or (named[1] if named else "person")
-
-
-def read_prompts(path: Path, kind: str) -> list[str]:
-    """Read a prompt per line, blank lines left out, for a class; [his/her] becomes "his" for man, "her" for woman.
-
-    path: a file, or a folder with a `<class>.txt` for each class. Raises ValueError on bytes that are not UTF-8, on
-    a list without prompts, and on slots for people who are neither man nor woman.
-    """
-    file = path / f"{kind}.txt" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"--prompts {path}: no such file{f' for a {kind}' if path.is_dir() else ''}")
-    data = file.read_bytes()
-    try:
-        lines = data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 text") from error
-    if not (prompts := [" ".join(line.split()) for line in lines if line.strip()]):
-        raise ValueError(f"{file} holds no prompts")
-    slot = re.compile(r"\[([^][/]*)/([^][/]*)\]")
-    if kind not in ("man", "woman") and any(map(slot.search, prompts)):
-        raise ValueError(f"{file} has slots such as [man/woman], but for the class {kind} there is no word")
-    return [slot.sub(r"\1" if kind == "man" else r"\2", prompt) for prompt in prompts]
 
 
 # Shapes and crops
@@ -326,6 +194,23 @@ def fit_shape(size: Size, resolution: int, multiple: int) -> Size:
 
     rows, columns = min(shapes, key=badness)
     return rows * multiple, columns * multiple
+
+
+def common_shape(size: Size, resolution: int, multiple: int) -> Size:
+    """Return one of few shapes, so that photos of all sizes make whole batches.
+
+    The nearest of nine aspect ratios, in the largest eighth of the resolution in which nothing is enlarged. A
+    photo too small for the least of them keeps its own shape.
+    """
+    height, width = size
+    across, down = min(COMMON_RATIOS, key=lambda ratio: abs(math.log(ratio[0] / ratio[1] * height / width)))
+    for eighths in range(8, 0, -1):
+        side = resolution * eighths // 8
+        if side >= 2 * multiple:
+            shape = fit_shape((4096 * down, 4096 * across), side, multiple)
+            if shape[0] <= height and shape[1] <= width:
+                return shape
+    return fit_shape(size, resolution, multiple)
 
 
 def to_tensor(image: Image.Image, shape: Size, box: Box | None = None, flip: bool = False) -> Tensor:
@@ -391,16 +276,14 @@ def deal_buckets(people: Sequence[Person], bucket_ids: int, generator: torch.Gen
 def deal_batches(
     shapes: Sequence[Size], uses: int, batch: int, generator: torch.Generator
 ) -> list[list[int]]:
-    """Return a bucket's batches; their number is the paper's q_bucket.
-
-    shapes: the shape of every image; batches hold indices into it.
+    """Return a bucket's batches, lists of positions in `shapes`; their number is the paper's q_bucket.
 
     Every image comes `uses` times, again only after all others of its shape have come. A batch has one
     shape; only the last of a shape may have fewer than `batch` images. Shapes alternate at random.
     """
     queues: dict[Size, list[list[int]]] = {}
     for shape in dict.fromkeys(shapes):
-        members = torch.tensor([index for index, other in enumerate(shapes) if other == shape])
+        members = torch.tensor([k for k, other in enumerate(shapes) if other == shape])
         passes = [members[torch.randperm(len(members), generator=generator)] for _ in range(uses)]
         queues[shape] = [part.tolist() for part in torch.cat(passes).split(batch)]
     turns = [shape for shape, queue in queues.items() for _ in queue]
@@ -423,17 +306,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def make_batch(
     entries: Sequence[tuple[dict, dict]], generator: torch.Generator, args: argparse.Namespace, device, dtype
 ) -> dict[str, Tensor]:
-    """Stack cached (latents, prompt) pairs and draw noise and times: the arguments of `flux.sampling.flow_loss`."""
-    latents, prompts = zip(*entries)
-    x = torch.stack([entry["mean"] for entry in latents]).float()  # (b, z, h, w)
+    """Stack cached (posterior, prompt) pairs and draw noise and times: the arguments of `flow_loss`."""
+    posteriors, prompts = zip(*entries)
+    latents = torch.stack([entry["mean"] for entry in posteriors]).float()  # (b, z, h, w)
     if args.latents == "sample":
-        x = x + torch.stack([entry["std"] for entry in latents]).float() * torch.randn(
-            x.shape, generator=generator
-        )
+        std = torch.stack([entry["std"] for entry in posteriors]).float()
+        latents = latents + std * torch.randn(std.shape, generator=generator)
     return {
-        "latents": x.to(device),
-        "noise": torch.randn(x.shape, generator=generator).to(device),
-        "t": draw_times(len(x), generator, args.t_mean, args.t_std).to(device),
+        "latents": latents.to(device),
+        "noise": torch.randn(latents.shape, generator=generator).to(device),
+        "t": draw_times(len(latents), generator, args.t_mean, args.t_std).to(device),
         "txt": torch.stack([prompt["txt"] for prompt in prompts]).to(device, dtype),
         "pooled": torch.stack([prompt["pooled"] for prompt in prompts]).to(device, dtype),
     }
@@ -448,6 +330,14 @@ class TensorCache:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+
+    def __contains__(self, key: str) -> bool:
+        """Say whether there is a whole file, by its header and length."""
+        try:
+            with safe_open(self.folder / f"{key}.safetensors", "pt"):
+                return True
+        except (FileNotFoundError, SafetensorError):
+            return False
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """Return what was put, or None when there is no whole file."""
@@ -492,18 +382,16 @@ def content_key(*recipe: object) -> str:
 def encode_pictures(pictures: Sequence[Picture], autoencoder, encoder: str, cache: TensorCache) -> list[str]:
     """Put the posterior of every picture in the cache and return the keys, in order.
 
-    An entry holds mean and std (z, h, w) in float16, scaled as latents: 1 MB at 1024 x 1024. Pictures that are
-    there already are not encoded again. autoencoder: a `flux.AutoEncoder`, called one picture at a time.
+    An entry holds mean and std (z, h, w) in float16, scaled as latents: 1 MB at 1024 x 1024. Pictures that
+    are there already are not encoded again. autoencoder: a `flux.AutoEncoder`, called one picture at a time.
     """
-    keys, photo = [], (None, None)
+    keys, read = [], lru_cache(maxsize=1)(read_photo)  # crops of one photo follow each other
     device = next(autoencoder.parameters()).device
     for picture in tqdm(pictures, "latents", disable=len(pictures) < 50):
         keys.append(key := picture.key(encoder))
-        if cache.get(key) is None:
-            if photo[0] != picture.path:  # crops of one photo follow each other
-                photo = picture.path, read_photo(picture.path)
-            image = to_tensor(photo[1], picture.shape, picture.box, picture.flip)[None].to(device)
-            mean, std = autoencoder.encode_moments(image)
+        if key not in cache:
+            image = to_tensor(read(picture.path), picture.shape, picture.box, picture.flip)
+            mean, std = autoencoder.encode_moments(image[None].to(device))
             cache.put(key, {"mean": mean[0].half(), "std": std[0].half()})
     return keys
 
@@ -514,7 +402,7 @@ def encode_prompts(prompts: Sequence[str], conditioner, encoder: str, cache: Ten
     keys = []
     for prompt in tqdm(prompts, "prompts", disable=len(prompts) < 50):
         keys.append(key := content_key(prompt, encoder))
-        if cache.get(key) is None:
+        if key not in cache:
             txt, pooled = conditioner.encode([prompt])
             cache.put(key, {"txt": txt[0], "pooled": pooled[0]})
     return keys

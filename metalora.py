@@ -1,6 +1,7 @@
 """Meta-LoRA: the layer (paper, eq. 1), where it goes in FLUX, its optimiser, and its files.
 
-Three factors while training, meta_down shared and mid and up per identity; one ordinary LoRA in the exported file.
+While training there are three factors, meta_down shared, mid and up per identity; the exported file is an
+ordinary LoRA.
 """
 
 import json
@@ -108,7 +109,7 @@ def linear_names(model: nn.Module, targets: str = "all") -> Iterator[tuple[str, 
 
 
 def part_sizes(model: nn.Module, count: int, d_out: int) -> list[int]:
-    """Output rows of each of `count` parts: q, k and v are as wide as the model, the rest is the last part."""
+    """Return the output rows of each of `count` parts: q, k, v as wide as the model, then what is left."""
     d = model.sizes.hidden_size
     return [d_out] if count == 1 else [d, d, d, d_out - 3 * d][:count]
 
@@ -121,7 +122,7 @@ def inject(
     targets: str = "all",
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Replace the targeted linear layers of a Flux, in place, by `MetaLoRALinear` around them; return the model.
+    """Replace the targeted linear layers of a Flux, in place, by `MetaLoRALinear` around them; return it.
 
     Nothing outside the blocks is adapted. The base is frozen, the new factors are freshly initialised.
     """
@@ -136,17 +137,17 @@ def inject(
 
 
 def adapters(model: nn.Module) -> dict[str, MetaLoRALinear]:
-    """The adapted layers by name."""
+    """Return the adapted layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MetaLoRALinear)}
 
 
 def factors(model: nn.Module, *names: str) -> list[nn.Parameter]:
-    """The parameters called `names` (meta_down, mid, up) of all adapted layers."""
+    """Return the parameters called `names` (meta_down, mid, up) of all adapted layers, layer by layer."""
     return [getattr(layer, name) for layer in adapters(model).values() for name in names]
 
 
 def use_slots(model: nn.Module, slots: Tensor | None) -> None:
-    """Say which identity each sample of the next batch belongs to: (b,), or (1,) for all, long on the model's device.
+    """Say which identity each sample of the next batch is: (b,), or (1,) for all, on the model's device.
 
     The slots must stay set until backward has returned: checkpointed blocks run forward again and would
     silently read the next batch's slots.
@@ -196,7 +197,10 @@ class SlotAdamW:
 
 @torch.no_grad()
 def collapse(model: nn.Module, slot: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-    """Multiply one identity out to an ordinary LoRA: diffusers module -> lora_A (r2, d_in), lora_B (d_out, r2)."""
+    """Multiply one identity out to an ordinary LoRA (paper, section 3, end of stage 2).
+
+    Returns by the diffusers name of the projection lora_A (r2, d_in) and lora_B (d_out, r2).
+    """
     parts_of, lora = dict(linear_names(model)), {}
     for name, layer in adapters(model).items():
         down = layer.mid[slot] @ layer.meta_down  # (parts, r2, d_in)
@@ -206,7 +210,7 @@ def collapse(model: nn.Module, slot: int = 0) -> dict[str, tuple[Tensor, Tensor]
 
 
 def export_lora(model: nn.Module, path: Path, metadata: dict, slot: int = 0) -> None:
-    """Write one identity as the ordinary rank-r2 LoRA that diffusers and ComfyUI read, float16, scale folded in.
+    """Write one identity as the ordinary rank-r2 LoRA that diffusers and ComfyUI read, in float16, no alpha.
 
     Raises ValueError when the weights are not finite: such a file would give black pictures elsewhere.
     """
@@ -252,13 +256,13 @@ def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> dict[str, 
 
 
 def save_meta(model: nn.Module, path: Path, metadata: dict, meta_down: list[Tensor] | None = None) -> None:
-    """Write all meta_down, the product of stage 1, in float16; `meta_down` replaces the live ones (an average).
+    """Write all meta_down, the product of stage 1, in float16; `meta_down` stands in for the model's own.
 
     The metadata must hold r1 and targets, which `inject` needs before the file can be used.
     """
     names = [f"{name}.meta_down" for name in adapters(model)]
-    values = zip(names, meta_down or factors(model, "meta_down"), strict=True)
-    write_tensors({name: t.detach().half().contiguous().cpu() for name, t in values}, path, metadata)
+    values = [factor.detach().half().cpu() for factor in meta_down or factors(model, "meta_down")]
+    write_tensors(dict(zip(names, values, strict=True)), path, metadata)
 
 
 def load_meta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,8 +1,8 @@
-"""Stage 2, personalization (paper, section 3 and Algorithm 2): from one photo of a person to an ordinary LoRA file.
+"""Stage 2, personalization (paper, section 3 and Algorithm 2): a photo of a person to an ordinary LoRA file.
 
     python personalize.py ref.jpg
 
-writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_samples.png, pictures made with it.
+writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_samples.png, made with it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from data import (
 from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size
 from flux.memory import checkpoint_blocks, memory_in_use, release
 from flux.sampling import flow_loss, generate
-from metalora import TARGETS, adapters, assign_meta, export_lora, factors, inject, load_meta
+from metalora import TARGETS, assign_meta, export_lora, factors, inject, load_meta
 from vision.detector import find_faces, load_detector
 
 STEPS = {"meta-lora": 375, "lora": 625}  # paper, section 4.2
@@ -126,16 +126,17 @@ def find_face(path: Path, photo: Image.Image, detector) -> Box:
     faces = find_faces(photo, detector)
     if not faces:
         raise ValueError(
-            f"{path}: no face found in {photo.width}x{photo.height} pixels. Take a photo in which the face is "
-            "upright and unobstructed, or say where it is: --face x0,y0,x1,y1; or train on the whole photo: --no-augment"
+            f"{path}: no face found in {photo.width}x{photo.height} pixels. Take a photo in which the face "
+            "is upright and unobstructed, or say where it is: --face x0,y0,x1,y1; "
+            "or train on the whole photo: --no-augment"
         )
     # Bystanders far behind do not count.
     prominent = [face for face in faces if face.area > faces[0].area / 4]
     if len(prominent) > 1:
         boxes = "\n".join("  --face " + ",".join(map(str, face.box)) for face in prominent)
         raise ValueError(
-            f"{path}: {len(prominent)} faces found. Crop the photo; or, if it is the only photo, say which face, "
-            f"largest first:\n{boxes}"
+            f"{path}: {len(prominent)} faces found. Crop the photo; or, if it is the only photo, say which "
+            f"face, largest first:\n{boxes}"
         )
     return faces[0].box
 
@@ -165,7 +166,10 @@ def show_crops(photos: dict[Path, Image.Image], crops: list[tuple[Path, Box]], p
 def find_meta(
     folder: Path, args: argparse.Namespace
 ) -> tuple[dict[str, Tensor], dict[str, str], Path] | None:
-    """Load the stage-1 file that the method needs; FileNotFoundError says how to get one."""
+    """Load the stage-1 file, if the method needs one: tensors, metadata, path.
+
+    Raises FileNotFoundError, saying how to get one, when there is none.
+    """
     if args.method == "lora":
         return None
     path = args.meta or folder / "meta.safetensors"
@@ -187,21 +191,21 @@ def prepare(model: flux.Flux, args: argparse.Namespace, meta: tuple | None) -> l
         tensors, metadata, path = meta
         inject(model, int(metadata["r1"]), args.rank, 1, metadata["targets"], generator)
         assign_meta(model, tensors, path)
-        trained = factors(model, "mid", "up")
+        frozen, trained = "meta_down", ("mid", "up")
     else:
         inject(model, args.rank, args.rank, 1, args.targets, generator)
         for mid in factors(model, "mid"):
             mid.data.copy_(torch.eye(args.rank))
-        trained = factors(model, "meta_down", "up")
-    for p in [p for layer in adapters(model).values() for p in (layer.meta_down, layer.mid, layer.up)]:
-        p.requires_grad_(any(p is own for own in trained))
-    return trained
+        frozen, trained = "mid", ("meta_down", "up")
+    for p in factors(model, frozen):
+        p.requires_grad_(False)
+    return factors(model, *trained)
 
 
 def train(
     model: flux.Flux, trained: list[Tensor], pictures: list[tuple], prompt: dict, args, device, dtype
 ) -> None:
-    """Algorithm 2. pictures: for each crop its shape, its latents and its flipped latents."""
+    """Run Algorithm 2's loop. pictures: of each crop its shape, and the posteriors of itself and its flip."""
     optimiser = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     generator = torch.Generator().manual_seed(args.seed)
     uses = math.ceil(args.steps * args.batch / len(pictures)) + 1
@@ -209,13 +213,8 @@ def train(
     bar = tqdm(batches, "personalizing", mininterval=1, dynamic_ncols=True)
     for chosen in bar:
         flips = torch.randint(2, (len(chosen),), generator=generator).tolist()
-        batch = make_batch(
-            [(pictures[k][1 + flip], prompt) for k, flip in zip(chosen, flips)],
-            generator,
-            args,
-            device,
-            dtype,
-        )
+        entries = [(pictures[k][1 + flip], prompt) for k, flip in zip(chosen, flips)]
+        batch = make_batch(entries, generator, args, device, dtype)
         loss = flow_loss(model, **batch, guidance=args.train_guidance)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
@@ -246,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     shapes = [fit_shape((y1 - y0, x1 - x0), side, multiple) for _, (x0, y0, x1, y1) in crops]
     pictures = [Picture(path, shape, box) for (path, box), shape in zip(crops, shapes)]
     flips = [picture if args.no_augment else replace(picture, flip=True) for picture in pictures]
-    keys = encode_pictures([p for pair in zip(pictures, flips) for p in pair], autoencoder, "", cache)
+    keys = encode_pictures([*pictures, *flips], autoencoder, "", cache)
     del autoencoder
     release(device)
     conditioner = flux.load_conditioner(folder, device, dtype, args.t5_length)
@@ -260,8 +259,9 @@ def main(argv: list[str] | None = None) -> None:
     trained = prepare(model, args, meta)
     if not args.no_checkpointing:
         checkpoint_blocks(model)
-    latents = [(p.shape, cache[a], cache[b]) for p, a, b in zip(pictures, keys[::2], keys[1::2])]
-    train(model, trained, latents, prompts[args.caption], args, device, dtype)
+    pairs = zip(shapes, keys, keys[len(pictures) :])
+    posteriors = [(shape, cache[own], cache[flip]) for shape, own, flip in pairs]
+    train(model, trained, posteriors, prompts[args.caption], args, device, dtype)
 
     metadata = {
         "base_model": transformer.name,
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """Name a file after another one: <stem><ending>. A plain ref.png beside ref.safetensors could be the photo."""
+    """Name a file after another: <stem><ending>; ref.png beside ref.safetensors could be the photo."""
     return path.with_name(path.stem + ending)
 
 

@@ -1,9 +1,9 @@
-"""Stage 1, meta-training (paper, section 3 and Algorithm 1): from photos of many people to one `meta.safetensors`.
+"""Stage 1, meta-training (paper, section 3 and Algorithm 1): photos of many people to one `meta.safetensors`.
 
     python train_meta.py --data /ids --r1 128 --class woman
 
-/ids holds a folder of photos per person, each photo with or without a caption (.txt) of the same name. The same
-command again goes on where an interrupted run last saved.
+/ids holds a folder of photos per person, each photo with or without a caption (.txt) of the same name. The
+same command again goes on where an interrupted run last saved.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from data import (
     Picture,
     TensorCache,
     add_training_arguments,
+    common_shape,
     contact_sheet,
     deal_batches,
     deal_buckets,
@@ -108,11 +109,11 @@ class Trainer:
         self.bank = args.out / "buckets"
 
     def open_bucket(self, bucket: int, first_turn: bool) -> None:
-        """Give the bucket its mid and up, and their optimiser: as it last left them, or fresh on its first turn."""
+        """Give the bucket its mid, up and their optimiser: fresh on its first turn, then as it left them."""
         self.optimiser = SlotAdamW(self.personal, self.args.lr, self.args.weight_decay)
         state, self.interrupted = self.interrupted, None
         if state is None and first_turn:
-            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + bucket)
+            generator = generator_of(self.args.seed, bucket)
             for mid, up in zip(self.personal[::2], self.personal[1::2]):
                 kaiming_(mid, generator)
                 up.data.zero_()
@@ -164,15 +165,14 @@ class Trainer:
         self.interrupted = state["open_bucket"]
 
     def update(self, batch: dict[str, Tensor], slots: Tensor, warm_up: bool) -> float:
-        """One step of Algorithm 1: move the identities present, and after the bucket's warm-up meta_down too."""
+        """Move mid and up of the people in the batch and, after the warm-up, meta_down; return the loss."""
         for p in self.meta_down:
             p.requires_grad_(not warm_up)
         use_slots(self.model, slots)  # they stay set until backward has returned
         loss = flow_loss(self.model, **batch, guidance=self.args.train_guidance)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(
-            self.personal + ([] if warm_up else self.meta_down), self.args.clip_grad
-        )
+        moving = self.personal if warm_up else [*self.personal, *self.meta_down]
+        torch.nn.utils.clip_grad_norm_(moving, self.args.clip_grad)
         self.optimiser.step(slots.unique())
         if not warm_up:
             self.meta_optimiser.step()
@@ -182,36 +182,43 @@ class Trainer:
         return loss.item()
 
 
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """Return the generator of the numbered bucket, visit or step, so that a run can go on anywhere."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
 def encode(
     people: list[Person], folder: Path, cache: TensorCache, args, device, dtype
 ) -> tuple[dict[Path, tuple], dict[str, tuple[Tensor, Tensor]]]:
     """Encode all photos and captions to the cache; the encoders are gone when this returns.
 
-    Returns by photo its shape and its two keys, of latents and caption; and by text the encoded sample prompts.
+    Returns by photo its shape and its keys in the cache, of latents and of caption; and by text what the
+    sample grids show: txt (1, l, d) and pooled (1, d).
     """
     default = f"a photo of a {args.class_word}"
-    samples = [default, f"{default} smiling at the beach"]
+    shown = [default, f"{default} smiling at the beach"]
     autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
     multiple = 2 * autoencoder.sizes.reduction
     photos = [photo for person in people for photo in person.photos]
-    pictures = [Picture(p.path, fit_shape(photo_size(p.path), args.resolution, multiple)) for p in photos]
-    keys = encode_pictures(pictures, autoencoder, fingerprint(folder / "ae.safetensors"), cache)
+    shapes = [common_shape(photo_size(photo.path), args.resolution, multiple) for photo in photos]
+    pictures = [Picture(photo.path, shape) for photo, shape in zip(photos, shapes)]
+    keys = encode_pictures(pictures, autoencoder, f"{fingerprint(folder / 'ae.safetensors')} {dtype}", cache)
     del autoencoder
     release(device)
 
     conditioner = flux.load_conditioner(folder, device, dtype, args.t5_length)
     captions = [photo.caption or default for photo in photos]
-    prompts = list(dict.fromkeys([*captions, *samples]))
+    prompts = list(dict.fromkeys([*captions, *shown]))
     encoder = f"{fingerprint(folder / 'text_encoder', folder / 'text_encoder_2')} {args.t5_length} {dtype}"
     prompt_keys = dict(zip(prompts, encode_prompts(prompts, conditioner, encoder, cache)))
     del conditioner
     release(device)
 
     by_photo = {
-        photo.path: (picture.shape, key, prompt_keys[caption])
-        for photo, picture, key, caption in zip(photos, pictures, keys, captions)
+        photo.path: (shape, key, prompt_keys[caption])
+        for photo, shape, key, caption in zip(photos, shapes, keys, captions)
     }
-    encoded = {text: cache.get(prompt_keys[text]) for text in samples}
+    encoded = {text: cache.get(prompt_keys[text]) for text in shown}
     return by_photo, {text: (prompt["txt"][None], prompt["pooled"][None]) for text, prompt in encoded.items()}
 
 
@@ -223,15 +230,19 @@ def main(argv: list[str] | None = None) -> None:
     args.resolution = args.resolution or native_size(folder)
     args.out.mkdir(parents=True, exist_ok=True)
     check_settings(args, people)
-    print(f"{len(people)} people, {sum(len(p.photos) for p in people)} photos, in {args.data}")
+    count = sum(len(person.photos) for person in people)
+    print(f"{len(people)} people, {count} photos, in {args.data}")
+    if (needed := count * args.uses_per_image // args.batch) > args.steps:
+        print(f"--steps {args.steps} end before everybody had a turn, which takes about {needed}")
 
     cache = TensorCache(args.out / "cache")
     by_photo, sample_prompts = encode(people, folder, cache, args, device, dtype)
     buckets = deal_buckets(people, args.bucket_ids, torch.Generator().manual_seed(args.seed))
-    slots = max(len(bucket) for bucket in buckets)
+    most = max(len(bucket) for bucket in buckets)
 
-    model = flux.load_flux(flux.find_transformer(folder), device, dtype)
-    inject(model, args.r1, args.r2, slots, args.targets, torch.Generator().manual_seed(args.seed))
+    transformer = flux.find_transformer(folder)
+    model = flux.load_flux(transformer, device, dtype)
+    inject(model, args.r1, args.r2, most, args.targets, torch.Generator().manual_seed(args.seed))
     if not args.no_checkpointing:
         checkpoint_blocks(model)
     trainer = Trainer(model, args)
@@ -241,35 +252,33 @@ def main(argv: list[str] | None = None) -> None:
     )
     log = open_log(args.out / "log.jsonl", trainer.step)
 
+    # Algorithm 1. Its i_curr is `step`, its i_cb `bucket_step`; both are counted on after an interruption.
     while trainer.step < args.steps:
-        # Buckets take turns. Which photos meet in a batch depends on the seed and the visit alone.
-        index = trainer.visit % len(buckets)
-        bucket = buckets[index]
-        trainer.open_bucket(index, first_turn=trainer.visit < len(buckets))
-        photos = [
-            (slot, *by_photo[photo.path]) for slot, person in enumerate(bucket) for photo in person.photos
-        ]
-        loaded = {key: cache.get(key) for key in {key for _, _, *keys in photos for key in keys}}
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + trainer.visit)
-        batches = deal_batches([shape for _, shape, *_ in photos], args.uses_per_image, args.batch, generator)
+        number = trainer.visit % len(buckets)  # buckets take turns
+        bucket = buckets[number]
+        trainer.open_bucket(number, first_turn=trainer.visit < len(buckets))
+        slots, shapes, latents, captions = zip(
+            *((slot, *by_photo[photo.path]) for slot, person in enumerate(bucket) for photo in person.photos)
+        )
+        loaded = {key: cache.get(key) for key in {*latents, *captions}}
+        generator = generator_of(args.seed, trainer.visit)
+        batches = deal_batches(shapes, args.uses_per_image, args.batch, generator)
         q_bucket, q_warmup = len(batches), round(args.bucket_warmup * len(batches))
 
         while trainer.bucket_step < q_bucket and trainer.step < args.steps:
-            chosen = [photos[k] for k in batches[trainer.bucket_step]]
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + trainer.step)
-            batch = make_batch(
-                [(loaded[a], loaded[b]) for *_, a, b in chosen], generator, args, device, dtype
-            )
+            chosen = batches[trainer.bucket_step]
+            entries = [(loaded[latents[k]], loaded[captions[k]]) for k in chosen]
+            batch = make_batch(entries, generator_of(args.seed, trainer.step), args, device, dtype)
+            present = torch.tensor([slots[k] for k in chosen], device=device)
             warm_up = trainer.bucket_step < q_warmup
-            loss = trainer.update(batch, torch.tensor([slot for slot, *_ in chosen], device=device), warm_up)
+            loss = trainer.update(batch, present, warm_up)
             trainer.step += 1
             trainer.bucket_step += 1
 
-            line = {"step": trainer.step, "bucket": index, "warm_up": warm_up, "loss": round(loss, 5)}
-            log.write(json.dumps({**line, "time": round(time.time(), 1)}) + "\n")
-            bar.set_postfix(
-                loss=f"{loss:.3f}", bucket=index, warm_up=warm_up, memory=memory_in_use(device), refresh=False
-            )
+            status = {"bucket": number, "warm_up": warm_up}
+            line = {"step": trainer.step, **status, "loss": round(loss, 5), "time": round(time.time(), 1)}
+            log.write(json.dumps(line) + "\n")
+            bar.set_postfix(loss=f"{loss:.3f}", **status, memory=memory_in_use(device), refresh=False)
             bar.update()
             if args.sample_every and trainer.step % args.sample_every == 0:
                 sample_grid(trainer, bucket[:2], sample_prompts, folder, device, dtype)
@@ -277,14 +286,14 @@ def main(argv: list[str] | None = None) -> None:
             if ends or trainer.step % args.save_every == 0:
                 trainer.save()
         if trainer.bucket_step == q_bucket:
-            trainer.close_bucket(index)
+            trainer.close_bucket(number)
 
     log.close()
     bar.close()
     metadata = {
         "method": "meta-lora stage 1",
         "class": args.class_word,
-        "base_model": flux.find_transformer(folder).name,
+        "base_model": transformer.name,
         "steps": trainer.step,
     }
     metadata |= {name: getattr(args, name) for name in ("r1", "r2", "targets", "lr", "seed")}
@@ -312,7 +321,7 @@ def check_settings(args: argparse.Namespace, people: list[Person]) -> None:
 
 
 def open_log(file: Path, step: int) -> TextIO:
-    """Open the log, a line per step, to go on after `step`: what a stopped run wrote beyond its checkpoint goes."""
+    """Open the log, a line per step, to go on after `step`: lines beyond the checkpoint are dropped."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     with atomic(file) as temporary:
         temporary.write_text("".join(lines[:step]))
@@ -320,7 +329,7 @@ def open_log(file: Path, step: int) -> TextIO:
 
 
 def sample_grid(trainer: Trainer, people: list[Person], prompts: dict, folder: Path, device, dtype) -> None:
-    """Draw the bucket's first people as the model knows them by now: a photo, then two pictures of each prompt."""
+    """Draw the bucket's first people as the model knows them: a photo, then two pictures of each prompt."""
     autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
     side, rows = trainer.args.resolution, []
     size = fit_shape((side, side), side, 2 * autoencoder.sizes.reduction)

@@ -1,4 +1,7 @@
-"""FLUX.1 in plain PyTorch: transformer, autoencoder, text encoders, tokenizers, sampler, loaded from raw safetensors."""
+"""FLUX.1 in plain PyTorch: transformer, autoencoder, text encoders, tokenizers, sampler.
+
+Weights are read from the original safetensors files; nothing here knows of LoRA.
+"""
 
 from flux.autoencoder import AutoEncoder
 from flux.clip import CLIPText

@@ -1,7 +1,7 @@
 """FLUX's autoencoder: an image to latents and back.
 
-Layers, numbers and tensor names follow black-forest-labs/flux `modules/autoencoder.py` (file `ae.safetensors`).
-Sizes are read from the file's header, so that a smaller autoencoder of the same kind loads as well.
+Layers, numbers and tensor names follow black-forest-labs/flux `src/flux/modules/autoencoder.py` (the file
+`ae.safetensors`). Sizes are read from the file's header, so a smaller autoencoder of the kind loads as well.
 """
 
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 @dataclass(frozen=True)
 class AutoEncoderSizes:
-    """The defaults are those of FLUX.1; latents = scale_factor * (z - shift_factor) have about unit variance."""
+    """The defaults are FLUX.1's; latents = scale_factor * (z - shift_factor) have about unit variance."""
 
     in_channels: int = 3
     ch: int = 128
@@ -63,7 +63,7 @@ class AutoEncoderSizes:
 
 
 class AutoEncoder(nn.Module):
-    """image (b, 3, h, w) in [-1, 1] <-> latents (b, z, h / reduction, w / reduction), both float32 outside."""
+    """Image (b, 3, h, w) in [-1, 1] <-> latents (b, z, h / reduction, w / reduction), float32 outside."""
 
     def __init__(self, sizes: AutoEncoderSizes):
         super().__init__()
@@ -114,10 +114,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(d, 2 * sizes.z_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image: (b, 3, h, w) -> mean and log variance (b, 2 z, h / reduction, w / reduction), unscaled"""
-        x = self.conv_in(image)
-        x = self.down(x)
-        x = self.mid(x)
+        """image: (b, 3, h, w) -> mean and log variance (b, 2 z, h / reduction, w / reduction), unscaled."""
+        x = self.mid(self.down(self.conv_in(image)))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -138,9 +136,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], sizes.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z: (b, z, h / reduction, w / reduction), unscaled -> image (b, 3, h, w), not clamped"""
-        x = self.conv_in(z)
-        x = self.mid(x)
+        """z: (b, z, h / reduction, w / reduction), unscaled -> image (b, 3, h, w), not clamped."""
+        x = self.mid(self.conv_in(z))
         for level in reversed(self.up):  # stored by resolution, finest first
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))

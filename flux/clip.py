@@ -1,7 +1,7 @@
 """CLIP's text encoder (FLUX uses that of ViT-L/14): tokens to one vector per text.
 
-Names are those of `text_encoder/` and of `clip_l.safetensors`; Radford et al. 2021. FLUX takes the vector before
-CLIP's text projection, which is therefore left out. `Layer` serves CLIP's vision encoder as well.
+Names are those of `text_encoder/` and of `clip_l.safetensors`; Radford et al. 2021. FLUX takes the vector
+before CLIP's text projection, which is therefore left out. `Layer` serves CLIP's vision encoder as well.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class CLIPSizes:
 
     @classmethod
     def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
-        """Read the sizes from a checkpoint's header, ignoring what is not `text_model.`; KeyError when it is no CLIP.
+        """Read the sizes from a checkpoint's header, only from its `text_model.`; KeyError if it is no CLIP.
 
         The header does not tell the heads: they are 64 wide unless `config`, of a text encoder or of a whole
         CLIP, gives `num_attention_heads`.
@@ -50,7 +50,7 @@ class CLIPText(nn.Module):
         self.text_model = TextModel(sizes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (b, l) -> pooled (b, hidden_size); ValueError when l exceeds the learned positions"""
+        """tokens: (b, l) -> pooled (b, hidden_size); ValueError when l exceeds the learned positions."""
         return self.text_model(tokens)
 
 
@@ -72,7 +72,7 @@ class TextModel(nn.Module):
         x = self.embeddings.token_embedding(tokens) + positions[: tokens.shape[1]]
         for layer in self.encoder.layers:
             x = layer(x, causal=True)
-        # The end token has the largest id and is the padding too; argmax finds the first of them.
+        # The end token is the last of the vocabulary and the padding too; argmax finds the first of them.
         end = tokens.argmax(dim=1)
         return self.final_layer_norm(x[torch.arange(len(x), device=x.device), end])
 
@@ -86,7 +86,7 @@ class Layer(nn.Module):
         self.mlp = MLP(hidden_size, mlp_size)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """x: (b, l, d) -> (b, l, d)"""
+        """x: (b, l, d) -> (b, l, d)."""
         x = x + self.self_attn(self.layer_norm1(x), causal)
         return x + self.mlp(self.layer_norm2(x))
 

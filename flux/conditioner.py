@@ -1,7 +1,7 @@
 """Prompts to what FLUX is conditioned on: T5 features and CLIP's pooled vector.
 
-The tokenizers are built from the files in `tokenizer/` (CLIP) and `tokenizer_2/` (T5) of a model folder and give
-the tokens that transformers' CLIPTokenizer and T5Tokenizer give.
+The tokenizers are built from the files in `tokenizer/` (CLIP) and `tokenizer_2/` (T5) of a model folder and
+give the tokens that transformers' CLIPTokenizer and T5Tokenizer give.
 """
 
 import json
@@ -105,7 +105,7 @@ def clip_tokenizer(folder: Path) -> PromptTokenizer:
 
 
 def t5_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
-    """Load T5's unigram tokenizer from `tokenizer.json`, or from `spiece.model` with the package sentencepiece."""
+    """Load T5's unigram tokenizer from `tokenizer.json`, else from `spiece.model` with sentencepiece."""
     file = find(folder, "T5", "tokenizer.json", "spiece.model")
     if file.name == "tokenizer.json":
         tokenizer = Tokenizer.from_file(str(file))

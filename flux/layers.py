@@ -12,16 +12,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
-    """Embed times: (b,) in [0, 1] -> (b, dim) float32, cosines first.
+def timestep_embedding(t: Tensor, channels: int = 256) -> Tensor:
+    """Embed times: (b,) in [0, 1] -> (b, channels) float32, cosines first.
 
     Computed in float32 whatever comes in: rounding 1000 t to bfloat16, as the original code does when it
     is handed bfloat16 times, moves the embedding by more than 1 (at t = 0.7373).
     """
-    half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device)
-    )
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10_000) / half * steps)
     angles = 1000 * t.float()[:, None] * frequencies  # (b, half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -34,8 +33,8 @@ def rope_table(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
     """
     wide = torch.float32 if ids.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     angles = []
-    for axis, dim in enumerate(axes):
-        omega = theta ** -(torch.arange(0, dim, 2, dtype=wide, device=ids.device) / dim)
+    for axis, channels in enumerate(axes):
+        omega = theta ** -(torch.arange(0, channels, 2, dtype=wide, device=ids.device) / channels)
         angles.append(ids[..., axis, None].to(wide) * omega)
     angles = torch.cat(angles, dim=-1)[:, None]  # (b, 1, l, head_dim / 2): one axis for the heads
     return torch.complex(angles.cos().float(), angles.sin().float())
@@ -73,9 +72,9 @@ class MLPEmbedder(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm over a head's channels, under the checkpoint's name `scale`."""
 
-    def __init__(self, dim: int):
+    def __init__(self, head_dim: int):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(dim))
+        self.scale = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.scale
@@ -106,7 +105,7 @@ class SelfAttention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN: vec (b, d) -> `chunks` tensors (b, 1, d), in the order shift, scale, gate, shift, scale, gate."""
+    """AdaLN: vec (b, d) -> `chunks` tensors (b, 1, d): shift, scale, gate, and perhaps the three again."""
 
     def __init__(self, hidden_size: int, chunks: int):
         super().__init__()
@@ -139,9 +138,7 @@ class DoubleBlock(nn.Module):
 
         img_qkv = self.img_attn.norm(self.img_attn.qkv(modulate(img, img_shift1, img_scale1)))
         txt_qkv = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, txt_shift1, txt_scale1)))
-        q, k, v = (
-            torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv)
-        )  # (b, heads, l_txt + l_img, head_dim)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))  # (b, heads, l, head_dim)
         txt_attn, img_attn = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
 
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
@@ -167,9 +164,8 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
         attn = attention(*self.norm(qkv), pe)
-        return torch.addcmul(
-            x, gate, self.linear2(torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1))
-        )
+        both = torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1)  # (b, l, d + mlp_size)
+        return torch.addcmul(x, gate, self.linear2(both))
 
 
 class LastLayer(nn.Module):
@@ -181,5 +177,6 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, img: Tensor, vec: Tensor) -> Tensor:
+        """img (b, l_img, d), vec (b, d) -> (b, l_img, out_channels)."""
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(img, shift, scale))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
@@ -26,6 +27,7 @@ from flux.t5 import T5, T5Sizes
 
 HUB_MODELS = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors")}
 LOCAL_MODELS = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
+PARTS = ("ae.safetensors", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # and a transformer
 PICKLED = (".bin", ".pt", ".pth")
 HUB_FILES = (
     "ae.safetensors",
@@ -57,14 +59,13 @@ def find_model(name: str) -> Path:
         known = ", ".join([*HUB_MODELS, *LOCAL_MODELS])
         raise FileNotFoundError(f"--model {name}: neither a folder nor one of the known models ({known})")
     find_transformer(folder)
-    parts = ("ae.safetensors", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    if missing := [part for part in parts if not (folder / part).exists()]:
+    if missing := [part for part in PARTS if not (folder / part).exists()]:
         raise FileNotFoundError(f"{folder} is not a whole FLUX.1 model: it lacks {', '.join(missing)}")
     return folder
 
 
 def find_transformer(folder: Path) -> Path:
-    """Return the one `flux1-*.safetensors` in a model folder; FileNotFoundError when there is none or several."""
+    """Return the one `flux1-*.safetensors` of a model folder; FileNotFoundError when not just one."""
     files = sorted(folder.glob("flux1-*.safetensors"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
@@ -75,9 +76,8 @@ def find_transformer(folder: Path) -> Path:
 def _from_hub(repo: str, files: list[str]) -> Path:
     """Return the folder of the hub's cache that holds the files, downloaded if one is missing."""
     cached = {file: try_to_load_from_cache(repo, file) for file in files}
-    missing = [
-        file for file, path in cached.items() if not isinstance(path, str)
-    ]  # None, or a mark for "never"
+    # Not a path is None, or a mark for "the hub has no such file".
+    missing = [file for file, path in cached.items() if not isinstance(path, str)]
     if not missing:
         return Path(cached[files[0]]).parent
     try:
@@ -86,10 +86,11 @@ def _from_hub(repo: str, files: list[str]) -> Path:
     except Exception as error:  # the network's errors have other types in every version of huggingface_hub
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{repo} is not whole in the hub cache and cannot be downloaded ({type(error).__name__}: {reason}).\n"
-            f"Accept its licence at https://huggingface.co/{repo}, then run `hf auth login` with a read token "
-            "or set HF_TOKEN;\nor name a folder that holds the files already: --model FOLDER "
-            "(flux1-dev.safetensors, ae.safetensors, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/);\n"
+            f"{repo} is not whole in the hub cache and cannot be downloaded "
+            f"({type(error).__name__}: {reason}).\n"
+            f"Accept its licence at https://huggingface.co/{repo}, then run `hf auth login` with a read "
+            "token or set HF_TOKEN;\nor name a folder that holds the files already: --model FOLDER "
+            f"({files[0]}, {', '.join(PARTS)});\n"
             "or try everything on the small model that comes along: --model tiny"
         ) from error
 
@@ -126,8 +127,8 @@ class Checkpoint:
     unpickled: dict[str, Tensor] = field(default_factory=dict)  # such a file has no header to read first
 
     @classmethod
-    def open(cls, path: Path | str) -> "Checkpoint":
-        """Read the headers of a file, or of all shards in a folder; ValueError names a file that is damaged."""
+    def open(cls, path: Path | str) -> Self:
+        """Read the headers of a file, or of all shards in a folder; ValueError names a damaged file."""
         path = Path(path)
         if path.suffix in PICKLED and path.is_file():
             state = unpickle(path)
@@ -155,9 +156,7 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{file} is not valid JSON ({error})") from error
 
-    def read(
-        self, names: list[str], device: str | torch.device, dtype: torch.dtype
-    ) -> dict[str, torch.Tensor]:
+    def read(self, names: list[str], device: str | torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Read tensors; on the CPU and in the file's own dtype they stay mapped to the file, uncopied.
 
         Integers, BatchNorm's counters for one, keep their dtype.
@@ -194,9 +193,8 @@ def load(
     except (KeyError, ValueError, IndexError) as error:
         reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else error
         some = ", ".join(sorted(shapes)[:3]) or "no tensor"
-        raise ValueError(
-            f"{path} is not a {kind.__name__} checkpoint: {reason}; it begins with {some}"
-        ) from error
+        message = f"{path} is not a {kind.__name__} checkpoint: {reason}; it begins with {some}"
+        raise ValueError(message) from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
     problems += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected]
@@ -231,6 +229,15 @@ def load_clip(path: Path | str, device="cpu", dtype=torch.bfloat16) -> CLIPText:
     return load(CLIPText, CLIPSizes, path, device, dtype)
 
 
+def load_conditioner(
+    folder: Path, device="cpu", dtype=torch.bfloat16, t5_length: int | None = None
+) -> Conditioner:
+    """Load both text encoders of a model folder and their tokenizers."""
+    t5 = load_t5(folder / "text_encoder_2", device, dtype)
+    clip = load_clip(folder / "text_encoder", device, dtype)
+    return Conditioner(t5, clip, load_tokenizers(folder, t5_length))
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a small safetensors file whole, with its metadata; ValueError names a file that is none."""
     path = Path(path)
@@ -256,16 +263,6 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def load_conditioner(
-    folder: Path, device="cpu", dtype=torch.bfloat16, t5_length: int | None = None
-) -> Conditioner:
-    """Load both text encoders of a model folder and their tokenizers."""
-    clip = load_clip(folder / "text_encoder", device, dtype)
-    return Conditioner(
-        load_t5(folder / "text_encoder_2", device, dtype), clip, load_tokenizers(folder, t5_length)
-    )
-
-
 def check_sha256(file: Path, pinned: str) -> Path:
     """Return a downloaded file; ValueError when it is not the one whose hash we know."""
     with file.open("rb") as f:
@@ -276,7 +273,7 @@ def check_sha256(file: Path, pinned: str) -> Path:
 
 
 def native_size(folder: Path) -> int:
-    """The side in pixels of the pictures that a model was made for: its config's `sample_size`, else 1,024."""
+    """Return the side in pixels of the pictures a model makes: its config's `sample_size`, else 1024."""
     config = folder / "config.json"
     return json.loads(config.read_text()).get("sample_size", 1024) if config.is_file() else 1024
 

@@ -1,7 +1,7 @@
 """Memory, moved in the open and from outside: models do not know that they are checkpointed or let go."""
 
 import gc
-import resource
+import sys
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from flux.model import Flux
 
 
 def checkpoint_blocks(model: Flux) -> None:
-    """Keep only each block's input for the backward pass, which runs the block forward again (Chen et al. 2016)."""
+    """Keep only each block's input; the backward pass runs the block forward again (Chen et al. 2016)."""
     for block in (*model.double_blocks, *model.single_blocks):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -24,7 +24,12 @@ def release(device: torch.device | str) -> None:
 
 
 def memory_in_use(device: torch.device | str) -> str:
-    """The peak so far, as "12.3 GB": of the GPU's allocator, or of the whole process on a CPU."""
+    """Return the peak so far, as "12.3 GB": of the GPU's allocator, or of the whole process on a CPU."""
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "not known"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"

@@ -5,6 +5,7 @@ FLUX.1 with other depths or widths go through the same lines.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ class FluxSizes:
         return self.hidden_size // self.num_heads
 
     @classmethod
-    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> "FluxSizes":
-        """Read the sizes off the tensor shapes of a checkpoint; raise KeyError when a telling name is missing.
+    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
+        """Read the sizes from a checkpoint's header; KeyError when it is no FLUX.
 
         The rotary axes are not in the file: (d/8, 7d/16, 7d/16) of the head size d and theta 10,000, unless
         `config` says otherwise (`axes_dims_rope`, as diffusers spells it, and `theta`).

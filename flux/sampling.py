@@ -25,27 +25,27 @@ def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """The derivative of x_t by t, which the model learns."""
+    """Return the derivative of x_t by t, which the model learns."""
     return noise - latents
 
 
 def draw_times(n: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Draw training times from the logit-normal distribution (Esser et al. 2024): (n,) in (0, 1), on the CPU."""
+    """Draw training times, logit-normal (Esser et al. 2024): (n,) in (0, 1), on the CPU."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
 def flow_loss(
     model: Flux, latents: Tensor, noise: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: float
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, a float32 scalar (L_diff of the paper).
+    """Return the mean squared error of the predicted velocity, a float32 scalar (L_diff of the paper).
 
-    latents and noise (b, c, h, w) and t (b,) in float32, txt (b, l, d) and pooled (b, d) in the model's dtype.
+    latents and noise (b, c, h, w) and t (b,) float32, txt (b, l, d) and pooled (b, d) in the model's dtype.
     """
     b, _, h, w = latents.shape
     img_ids, txt_ids = position_ids(b, h, w, txt.shape[1], latents.device)
     img = pack(add_noise(latents, noise, t)).to(txt.dtype)
-    strength = torch.full((b,), guidance, device=latents.device)
-    velocity = model(img, img_ids, txt, txt_ids, t, pooled, strength)
+    guided = torch.full((b,), guidance, device=latents.device)
+    velocity = model(img, img_ids, txt, txt_ids, t, pooled, guided)
     return F.mse_loss(velocity.float(), pack(velocity_target(latents, noise)))
 
 
@@ -65,7 +65,10 @@ def unpack(img: Tensor, height: int, width: int) -> Tensor:
 
 
 def position_ids(batch: int, height: int, width: int, txt_length: int, device=None) -> tuple[Tensor, Tensor]:
-    """Positions of latents of height x width and of the text: img_ids (b, l, 3) with rows (0, row, column), txt_ids 0."""
+    """Return the positions of latents of height x width and of the text.
+
+    img_ids (b, height/2 * width/2, 3): 0, row, column; txt_ids (b, txt_length, 3): zeros.
+    """
     rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     img_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
     img_ids = img_ids.to(device).expand(batch, -1, -1)
@@ -82,7 +85,7 @@ def draw_noise(seeds: list[int], channels: int, height: int, width: int) -> Tens
 
 
 def schedule(steps: int, image_tokens: int, shifted: bool = True) -> list[float]:
-    """The `steps` + 1 times from 1 to 0.
+    """Return the `steps` + 1 times from 1 to 0.
 
     Shifted towards the noise by mu, which grows linearly from 0.5 at 256 image tokens to 1.15 at 4,096 (dev);
     evenly spaced when not `shifted` (schnell).
@@ -107,31 +110,31 @@ def denoise(
     shifted: bool | None = None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
-    """Integrate from noise (b, c, h, w) to latents of the same shape, float32.
+    """Integrate from noise (b, c, h, w) to latents of the same shape, float32, on the model's device.
 
     txt (b, l, d), pooled (b, d). With cfg > 1 every step also runs the `negative` (txt, pooled) and the
-    velocity becomes negative + cfg * (positive - negative); raises ValueError when it is missing. The
-    schedule is shifted for models with a guidance input (dev) and even without (schnell) unless `shifted`
-    says. `progress` is called with the number of steps done.
+    velocity becomes negative + cfg * (positive - negative); ValueError when there is no negative. shifted:
+    as in `schedule`; None takes it from the model: shifted if it has a guidance input (dev), else even
+    (schnell). `progress` is called with the number of steps done.
     """
     if cfg > 1 and negative is None:
         raise ValueError(f"cfg {cfg} needs a negative prompt; 1 turns it off")
     batch, _, height, width = noise.shape
     device, dtype = model.img_in.weight.device, model.img_in.weight.dtype
     img = pack(noise).to(device)
-    ids = position_ids(batch, height, width, txt.shape[1], device)
-    strength = torch.full((batch,), guidance, device=device)
+    img_ids, txt_ids = position_ids(batch, height, width, txt.shape[1], device)
+    guided = torch.full((batch,), guidance, device=device)
     prompts = [(txt, pooled), negative] if cfg > 1 else [(txt, pooled)]
     prompts = [(txt.to(device, dtype), pooled.to(device, dtype)) for txt, pooled in prompts]
 
     times = schedule(steps, img.shape[1], model.sizes.guidance if shifted is None else shifted)
     for step, (t, t_next) in enumerate(zip(times, times[1:]), 1):
         t_batch = torch.full((batch,), t, device=device)
-        velocity, *rest = [
-            model(img.to(dtype), ids[0], txt, ids[1], t_batch, pooled, strength) for txt, pooled in prompts
+        velocity, *away = [
+            model(img.to(dtype), img_ids, txt, txt_ids, t_batch, pooled, guided) for txt, pooled in prompts
         ]
-        if rest:
-            velocity = rest[0] + cfg * (velocity - rest[0])
+        if away:
+            velocity = away[0] + cfg * (velocity - away[0])
         img = euler_step(img, velocity, t, t_next)
         progress(step)
     return unpack(img, height, width)

@@ -54,7 +54,7 @@ class T5(nn.Module):
         self.encoder.final_layer_norm = RMSNorm(sizes.hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (b, l) -> (b, l, hidden_size)"""
+        """tokens: (b, l) -> (b, l, hidden_size)."""
         bias = self.encoder.block[0].layer[0].SelfAttention.position_bias(tokens.shape[1])
         x = self.shared(tokens)
         for block in self.encoder.block:
@@ -94,12 +94,9 @@ class SelfAttention(nn.Module):
         return rearrange(self.relative_attention_bias(buckets), "query key heads -> 1 heads query key")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(f(x), "b l (h d) -> b h l d", h=self.num_heads) for f in (self.q, self.k, self.v)
-        )
-        x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, scale=1.0
-        )  # T5 does not divide by sqrt(d)
+        split = lambda x: rearrange(x, "b l (h d) -> b h l d", h=self.num_heads)
+        q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # not divided by sqrt(d)
         return self.o(rearrange(x, "b h l d -> b l (h d)"))
 
 
@@ -125,10 +122,10 @@ class RMSNorm(nn.Module):
 def relative_buckets(length: int) -> Tensor:
     """Return the row of the bias table for each pair of positions, (query, key).
 
-    Keys behind the query have rows 0 .. 15, keys ahead of it 16 .. 31; in both halves the first 8 are for exact
-    distances and the others grow logarithmically up to a distance of 128.
+    Keys behind the query have rows 0 .. 15, keys ahead of it 16 .. 31; in both halves the first 8 are for
+    exact distances and the others grow logarithmically up to a distance of 128.
     """
-    # On the CPU whatever the device: distance 16 lies on an edge, log(2) / log(16) * 8, and must not fall off.
+    # On the CPU whatever the device: distance 16 lies on an edge, log(2) / log(16) * 8, and must not fall.
     position = torch.arange(length, device="cpu")
     offset = position[None, :] - position[:, None]
     distance = offset.abs()

@@ -29,7 +29,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def header(name: str) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a published checkpoint, or skip where the reference files are not at hand."""
+    """Return names and shapes of a published checkpoint, or skip where its reference file is missing."""
     path = REFERENCE / f"{name}.keys.json"
     if not path.exists():
         pytest.skip(f"needs {path}")

@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: a whole FLUX.1 with random weights, a few drawn people, and YuNet's file."""
+"""What the tests of the scripts share: a whole FLUX.1 with random weights, drawn people, and YuNet's file."""
 
 import gc
 import json
@@ -69,7 +69,7 @@ def write_model(folder: Path, hidden_size: int = 32) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting():
-    """Do without what costs time and protects nothing here: forcing files to the disk, searching pytest for garbage."""
+    """Leave out what only costs time here: forcing files to the disk, searching pytest for garbage."""
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)

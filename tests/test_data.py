@@ -1,6 +1,7 @@
 """Photos read, laid out, cropped and dealt as the paper says; wrong ones refused by name."""
 
 import io
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +17,7 @@ from data import (
     Picture,
     TensorCache,
     atomic,
+    common_shape,
     contact_sheet,
     crop_boxes,
     deal_batches,
@@ -377,6 +379,19 @@ def test_shapes_alternate():
     batches = deal_batches([(8, 8)] * 20 + [(8, 16)] * 20, uses=10, batch=4, generator=generator())
     switches = sum((a[0] < 20) != (b[0] < 20) for a, b in zip(batches, batches[1:], strict=False))
     assert 30 < switches < 70  # of 99; independent tosses of a coin give 50 +- 5
+
+
+def test_common_shapes_are_few_and_never_enlarge():
+    random.seed(0)
+    sizes = [(random.randint(720, 2500), random.randint(720, 2500)) for _ in range(1000)]
+    shapes = [common_shape(size, 1024, 16) for size in sizes]
+    assert len(set(shapes)) <= 9 * 6 and len({fit_shape(size, 1024, 16) for size in sizes}) > 150
+    for (height, width), (h, w) in zip(sizes, shapes):
+        assert h <= height and w <= width and h * w <= 1024**2 and h % 16 == w % 16 == 0
+        assert abs(math.log(h / w * width / height)) < 0.35 or max(height / width, width / height) > 16 / 9
+        assert h * w >= 0.25 * min(1024**2, height * width)
+    assert common_shape((64, 64), 64, 8) == (64, 64) and common_shape((2000, 2000), 1024, 16) == (1024, 1024)
+    assert common_shape((40, 24), 1024, 16) == (32, 16)
 
 
 # Files

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_meta", "personalize", "sample", "metrics")
-LIBRARY = ("flux", "vision", "metalora", "data")
+LIBRARY = ("flux", "vision", "metalora", "data", "metaphd")
 WORLD = ("tiny", "flux", "metalora", "data")
 # What each module may import of ours, itself aside; a package's line holds for all in it that have none.
 MAP = {
@@ -18,6 +18,7 @@ MAP = {
     **dict.fromkeys(SCRIPTS, LIBRARY),
     "metalora": ("flux",),
     "data": ("flux",),
+    "metaphd": ("data",),
     "vision": ("vision", "flux.clip", "flux.loading"),
     "flux": ("flux",),
     "tiny": WORLD,
@@ -29,7 +30,7 @@ PACKAGE_OF = {"PIL": "pillow", "cv2": "opencv-python-headless", "huggingface_hub
 
 
 def imports(source: str, module: str) -> Iterator[str]:
-    """Yield the dotted names that a module imports, at its top or inside a function; relative ones resolved."""
+    """Yield the dotted names that a module imports, at its top or in a function; relative ones resolved."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -46,7 +47,7 @@ def within(name: str, packages: tuple[str, ...]) -> bool:
 
 
 def violations(path: str, source: str, requirements: set[str]) -> list[str]:
-    """List the imports of a file, given by its path from the root, that the map or the requirements forbid."""
+    """List the imports of a file (path from the root, source) that the map or the requirements forbid."""
     module = path.removesuffix(".py").replace("/", ".")
     top = module.split(".")[0]
     if top == "tests":

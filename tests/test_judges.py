@@ -1,4 +1,4 @@
-"""The shipped judges: they tell people apart whatever the view, and prompts that a picture shows from others."""
+"""The shipped judges: they tell people apart whatever the view, and prompts that a picture shows."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def judges() -> tuple[IdentityNet, PromptNet]:
 
 @pytest.fixture(scope="module")
 def people() -> tuple[Tensor, Tensor, Tensor]:
-    """New people, a photo and a picture in any style of each: identities, views and images (2, PEOPLE, ...)."""
+    """New people, a photo of each and a picture in any style: identities, views, images (2, PEOPLE, ...)."""
     generator = torch.Generator().manual_seed(20_000)
     identities = draw_identities(PEOPLE, generator)
     views = torch.stack([draw_views(PEOPLE, generator, style=0.0), draw_views(PEOPLE, generator)])

@@ -340,8 +340,10 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_error(tmp_path):
     assert str(error.value).splitlines() == [
         f"{path} does not fit this model:",
         "  transformer_blocks.0.attn.to_q has only one of lora_A and lora_B",
-        "  transformer_blocks.0.attn.to_k has lora_A (1, 96) and lora_B (95, 1), must be (rank, 96) and (96, rank)",
-        "  transformer_blocks.0.ff.net.2 has lora_A (2, 384) and lora_B (96, 1), must be (rank, 384) and (96, rank)",
+        "  transformer_blocks.0.attn.to_k has lora_A (1, 96) and lora_B (95, 1), "
+        "must be (rank, 96) and (96, rank)",
+        "  transformer_blocks.0.ff.net.2 has lora_A (2, 384) and lora_B (96, 1), "
+        "must be (rank, 384) and (96, rank)",
         "  lora_unet_single_blocks_0_linear1.alpha is for no layer of this model",
         f"  {first}ff.net.7.lora_A.weight is for no layer of this model",
     ]

@@ -1,4 +1,4 @@
-"""Stage 2: what is trained, what is written, and that everything that can be wrong is said before the work begins."""
+"""Stage 2: what is trained, what is written, and that what can be wrong is said before the work begins."""
 
 import hashlib
 import os
@@ -49,7 +49,7 @@ def photo(people, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def run(model, meta):
-    """Call the script with a short training, without samples, and with the stage-1 file where the method needs one."""
+    """Call the script: a short training, no samples, and the stage-1 file where the method needs one."""
 
     def call(*argv: object, checkpointing: bool = False) -> None:
         defaults = ["--model", model, "--steps", 3, "--lr", 1e-2, "--samples", 0]
@@ -170,7 +170,7 @@ def test_checkpointed_blocks_train_alike(run, photo):
 
 
 def test_what_is_encoded(run, photo, monkeypatch):
-    """With crops: up to 25 and their flips. Without: the whole photo alone. Captions: as given, or by class."""
+    """With crops: up to 25 and their flips. Without: the whole photo. Captions: as given, or by class."""
     pictures, texts = [], []
     encode_pictures, encode_prompts = personalize.encode_pictures, personalize.encode_prompts
     monkeypatch.setattr(

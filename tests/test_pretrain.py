@@ -30,7 +30,7 @@ def run(monkeypatch, *options) -> None:
 
 
 def test_a_small_world_of_ones_own(tmp_path, monkeypatch):
-    """Train on a folder of captioned pictures, be interrupted, go on; the result loads as every FLUX.1 does."""
+    """Train on a folder of captioned pictures, be interrupted, go on; the result loads like any FLUX.1."""
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     for k in range(3):

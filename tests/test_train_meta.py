@@ -99,7 +99,7 @@ def test_warm_up_and_order_of_the_buckets(undisturbed):
 
 
 def test_what_moves_in_a_step(run, tmp_path, monkeypatch):
-    """In a warm-up meta_down rests, then it moves; mid and up move for the people in the batch, for no other."""
+    """In a warm-up meta_down rests, then it moves; mid and up move for the people in the batch alone."""
     moves, update = [], Trainer.update
 
     def watched(self, batch, slots, warm_up):
@@ -145,7 +145,7 @@ def test_a_bucket_goes_on_where_it_was(run, tmp_path, monkeypatch):
 
 
 def test_checkpointed_blocks_train_alike(run, undisturbed, tmp_path, monkeypatch):
-    """Blocks that run forward again for the backward pass see the same identities: same meta_down, mid and up."""
+    """Blocks that run forward again for the backward pass see the same identities: all factors agree."""
     calls = []
     monkeypatch.setattr(train_meta, "checkpoint_blocks", lambda model: calls.append(checkpoint_blocks(model)))
     kept = SETTINGS[-1:]

@@ -1,9 +1,9 @@
-"""The whole job in the small world, by the commands a user would type: meta-train, personalize, sample, score.
+"""The whole job in the small world, by the commands a user would type: meta-train, learn, sample, score.
 
     make demo          (or: python tiny/demo.py --out out/demo)
 
-Each command is printed before it runs. At the end stand a table of how close the pictures are to the person, for
-the base model, LoRA and Meta-LoRA at the same number of steps, and a contact sheet to look at.
+Each command is printed before it runs. At the end stand a table of how close the pictures are to the person,
+for the base model, LoRA and Meta-LoRA at the same number of steps, and a contact sheet to look at.
 """
 
 import argparse
@@ -61,37 +61,18 @@ def draw_curve(log: Path, path: Path, height: int = 200, width: int = 480) -> No
 
 
 def personalize(person: Person, out: Path, args: argparse.Namespace) -> None:
-    """Learn a person from the first photo, with and without the prior, and sample all prompts with each system."""
+    """Learn a person from the first photo, with the prior and without, and sample with each system."""
     reference = person.photos[0]
     word = person.name.split("_")[0]  # man or woman
     prompts = [prompt.format(word) for prompt in PROMPTS]
     for system in SYSTEMS:
         lora = out / f"{system}.safetensors"
         if system != "base":
-            learn = [
-                "personalize.py",
-                reference.path,
-                "--model",
-                args.model,
-                "--method",
-                system,
-                "--out",
-                lora,
-            ]
+            learn = ["personalize.py", reference.path, "--model", args.model, "--method", system]
             learn += ["--caption", reference.caption, "--steps", args.steps, "--lr", args.lr, *args.setting]
-            run(*learn, "--samples", 0, "--no-checkpointing")
-        draw = [
-            "sample.py",
-            "--model",
-            args.model,
-            "--out",
-            out / system,
-            "--steps",
-            12,
-            "--prompt",
-            *prompts,
-        ]
-        run(*draw, *([] if system == "base" else ["--lora", lora]))
+            run(*learn, "--samples", 0, "--no-checkpointing", "--out", lora)
+        draw = ["sample.py", "--model", args.model, "--steps", 12, "--prompt", *prompts]
+        run(*draw, "--out", out / system, *([] if system == "base" else ["--lora", lora]))
 
 
 def look(path: Path) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Block(nn.Module):
 
     def __init__(self, ins: int, outs: int, stride: int):
         super().__init__()
-        # BatchNorm, frozen a constant scale: GroupNorm would weaken brightness, by which skins are told apart.
+        # BatchNorm, frozen a constant scale: GroupNorm would weaken brightness, by which skins differ.
         self.conv1, self.norm1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False), nn.BatchNorm2d(outs)
         self.conv2, self.norm2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False), nn.BatchNorm2d(outs)
         self.short = nn.Conv2d(ins, outs, 1, stride, bias=False) if stride > 1 else nn.Identity()
@@ -59,7 +59,7 @@ class Judge(nn.Module):
 
 
 class IdentityNet(Judge):
-    """Embed the person in a picture as a unit vector, (b, 128): cosine near 1 for one person, near 0 for two."""
+    """Embed the person in a picture as a unit vector, (b, 128): cosine near 1 for the same, 0 for another."""
 
     outs = 128
 
@@ -117,16 +117,16 @@ def draw(people: int, photos: float, generator: torch.Generator) -> tuple[Tensor
 
 
 def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn uint8 (b, 3, h, w) into [-1, 1], each picture with its own mix of the defects of generated ones."""
+    """Turn uint8 (b, 3, h, w) into [-1, 1], each picture with its own mix of generated ones' defects."""
     n, image = len(pictures), pictures.float() / 127.5 - 1
     rand = lambda channels: torch.rand(n, channels, 1, 1, generator=generator)
     noise = lambda size: torch.randn(n, 3, size, size, generator=generator)
-    strength = lambda most, channels=1: most * rand(channels) * (rand(1) < 0.5)  # half have none
+    amount = lambda most, channels=1: most * rand(channels) * (rand(1) < 0.5)  # half have none
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    cast = strength(0.12, 3) - strength(0.12, 3)
-    blotches = strength(0.10) * F.interpolate(noise(SIZE // 4), SIZE, mode="bilinear")
-    image = image.lerp(soft, strength(0.8)) * (1 - strength(0.12)) + cast + blotches
-    return image + strength(0.08) * noise(SIZE)
+    cast = amount(0.12, 3) - amount(0.12, 3)
+    blotches = amount(0.10) * F.interpolate(noise(SIZE // 4), SIZE, mode="bilinear")
+    image = image.lerp(soft, amount(0.8)) * (1 - amount(0.12)) + cast + blotches
+    return image + amount(0.08) * noise(SIZE)
 
 
 def identity_loss(judge: IdentityNet, pictures: Tensor, labels: dict, generator: torch.Generator) -> Tensor:
@@ -148,7 +148,7 @@ def prompt_loss(judge: PromptNet, pictures: Tensor, labels: dict, generator: tor
 
 
 def evaluate(folder: Path, photos: float, seed: int, people: int = 200) -> dict[str, float]:
-    """Measure both on people never seen; rank-1 and cosines compare everybody's first picture with the others."""
+    """Measure both on people never seen; rank-1 and cosines compare everyone's first picture with others."""
     identity, prompt = load_judges(folder)
     pictures, labels = draw(people, photos, torch.Generator().manual_seed(seed))
     images = pictures.flatten(0, 1).float() / 127.5 - 1

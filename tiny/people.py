@@ -357,10 +357,10 @@ def _scenes(v: SimpleNamespace, x: Tensor, y: Tensor, size: int) -> Tensor:
 def _scene(name: str, x: Tensor, y: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, list]:
     """Give a scene's sky and the shapes before it: (signed distance, colour). a, b, c in 0 .. 1 move them."""
 
-    def sky(top: str, bottom: str, t: Tensor = y) -> Tensor:
-        return torch.lerp(_rgb(top), _rgb(bottom), t.clamp(max=1))
+    def sky(top: str, bottom: str, down: Tensor = y) -> Tensor:
+        return torch.lerp(_rgb(top), _rgb(bottom), down.clamp(max=1))
 
-    def box(left: Tensor, right: Tensor, top: Tensor | float, bottom: Tensor | float = 1.5) -> Tensor:
+    def block(left: Tensor, right: Tensor, top: Tensor | float, bottom: Tensor | float = 1.5) -> Tensor:
         return torch.maximum(torch.maximum(left - x, x - right), torch.maximum(top - y, y - bottom))
 
     horizon, side = 0.42 + 0.16 * a, 0.15 + 0.7 * (c > 0.5)
@@ -373,18 +373,21 @@ def _scene(name: str, x: Tensor, y: Tensor, a: Tensor, b: Tensor, c: Tensor) -> 
         houses = []
         for k, wall in enumerate(("9E9EAD", "757585", "8A8A99", "666675", "80808F")):
             left, roof = 0.27 * k - 0.22 + 0.2 * b, 0.22 + 0.26 * torch.sin(9 * c + 2.4 * k) ** 2
-            house = box(left, left + 0.25, roof)
+            house = block(left, left + 0.25, roof)
             houses += [(house, wall), (torch.maximum(house + 0.025, gaps), "FFE080")]
         return sky("B3CCE6", "E6E6E0"), houses
     if name == "forest":
-        trunks = [(box(k + 0.25 * b, k + 0.11 + 0.25 * b, 0.0), "5C381F") for k in (-0.17, 0.15, 0.47, 0.79)]
+        trunks = [
+            (block(k + 0.25 * b, k + 0.11 + 0.25 * b, 0.0), "5C381F") for k in (-0.17, 0.15, 0.47, 0.79)
+        ]
         leaves = y - 0.20 - 0.07 * torch.sin(13 * x + 6 * c).abs() - 0.08 * a
         return sky("73B852", "336B24"), [*trunks, (leaves, "145724"), (0.80 + 0.05 * a - y, "29751F")]
     if name == "desert":
         far = horizon - 0.06 * torch.sin(6 * x + 6 * b) - y
         near = horizon + 0.22 + 0.07 * torch.sin(5 * x + 6 * c) - y
-        cactus = torch.minimum(box(side - 0.035, side + 0.035, 0.22), box(side, side + 0.115, 0.41, 0.465))
-        cactus = torch.minimum(cactus, box(side + 0.065, side + 0.115, 0.30, 0.465))
+        stem, arm = block(side - 0.035, side + 0.035, 0.22), block(side, side + 0.115, 0.41, 0.465)
+        cactus = torch.minimum(stem, arm)
+        cactus = torch.minimum(cactus, block(side + 0.065, side + 0.115, 0.30, 0.465))
         return sky("6BC7DB", "FAEBB8"), [(far, "E69942"), (cactus, "297A3D"), (near, "CC752B")]
     if name == "night":
         places = [((k * 0.23 + b) % 1, 0.08 + 0.09 * (2 * k % 5)) for k in range(5)]
@@ -398,7 +401,7 @@ def _scene(name: str, x: Tensor, y: Tensor, a: Tensor, b: Tensor, c: Tensor) -> 
     if name == "studio":
         glow = torch.exp(-((x - 0.2 - 0.6 * b) ** 2 + (y - 0.35) ** 2) / 0.25)
         return (0.42 + 0.15 * a + 0.30 * glow).expand(-1, 3, -1, -1), []
-    window = box(side - 0.18, side + 0.22, 0.06, 0.46)
+    window = block(side - 0.18, side + 0.22, 0.06, 0.46)
     panes = 0.02 - torch.minimum((x - side - 0.02).abs(), (y - 0.26).abs())
     glass, floor = torch.maximum(window + 0.035, panes), 0.74 + 0.1 * a - y
     return sky("DB9E94", "F0BDA8"), [(window, "FAF5E6"), (glass, "99D6FA"), (floor, "804D29")]

@@ -1,10 +1,10 @@
-"""Train a whole FLUX.1 at toy scale: tokenizers, autoencoder, text encoders and transformer, from nothing, on a CPU.
+"""Train a whole FLUX.1 at toy scale, from nothing, on a CPU: tokenizers, autoencoder, encoders, transformer.
 
     python tiny/pretrain.py --out tiny/weights --work /tmp/tiny
 
-The pictures are drawn (`tiny/people.py`) or read from a folder (`--data`). What is written has the names, the
-formats and the folder layout of FLUX.1-dev, in 16 bit, so that everything else reads it like the real one. Each
-stage is skipped when its result is there, and a stage that was interrupted goes on where it last saved.
+The pictures are drawn (`tiny/people.py`) or read from a folder (`--data`). What is written has the names,
+the formats and the folder layout of FLUX.1-dev, in 16 bit, so everything else reads it like the real one.
+Each stage is skipped when its result is there; one that was interrupted goes on where it last saved.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Optimiser:
-    """Muon on the matrices that `is_matrix` picks, AdamW on the rest; the rate is constant, then falls linearly."""
+    """Muon on the matrices that `is_matrix` picks, AdamW on the rest; the rates fall linearly at the end."""
 
     def __init__(
         self, named, is_matrix: Callable[[str, Tensor], bool], muon: float, adamw: float, steps: int
@@ -119,14 +119,14 @@ def train(
     name: str,
     steps: int,
     loss: Callable[[int, torch.Generator], Tensor],
-    optimiser,
-    kept: dict,
+    optimiser: Optimiser,
+    kept: dict[str, nn.Module],
     args,
-    saved=None,
+    saved: Callable[[int], None] | None = None,
 ) -> None:
-    """Run `steps` updates; at intervals save `kept` (modules by name) to the work folder and a line to the log.
+    """Run `steps` updates; at intervals save `kept` (modules by name) to the work folder, and log a line.
 
-    `loss` is called with the step and a generator seeded by it, so that an interrupted run goes on with new data.
+    `loss` gets the step and a generator seeded by it, so that an interrupted run goes on with new data.
     """
     file, start = args.work / f"{name}.pt", 0
     if file.exists():
@@ -160,7 +160,7 @@ def train(
             with (args.out / "pretrain.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             if saved:
-                saved()
+                saved(step + 1)
 
 
 # --- Data --------------------------------------------------------------------------------------------------
@@ -211,16 +211,12 @@ def draw(n: int, shape: Size, generator: torch.Generator) -> tuple[Tensor, list[
 
 
 def with_spare_word(caption: str, generator: torch.Generator) -> str:
-    """Put a meaningless word into one caption of fourteen, so that unknown words do little harm in a prompt."""
+    """Put a meaningless word into one caption of fourteen: unknown words then do little harm in a prompt."""
+    pick = lambda low, high, *size: torch.randint(low, high, size, generator=generator).tolist()
     if torch.rand((), generator=generator) > 0.07:
         return caption
-    letters = torch.randint(
-        97, 123, (int(torch.randint(2, 9, (), generator=generator)),), generator=generator
-    )
-    words = caption.split()
-    words.insert(
-        int(torch.randint(len(words) + 1, (), generator=generator)), bytes(letters.tolist()).decode()
-    )
+    letters, words = pick(97, 123, pick(2, 9)), caption.split()
+    words.insert(pick(0, len(words) + 1), bytes(letters).decode())
     return " ".join(words)
 
 
@@ -261,15 +257,13 @@ def make_tokenizers(captions: list[str], out: Path) -> None:
     )
     bpe.train_from_iterator([*words, *alphabet.lower()], trainer)
     found = json.loads(bpe.to_str())["model"]
-    # Every byte also as the end of a word, and the two special tokens last: the end token must have the largest id.
+    # Every byte also as the end of a word, and the two special tokens last: CLIP looks for the largest token.
     vocabulary = list(found["vocab"])
-    vocabulary += [
-        c + "</w>" for c in pre_tokenizers.ByteLevel.alphabet() if c + "</w>" not in found["vocab"]
-    ]
+    ends = [c + "</w>" for c in pre_tokenizers.ByteLevel.alphabet()]
+    vocabulary += [end for end in ends if end not in found["vocab"]]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    (out / "tokenizer" / "vocab.json").write_text(
-        json.dumps({token: i for i, token in enumerate(vocabulary)})
-    )
+    numbered = {token: i for i, token in enumerate(vocabulary)}
+    (out / "tokenizer" / "vocab.json").write_text(json.dumps(numbered))
     merges = [" ".join(pair) for pair in found["merges"]]
     (out / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     (out / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": CLIP_LENGTH}))
@@ -314,7 +308,7 @@ def train_autoencoder(pictures: np.ndarray, args) -> AutoEncoder:
         divergence = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         return F.l1_loss(decoded, image) + edges + 1e-3 * divergence
 
-    is_matrix = lambda name, p: p.dim() == 4 and "conv_out" not in name and "conv_in" not in name  # noqa: E731
+    is_matrix = lambda name, p: p.dim() == 4 and "conv_out" not in name and "conv_in" not in name
     optimiser = Optimiser(ae.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=args.ae_steps)
     train("autoencoder", args.ae_steps, loss, optimiser, {"model": ae}, args)
     return ae.requires_grad_(False).eval()
@@ -322,7 +316,7 @@ def train_autoencoder(pictures: np.ndarray, args) -> AutoEncoder:
 
 @torch.no_grad()
 def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args) -> Tensor:
-    """Return a posterior sample of every picture, unscaled (n, z, h, w) in bfloat16; kept in the work folder."""
+    """Return a posterior sample of every picture, unscaled (n, z, h, w) bfloat16; kept in the work folder."""
     file = args.work / f"latents_{pictures.shape[2]}x{pictures.shape[3]}.pt"
     if not file.exists():
         latents = []
@@ -338,23 +332,14 @@ def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args) -> Tensor:
 
 
 def finish_autoencoder(ae: AutoEncoder, latents: Tensor, args) -> AutoEncoder:
-    """Measure scale and shift so that latents have unit variance; write the file, the constants and the held-out error."""
+    """Measure scale and shift, for latents of unit variance; write file and constants, print the error."""
     some = latents[:10_000].float()
-    constants = {
-        "scaling_factor": round(1 / some.std().item(), 4),
-        "shift_factor": round(some.mean().item(), 4),
-    }
+    scale, shift = round(1 / some.std().item(), 4), round(some.mean().item(), 4)
+    constants = {"scaling_factor": scale, "shift_factor": shift}  # diffusers' spelling
     config = {"theta": THETA, "sample_size": args.size, **constants}
     write_json(config, args.out / "config.json")
     export(ae, args.out / "ae.safetensors")
-    sizes = AutoEncoderSizes(
-        **{
-            **asdict(AE),
-            "scale_factor": constants["scaling_factor"],
-            "shift_factor": constants["shift_factor"],
-        }
-    )
-    finished = AutoEncoder(sizes)
+    finished = AutoEncoder(replace(AE, scale_factor=scale, shift_factor=shift))
     finished.load_state_dict(ae.state_dict())
     held_out = training_pictures(64, torch.Generator().manual_seed(args.seed), args.size)[0]
     with torch.no_grad():
@@ -385,15 +370,11 @@ def build(args) -> nn.ModuleDict:
     """Return fresh text encoders and transformer, in the parts that become files."""
     torch.manual_seed(args.seed)
     tokenizers = load_tokenizers(args.out)
-    t5_vocabulary = sentencepiece.SentencePieceProcessor(
-        model_file=str(args.out / "tokenizer_2" / "spiece.model")
-    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "tokenizer_2" / "spiece.model"))
     d = args.hidden_size
     parts = nn.ModuleDict(
         {
-            "t5": T5(
-                T5Sizes(len(t5_vocabulary), hidden_size=64, head_dim=16, num_heads=4, mlp_size=128, depth=2)
-            ),
+            "t5": T5(T5Sizes(len(pieces), hidden_size=64, head_dim=16, num_heads=4, mlp_size=128, depth=2)),
             "clip": CLIPText(
                 CLIPSizes(tokenizers.clip.pad + 1, CLIP_LENGTH, 64, num_heads=4, mlp_size=256, depth=2)
             ),
@@ -415,10 +396,9 @@ def build(args) -> nn.ModuleDict:
             ),
         }
     )
+    zero = ("_mod.lin", "modulation.lin", "adaLN_modulation", "final_layer.linear")
     for name, p in parts.named_parameters():  # AdaLN and output start at zero (DiT), embeddings small
-        if any(
-            key in name for key in ("_mod.lin", "modulation.lin", "adaLN_modulation", "final_layer.linear")
-        ):
+        if any(key in name for key in zero):
             nn.init.zeros_(p)
         elif "embedding" in name or "shared" in name:
             nn.init.normal_(p, std=0.3 if "shared" in name else 0.1)
@@ -435,9 +415,8 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
         def rotate(x: Tensor) -> Tensor:
             even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-            return torch.stack([even * pe.real - odd * pe.imag, even * pe.imag + odd * pe.real], -1).flatten(
-                -2
-            )
+            turned = even * pe.real - odd * pe.imag, even * pe.imag + odd * pe.real
+            return torch.stack(turned, -1).flatten(-2)
 
         scores = (rotate(q).bfloat16() @ rotate(k).bfloat16().mT).float() / math.sqrt(q.shape[-1])
         x = scores.softmax(dim=-1).bfloat16() @ v.bfloat16()
@@ -447,7 +426,7 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 def velocity(
     parts: nn.ModuleDict, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], guidance: Tensor
 ) -> Tensor:
-    """Run text encoders and transformer: noised latents x (b, c, h, w), T5 and CLIP tokens -> (b, c, h, w)."""
+    """Run text encoders and transformer: x_t (b, c, h, w), T5 and CLIP tokens -> velocity (b, c, h, w)."""
     (b, _, h, w), (t5_tokens, clip_tokens) = x.shape, text
     img_ids, txt_ids = position_ids(b, h, w, t5_tokens.shape[1])
     with torch.autocast("cpu", torch.bfloat16):
@@ -458,11 +437,13 @@ def velocity(
 def train_transformer(
     latents: list[Tensor], captions: list[list[str]], ae: AutoEncoder, args
 ) -> nn.ModuleDict:
-    """Train text encoders and transformer on flow matching, then teach the guidance input; return the average.
+    """Train text encoders and transformer on flow matching, then teach the guidance input; return the EMA.
 
-    latents and captions: one entry per shape. FLUX.1-dev is distilled: its guidance input does in one pass what
-    two passes do in classifier-free guidance (Ho and Salimans 2022). Ours learns the same from itself: first the
-    input is a random number without meaning, then the target is the guided velocity of the frozen first model.
+    latents and captions: one entry per shape. FLUX.1-dev is distilled: its guidance input does in one pass
+    what guided sampling does in two. So ours: first the input is a random number without meaning, then the
+    target is the frozen model's velocity, led away from that of an earlier, weaker self that was not told the
+    prompt (Ho and Salimans 2022; Karras et al. 2024, with a bad version of itself).
+    The weaker self matters: leading away from what it gets wrong mends many faces.
     """
     tokenizers = load_tokenizers(args.out)
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for some in captions for text in some))}
@@ -481,46 +462,51 @@ def train_transformer(
 
     def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
         shape = int(torch.multinomial(share, 1, generator=generator))
-        index = torch.multinomial(weights[shape], args.batch, replacement=True, generator=generator)
-        x = ae.sizes.scale_factor * (latents[shape][index].float() - ae.sizes.shift_factor)
+        chosen = torch.multinomial(weights[shape], args.batch, replacement=True, generator=generator)
+        x = ae.sizes.scale_factor * (latents[shape][chosen].float() - ae.sizes.shift_factor)
         noise = torch.randn(x.shape, generator=generator)
         t = torch.randn(args.batch, generator=generator).sigmoid()
         untold = torch.rand(args.batch, 1, generator=generator) < 0.07
-        text = tuple(
-            torch.where(untold, none, some[text_of[shape][index]]) for none, some in zip(empty, tokens)
-        )
+        told = text_of[shape][chosen]
+        text = tuple(torch.where(untold, none, some[told]) for none, some in zip(empty, tokens))
         return x, noise, t, text, 1 + 5 * torch.rand(args.batch, generator=generator)
 
     def flow_loss(step: int, generator: torch.Generator) -> Tensor:
         x, noise, t, text, guidance = batch(generator)
-        return F.mse_loss(
-            velocity(parts, add_noise(x, noise, t), t, text, guidance), velocity_target(x, noise)
-        )
+        predicted = velocity(parts, add_noise(x, noise, t), t, text, guidance)
+        return F.mse_loss(predicted, velocity_target(x, noise))
 
     def guidance_loss(step: int, generator: torch.Generator) -> Tensor:
         x, noise, t, text, guidance = batch(generator)
         x = add_noise(x, noise, t)
         with torch.no_grad():
             told = velocity(teacher, x, t, text, guidance)
-            untold = velocity(teacher, x, t, tuple(none.expand(len(x), -1) for none in empty), guidance)
+            untold = velocity(weak, x, t, tuple(none.expand(len(x), -1) for none in empty), guidance)
         target = untold + guidance.view(-1, 1, 1, 1) * (told - untold)
         return F.mse_loss(velocity(parts, x, t, text, guidance), target)
 
     def run(name: str, steps: int, loss: Callable, muon: float) -> None:
-        is_matrix = lambda name, p: "_blocks" in name and p.dim() == 2 and "mod" not in name  # noqa: E731
+        is_matrix = lambda name, p: "_blocks" in name and p.dim() == 2 and "mod" not in name
         optimiser = Optimiser(parts.named_parameters(), is_matrix, muon=muon, adamw=muon / 6, steps=steps)
 
-        def draw_sheet() -> None:
+        def saved(step: int) -> None:
             sample_sheet(ema, ae, args, guidance=3.5).save(args.work / f"{name}.png")
+            if not weak_file.exists() and step >= 3 / 8 * steps:
+                with atomic(weak_file) as temporary:
+                    torch.save(ema.state_dict(), temporary)
 
-        train(name, steps, loss, optimiser, {"live": parts, "ema": ema}, args, draw_sheet)
+        train(name, steps, loss, optimiser, {"live": parts, "ema": ema}, args, saved)
 
+    weak_file = args.work / "weak.pt"
+    teacher, weak = copy.deepcopy(ema), copy.deepcopy(ema)
     if args.compile:
-        for block in [*parts["flux"].double_blocks, *parts["flux"].single_blocks]:
-            block.compile(dynamic=False)
+        for model in (parts, teacher, weak):
+            for block in [*model["flux"].double_blocks, *model["flux"].single_blocks]:
+                block.compile(dynamic=False)
     run("transformer", args.steps, flow_loss, muon=0.012)
     parts.load_state_dict(ema.state_dict())
-    teacher = copy.deepcopy(ema)
+    teacher.load_state_dict(ema.state_dict())
+    weak.load_state_dict(torch.load(weak_file, weights_only=True))
     run("guidance", args.guidance_steps, guidance_loss, muon=0.003)
     return ema
 

@@ -1,16 +1,17 @@
 """Find faces with YuNet (Wu, Peng and Yu, 2023), run by OpenCV's FaceDetectorYN.
 
 The network is opencv_zoo's face_detection_yunet_2023mar.onnx (MIT, 0.2 MB). It sees faces of about 10 to
-300 pixels; the scales below bring every face into that range. cv2 is imported only when a detector is loaded.
+300 pixels; the sides below bring every face into that range. cv2 is imported only when a detector is loaded.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from flux.loading import check_sha256
 
 if TYPE_CHECKING:
     import cv2
@@ -22,12 +23,12 @@ SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
 
 # Measured on 524 photos of Labeled Faces in the Wild: the main face scores at least .90, noise at most .62.
 MIN_SCORE = 0.7
-# Part of the smaller box. Two faces share at most .31, the same face on two scales at least .85.
+# Part of the smaller box. Two faces share at most .31, the same face at two sizes at least .85.
 MAX_OVERLAP = 0.5
 # Long side in pixels. A face that fills the photo is found in 2 of 66 at 640, 8 at 320, and all 66 at 160.
-SCALE = 640
-LARGE_FACE_SCALES = (320, 160)
-SMALL_FACE_SCALE = 1280
+SIDE = 640
+LARGE_FACE_SIDES = (320, 160)
+SMALL_FACE_SIDE = 1280
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +36,8 @@ class Face:
     """A face in the photo's own pixels; the box lies inside the photo, the landmarks may not."""
 
     box: tuple[int, int, int, int]
-    landmarks: (
-        np.ndarray
-    )  # (5, 2) float32, x and y: the person's right eye, left eye, nose, right and left mouth corner
+    # (5, 2) float32, x and y: the person's right eye, left eye, nose, right and left corner of the mouth
+    landmarks: np.ndarray
     score: float  # MIN_SCORE .. 1
 
     @property
@@ -55,35 +55,27 @@ def load_detector(path: Path | None = None) -> "cv2.FaceDetectorYN":
     try:
         import cv2
     except ImportError as error:
-        message = (
-            "finding faces needs OpenCV: pip install opencv-python-headless (or give --face x0,y0,x1,y1)"
-        )
-        raise ImportError(f"{message}; importing cv2 failed with: {error}") from error
+        raise ImportError(
+            "finding faces needs OpenCV: pip install opencv-python-headless (or give --face x0,y0,x1,y1); "
+            f"importing cv2 failed with: {error}"
+        ) from error
     if path is None:
-        path = _download()
-        data = path.read_bytes()
-        if (digest := hashlib.sha256(data).hexdigest()) != SHA256:
-            raise ValueError(f"{path} has SHA-256 {digest}, not {SHA256}: delete it and try again")
-    elif path.is_file():
-        data = path.read_bytes()
-    else:
+        path = check_sha256(_download(), SHA256)
+    elif not path.is_file():
         raise FileNotFoundError(f"--detector {path}: no such file")
+    data = path.read_bytes()  # so OpenCV's own file access, which fails on some paths, is not needed
 
-    log_level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(
-        cv2.utils.logging.LOG_LEVEL_SILENT
-    )  # OpenCV 5 warns of a default it chose itself
+    logging = cv2.utils.logging
+    log_level = logging.getLogLevel()
+    logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # OpenCV 5 warns of a default it chose itself
     try:
-        # From memory: what was hashed is what runs, and OpenCV's own file access cannot trip over the path.
         model = np.frombuffer(data, np.uint8)
-        detector = cv2.FaceDetectorYN.create("onnx", model, np.empty(0, np.uint8), (SCALE, SCALE), MIN_SCORE)
-        detector.detect(
-            np.zeros((SCALE, SCALE, 3), np.uint8)
-        )  # an ONNX file of something else fails only here
+        detector = cv2.FaceDetectorYN.create("onnx", model, np.empty(0, np.uint8), (SIDE, SIDE), MIN_SCORE)
+        detector.detect(np.zeros((SIDE, SIDE, 3), np.uint8))  # an ONNX file of something else fails only here
     except cv2.error as error:
         raise ValueError(f"{path} ({len(data)} bytes) is no YuNet network; it should be {FILE}") from error
     finally:
-        cv2.utils.logging.setLogLevel(log_level)
+        logging.setLogLevel(log_level)
     return detector
 
 
@@ -95,13 +87,12 @@ def find_faces(image: Image.Image, detector: "cv2.FaceDetectorYN") -> list[Face]
     portrait before him. A photo without any face so far gets one more look at 1280, for small ones.
     """
     image = image.convert("RGB")
-    faces = _detect(image, detector, SCALE)
-    for side in LARGE_FACE_SCALES:
-        # Only the large ones: small finds on small scales are blurred bystanders and hands.
-        large = [face for face in _detect(image, detector, side) if _long_side(face) > max(image.size) / 2]
-        faces.extend(large)
+    faces = _detect(image, detector, SIDE)
+    for side in LARGE_FACE_SIDES:
+        # Only the large ones: small finds in small pictures are blurred bystanders and hands.
+        faces += [face for face in _detect(image, detector, side) if _long_side(face) > max(image.size) / 2]
     if not faces:
-        faces = _detect(image, detector, SMALL_FACE_SCALE)
+        faces = _detect(image, detector, SMALL_FACE_SIDE)
     kept: list[Face] = []
     for face in sorted(faces, key=lambda face: face.area, reverse=True):
         if all(_overlap(face, larger) <= MAX_OVERLAP for larger in kept):
@@ -110,18 +101,18 @@ def find_faces(image: Image.Image, detector: "cv2.FaceDetectorYN") -> list[Face]
 
 
 def _detect(image: Image.Image, detector: "cv2.FaceDetectorYN", side: int) -> list[Face]:
-    """Detect on one scale: the image with its long side resized to `side` pixels."""
-    scale = side / max(image.size)
-    small = image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+    """Detect in the image with its long side resized to `side` pixels."""
+    zoom = side / max(image.size)
+    small = image.resize([max(1, round(length * zoom)) for length in image.size], Image.Resampling.BICUBIC)
     detector.setInputSize(small.size)
     rows = detector.detect(np.ascontiguousarray(np.asarray(small)[..., ::-1]))[1]  # OpenCV wants BGR
     faces = []
     for row in rows if rows is not None else ():
-        left, top, width, height = row[:4]  # then five points and the score
-        corners = np.array([left, top, left + width, top + height]) / scale
+        left, top, width, height = row[:4]  # then five landmarks and the score
+        corners = np.array([left, top, left + width, top + height]) / zoom
         x0, y0, x1, y1 = np.clip(corners.round().astype(int), 0, image.size * 2).tolist()
         if x0 < x1 and y0 < y1:
-            faces.append(Face((x0, y0, x1, y1), row[4:14].reshape(5, 2) / scale, float(row[14])))
+            faces.append(Face((x0, y0, x1, y1), row[4:14].reshape(5, 2) / zoom, float(row[14])))
     return faces
 
 

@@ -1,0 +1,351 @@
+"""CLIP-T, CLIP-I, FaceSim and R-FaceSim on pictures by any system (paper, section 4.3, appendix G, Algorithm 3)."""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import metaphd
+from flux.conditioner import clip_tokenizer
+from flux.loading import HelpFormatter, atomic, choose_device, fingerprint
+from vision import detector as yunet
+from vision import inception_resnet
+from vision.clip_vit import find_clip_vit, load_clip_vit
+
+TITLES = {"clip-t": "CLIP-T", "clip-i": "CLIP-I", "facesim": "FaceSim", "r-facesim": "R-FaceSim"}
+NEEDS = {"clip-t": "prompts", "clip-i": "base", "facesim": "people", "r-facesim": "people"}
+BATCH = 16  # pictures embedded at once
+FACE_VERSION = 1  # raise it when boxes or crops change: faces embedded before are then embedded anew
+
+# Formulas: embeddings (n, d) of n pictures in, cosines (n,) out
+
+
+def clip_t(pictures: Tensor, prompts: Tensor) -> Tensor:
+    """Compare each picture with its prompt."""
+    return F.cosine_similarity(pictures, prompts, dim=-1)
+
+
+def clip_i(pictures: Tensor, base: Tensor) -> Tensor:
+    """Compare each picture with the base model's for the same prompt and seed."""
+    return F.cosine_similarity(pictures, base, dim=-1)
+
+
+def facesim(faces: Tensor, reference: Tensor) -> Tensor:
+    """Compare each face with that of the photo which the system was given, (d,)."""
+    return F.cosine_similarity(faces, reference, dim=-1)
+
+
+def r_facesim(faces: Tensor, others: Tensor) -> Tensor:
+    """Average over the person's other photos, (k, d): S(i, p) of Algorithm 3. The reference is not among them."""
+    return F.cosine_similarity(faces[:, None], others, dim=-1).mean(dim=1)  # (n, k) -> (n,)
+
+
+def relative_difference(facesim: float, r_facesim: float) -> float | None:
+    """Return the part of FaceSim that is gone without the reference (paper, Table 3): -0.11 for a copier of poses."""
+    return (r_facesim - facesim) / facesim if facesim > 0 else None
+
+
+def average(scores: Sequence[tuple[str, float | None]]) -> float | None:
+    """Average one person's (prompt, score) over seeds, then over prompts; None are pictures left out."""
+    seeds = defaultdict(list)
+    for prompt, value in scores:
+        if value is not None:
+            seeds[prompt].append(value)
+    return fmean(map(fmean, seeds.values())) if seeds else None
+
+
+def interval(people: Sequence[float]) -> float | None:
+    """Return half the width of the 95 % confidence interval of a mean over people, by Student's t; None for one."""
+    n = len(people)
+    return student(n - 1) * stdev(people) / math.sqrt(n) if n > 1 else None
+
+
+def student(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t: at t = sqrt(freedom) tan(a), a has density cos(a) ** (freedom - 1)."""
+    a = (torch.arange(10**5, dtype=torch.float64) + 0.5) * (math.pi / 2e5)  # from 0 to a right angle
+    mass = a.cos().pow(freedom - 1).cumsum(0)
+    return math.sqrt(freedom) * a[torch.searchsorted(mass, 0.95 * mass[-1])].tan().item()
+
+
+# Judges
+
+
+class Judges:
+    """The frozen networks, each loaded when first asked; what they said of a file is kept by its content."""
+
+    def __init__(
+        self, clip: Path | None, recognizer: Path | None, detector: Path | None, cache, device="cpu"
+    ):
+        """Take files, None for the hub's, and a `TensorCache` or `MemoryCache`."""
+        self.clip_path, self.recognizer_path, self.detector_path = clip, recognizer, detector
+        self.cache, self.device = cache, device
+
+    @cached_property
+    def clip(self):
+        return load_clip_vit(self.clip_path, self.device)
+
+    @cached_property
+    def recognizer(self):
+        return inception_resnet.load_recognizer(self.recognizer_path, self.device)
+
+    @cached_property
+    def detector(self):
+        return yunet.load_detector(self.detector_path)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed prompts with CLIP, (n, d); what CLIP's 77 tokens do not hold is cut with a warning."""
+        unique = list(dict.fromkeys(texts))
+        tokens = clip_tokenizer(find_clip_vit(self.clip_path).parent)(unique)
+        embedded = self.clip.embed_texts(tokens).cpu()
+        return embedded[[unique.index(text) for text in texts]]
+
+    def embed_images(self, paths: Sequence[Path]) -> Tensor:
+        """Embed pictures with CLIP, (n, d)."""
+
+        def embed(images: list[Image.Image]) -> list[dict[str, Tensor]]:
+            return [{"image": row} for row in self.clip.embed_images(images).cpu()]
+
+        key = ("CLIP", fingerprint(find_clip_vit(self.clip_path)))
+        return torch.stack([entry["image"] for entry in self._remember(key, paths, embed)])
+
+    def embed_faces(self, paths: Sequence[Path]) -> tuple[Tensor, list[int]]:
+        """Embed the largest face of each picture, (n, d), and count the faces; without one the row is zero."""
+
+        def embed(images: list[Image.Image]) -> list[dict[str, Tensor]]:
+            found = [yunet.find_faces(image, self.detector) for image in images]
+            seen = [(image, faces[0].box) for image, faces in zip(images, found) if faces]
+            rows = iter(self.recognizer.embed_faces(*zip(*seen)).cpu() if seen else ())
+            entries = [{"count": torch.tensor(len(faces))} for faces in found]
+            return [entry | ({"face": next(rows)} if entry["count"] else {}) for entry in entries]
+
+        files = (self.recognizer_path, inception_resnet.SHA256), (self.detector_path, yunet.SHA256)
+        key = ("face", FACE_VERSION, *(fingerprint(path) if path else pinned for path, pinned in files))
+        entries = self._remember(key, paths, embed)
+        blank = torch.zeros(next((len(entry["face"]) for entry in entries if "face" in entry), 1))
+        faces = torch.stack([entry.get("face", blank) for entry in entries])
+        return faces, [int(entry["count"]) for entry in entries]
+
+    def _remember(self, judge: tuple, paths: Sequence[Path], embed: Callable) -> list[dict[str, Tensor]]:
+        """Return the entry of each file, embedding in batches those that the cache does not know."""
+        keys = [data.content_key(*judge, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
+        new = [(key, path) for key, path in dict(zip(keys, paths)).items() if self.cache.get(key) is None]
+        for start in tqdm(range(0, len(new), BATCH), judge[0], disable=len(new) < 50):
+            part = new[start : start + BATCH]
+            for (key, _), entry in zip(part, embed([data.read_photo(path) for _, path in part])):
+                self.cache.put(key, entry)
+        return [self.cache.get(key) for key in keys]
+
+
+# Scores
+
+
+def score(rows: Sequence[dict], judges: Judges, photos=None, no_face: str = "zero") -> None:
+    """Add to the rows of `metaphd.make_rows` the cosines that they allow, and the number of faces; None: not to be had.
+
+    photos: of each person, the reference first. no_face: zero or skip. Raises ValueError on photos without face.
+    """
+    pictures = [row["path"] for row in rows]
+    for_text, for_base = ("clip-t", clip_t, judges.embed_texts), ("clip-i", clip_i, judges.embed_images)
+    for other, (metric, formula, embed) in {"text": for_text, "base": for_base}.items():
+        if other in rows[0]:
+            cosines = formula(judges.embed_images(pictures), embed([row[other] for row in rows]))
+            for row, cosine in zip(rows, cosines.tolist()):
+                row[metric] = cosine
+    if photos:
+        real = {name: judges.embed_faces(photos[name]) for name in sorted({row["person"] for row in rows})}
+        counted = [(path, n) for name in real for path, n in zip(photos[name], real[name][1])]
+        if blank := [str(path) for path, n in counted if n == 0]:
+            raise ValueError(f"no face found in {shorten(blank)}: replace or remove")
+        for row, face, count in zip(rows, *judges.embed_faces(pictures)):
+            reference, others = real[row["person"]][0].tensor_split([1])
+            scored = count or no_face == "zero"  # without a face the embedding is zero, and all cosines are
+            row["faces"] = count
+            row["facesim"] = facesim(face[None], reference).item() if scored else None
+            row["r-facesim"] = r_facesim(face[None], others).item() if scored and len(others) else None
+
+
+def summarize(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, dict]:
+    """Average the rows of `score` for each person, class, and over all people; cosines, not times 100."""
+    people, groups = {}, {}
+    for name in dict.fromkeys(row["person"] for row in rows):
+        own = [row for row in rows if row["person"] == name]
+        means = {metric: average([(row["prompt"], row[metric]) for row in own]) for metric in metrics}
+        people[name] = {"class": own[0]["class"], **means}
+        groups.setdefault(own[0]["class"], []).append(people[name])
+    classes = {kind: describe(groups[kind], metrics) for kind in sorted(groups)}
+    return {"overall": describe([*people.values()], metrics), "classes": classes, "people": people}
+
+
+def describe(people: Sequence[dict], metrics: Sequence[str]) -> dict:
+    """Return the mean over people of each metric, its interval, and Table 3's relative difference."""
+    summary = {"people": len(people)}
+    for metric in metrics:
+        values = [person[metric] for person in people if person[metric] is not None]
+        mean = fmean(values) if values else None
+        summary[metric] = {"mean": mean, "ci95": interval(values), "people": len(values)}
+    pairs = [(person.get("facesim"), person.get("r-facesim")) for person in people]
+    if pairs := [pair for pair in pairs if None not in pair]:  # the same people on both sides
+        summary["relative difference"] = relative_difference(*map(fmean, zip(*pairs)))
+    return summary
+
+
+def table(summary: dict, metrics: Sequence[str]) -> str:
+    """Lay a summary out in Markdown, in the form of the paper's tables: times 100, mean ± 95 % interval."""
+    lines = [["", "people", *(TITLES[metric] for metric in metrics), "relative difference"]]
+    groups = summary["classes"] if len(summary["classes"]) > 1 else {}
+    for name, group in {**groups, "overall": summary["overall"]}.items():
+        lines.append([name, str(group["people"])])
+        for mean, half, n in (group[metric].values() for metric in metrics):
+            cell = "–" if mean is None else f"{100 * mean:.2f}" + (f" ± {100 * half:.2f}" if n > 1 else "")
+            lines[-1].append(cell + (f" (of {n})" if 0 < n < group["people"] else ""))
+        change = group.get("relative difference")
+        lines[-1].append("–" if change is None else f"{change:+.1%}")
+    lines = lines if metrics[-2:] == ["facesim", "r-facesim"] else [line[:-1] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def remark(rows: Sequence[dict], missing: list[str]) -> dict[str, list[str]]:
+    """Name the pictures and people whose scores need a word."""
+    faces = [(str(row["path"]), row.get("faces", 1)) for row in rows]
+    alone = {row["person"] for row in rows if row.get("faces") and row["r-facesim"] is None}
+    remarks = {
+        "missing": missing,
+        "no face found": [path for path, count in faces if count == 0],
+        "several faces, the largest is judged": [path for path, count in faces if count > 1],
+        "no photo besides the reference, so no R-FaceSim": sorted(alone),
+    }
+    return {title: names for title, names in remarks.items() if names}
+
+
+# Command line
+
+MANUAL = """
+Score pictures of people, made by any system, with the metrics of the Meta-LoRA paper.
+
+commands:
+  clip-t      does it show what the prompt says? CLIP's cosine of picture and prompt; needs --prompts
+  clip-i      is it still the base model's scene? CLIP's cosine with that one's picture; needs --base
+  facesim     is it the person? cosine of the face with the reference photo's; needs --people
+  r-facesim   the same, a copied pose unrewarded: mean cosine with the person's other photos; needs --people
+  report      all of these for which there is input
+
+files:
+  --images    DIR/<person>/<prompt>/<seed>.png, every prompt with the same seeds. A prompt's folder begins
+              with its place in the list, counted from 0: 03, or 03_any-words
+  --prompts   a prompt per line, [man/woman] and [his/her] filled in by class; or a folder, as prompts/,
+              with a <class>.txt for each class
+  --base      DIR/<prompt>/<seed>.png under the same names; in DIR/<class> or DIR/<person> where they differ
+  --people    DIR/<person>/*.jpg|png, real photos; the first by name is the reference, which the system was
+              given, unless --references names another: {"anna": "03.jpg"}
+  --classes   {"anna": "woman", ...}; without it woman_anna is a woman, man_2 a man, others a person
+  --out       FILE.json with all numbers, as they are; beside it FILE.csv with those of every picture, and the
+              table as FILE.md: scores times 100, the mean over seeds, then prompts, then people, and its
+              95 % confidence interval over people by Student's t. What is left out is named.
+
+examples:
+  python metrics.py report --images out/mine --people photos --prompts prompts/frontal.txt
+  python metrics.py clip-t --images out/mine --prompts prompts
+"""
+
+
+class Manual(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Print MANUAL as it stands."""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=MANUAL, formatter_class=Manual)
+    parser.add_argument("command", choices=[*TITLES, "report"], metavar="command", help="one of the above")
+    folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
+    parser.add_argument("--images", required=True, **folder, help="pictures to be scored")
+    parser.add_argument("--prompts", **file, help="what they were made from; or a folder")
+    parser.add_argument("--base", **folder, help="the base model's pictures")
+    parser.add_argument("--people", **folder, help="real photos of the people")
+    parser.add_argument("--references", **file, help="which photo of each person the system was given")
+    parser.add_argument("--classes", **file, help="class of each person")
+    parser.add_argument("--out", **file, help="default: out/scores.json, or out/<command>.json")
+    parser.add_argument("--no-face", choices=["zero", "skip"], default="zero", help="if no face is found")
+    parser.add_argument("--incomplete", action="store_true", help="score although pictures are missing")
+    group = parser.add_argument_group("judges")
+    group.add_argument("--clip", **folder, help="weights and tokenizer; default: ViT-B/32 from the hub")
+    group.add_argument("--recognizer", **file, help="Inception-ResNet-v1; default: VGGFace2's, downloaded")
+    group.add_argument("--detector", **file, help="YuNet's .onnx file; default: from the hub")
+    group.add_argument("--device", help="cuda, cuda:1, mps, cpu; default: a GPU if there is one")
+    group.add_argument("--cache", default=Path("out/judged"), **folder, help="embeddings to keep")
+    parser.set_defaults(dtype="fp32")
+    args = parser.parse_args(argv)
+    args.metrics = [args.command] if args.command != "report" else [m for m in TITLES if vars(args)[NEEDS[m]]]
+    if lacking := [NEEDS[metric] for metric in args.metrics if not vars(args)[NEEDS[metric]]]:
+        parser.error(f"{args.command} needs --{lacking[0]}")
+    if not args.metrics:
+        parser.error("report needs at least one of --prompts, --base and --people")
+    unused = {*NEEDS.values()} - {NEEDS[metric] for metric in args.metrics}
+    vars(args).update(dict.fromkeys(unused))
+    args.out = args.out or Path("out") / f"{'scores' if args.command == 'report' else args.command}.json"
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    samples, photos, prompts = metaphd.scan_samples(args.images), None, None
+    people = sorted({sample.person for sample in samples})
+    if args.people:
+        least = 2 if args.command == "r-facesim" else 1  # the reference, and one to compare with
+        references = metaphd.read_names(args.references, "--references")
+        people = list(photos := metaphd.find_photos(args.people, references, people, least))
+    given = metaphd.read_names(args.classes, "--classes")
+    classes = {name: metaphd.class_of(name, given) for name in people}
+    if args.prompts:
+        prompts = {kind: metaphd.read_prompts(args.prompts, kind) for kind in set(classes.values())}
+    rows = metaphd.make_rows(samples, classes, prompts, args.base)
+    missing = metaphd.find_missing(samples, classes, prompts)
+    if missing and not args.incomplete:
+        raise ValueError(f"{args.images} lacks {shorten(missing)}; --incomplete scores what is there")
+
+    cache = data.TensorCache(args.cache)
+    judges = Judges(args.clip, args.recognizer, args.detector, cache, choose_device(args)[0])
+    score(rows, judges, photos, args.no_face)
+    summary, remarks = summarize(rows, args.metrics), remark(rows, missing)
+    print(text := table(summary, args.metrics))
+    for title, names in remarks.items():
+        print(f"{title}: {shorten(names)}")
+    write_scores(args.out, {"settings": vars(args), "remarks": remarks, **summary, "pictures": rows}, text)
+
+
+def write_scores(path: Path, scores: dict, text: str) -> None:
+    """Write all numbers as JSON, and beside it the pictures' as CSV and the table as Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.name.removesuffix(".json")
+    with atomic(path.with_name(name + ".csv")) as temporary, temporary.open("w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, scores["pictures"][0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(scores["pictures"])
+    for suffix, content in {".md": text + "\n", ".json": json.dumps(scores, indent=1, default=str)}.items():
+        with atomic(path.with_name(name + suffix)) as temporary:
+            temporary.write_text(content, "utf-8")
+
+
+def shorten(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -1,0 +1,351 @@
+"""The metrics: by hand on a few embeddings, on real photos with a real recogniser, and on folders that are wrong."""
+
+import csv
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from compare import randomize
+from PIL import Image
+from safetensors.torch import save_file
+
+import metaphd
+import metrics
+from flux.clip import CLIPSizes
+from flux.conditioner import clip_tokenizer
+from vision.clip_vit import CLIPViT, CLIPViTSizes
+
+SHARED = Path(__file__).parents[2] / "shared"
+RECOGNIZER = SHARED / "weights" / "inception_resnet_v1_128d.safetensors"
+PROMPTS = Path(__file__).parents[1] / "prompts"
+
+
+def unit(degrees: float) -> torch.Tensor:
+    """A direction in the plane: the cosine of two is that of the angle between them."""
+    angle = math.radians(degrees)
+    return torch.tensor([math.cos(angle), math.sin(angle)])
+
+
+class FakeJudges:
+    """Embed a file named 30.png as the direction of 30 degrees, 30+2.png with two faces; none.png shows none."""
+
+    def embed_faces(self, paths):
+        names = [path.stem.partition("+") for path in paths]
+        faces = [torch.zeros(2) if name == "none" else 3 * unit(float(name)) for name, _, _ in names]
+        return torch.stack(faces), [0 if name == "none" else int(n or 1) for name, _, n in names]
+
+    def embed_images(self, paths):
+        return torch.stack([unit(float(path.stem)) for path in paths])
+
+    def embed_texts(self, texts):
+        return torch.stack([unit(float(text)) for text in texts])
+
+
+def rows_of(*places: str, **more) -> list[dict]:
+    """Rows of files <person>/<prompt>/<degrees>.png; nothing is read from the disk."""
+    samples = [metaphd.Sample(*Path(place).parts[:2], Path(place).stem, Path(place)) for place in places]
+    return metaphd.make_rows(samples, {sample.person: "woman" for sample in samples}, **more)
+
+
+def cosine(degrees: float) -> float:
+    return math.cos(math.radians(degrees))
+
+
+def test_r_facesim_by_hand_on_six_embeddings():
+    """Two generated faces, a reference and three other photos."""
+    rows = rows_of("anna/00/10.png", "anna/01/50.png")
+    photos = {"anna": [Path("0.jpg"), Path("40.jpg"), Path("60.jpg"), Path("90.jpg")]}
+    metrics.score(rows, FakeJudges(), photos)
+    assert rows[0]["facesim"] == pytest.approx(cosine(10), abs=1e-6)
+    assert rows[1]["facesim"] == pytest.approx(cosine(50), abs=1e-6)
+    first, second = (cosine(30) + cosine(50) + cosine(80)) / 3, (cosine(10) + cosine(10) + cosine(40)) / 3
+    assert [row["r-facesim"] for row in rows] == pytest.approx([first, second], abs=1e-6)
+    overall = metrics.summarize(rows, ["facesim", "r-facesim"])["overall"]
+    assert overall["r-facesim"]["mean"] == pytest.approx((first + second) / 2, abs=1e-6)
+    facesim = (cosine(10) + cosine(50)) / 2
+    assert overall["relative difference"] == pytest.approx(
+        ((first + second) / 2 - facesim) / facesim, abs=1e-6
+    )
+
+
+def test_clip_scores_by_hand():
+    rows = rows_of("anna/00/10.png", "anna/01/50.png", prompts={"woman": ["0", "90"]})
+    for row, base in zip(rows, (40, 50)):
+        row["base"] = Path(f"{base}.png")
+    metrics.score(rows, FakeJudges())
+    assert [row["clip-t"] for row in rows] == pytest.approx([cosine(10), cosine(40)], abs=1e-6)
+    assert [row["clip-i"] for row in rows] == pytest.approx([cosine(30), 1], abs=1e-6)
+
+
+def test_every_prompt_and_person_weighs_the_same():
+    rows = [
+        {"person": person, "class": kind, "prompt": prompt, "facesim": value}
+        for person, kind, prompt, value in [
+            ("a", "man", "00", 0.0),
+            ("a", "man", "00", 0.2),
+            ("a", "man", "00", 0.4),
+            ("a", "man", "01", 0.8),
+            ("b", "man", "00", 0.9),
+            ("c", "woman", "00", None),
+            ("c", "woman", "01", 0.3),
+        ]
+    ]
+    summary = metrics.summarize(rows, ["facesim"])
+    assert [person["facesim"] for person in summary["people"].values()] == pytest.approx([0.5, 0.9, 0.3])
+    assert summary["classes"]["man"]["facesim"]["mean"] == pytest.approx(0.7)
+    assert summary["overall"]["facesim"]["mean"] == pytest.approx(1.7 / 3)  # over people, not over classes
+    # deviation .30551, divided by sqrt(3), times 4.3027 of Student's table for two degrees of freedom
+    assert summary["overall"]["facesim"]["ci95"] == pytest.approx(4.3027 * 0.305505 / math.sqrt(3), abs=1e-4)
+    assert metrics.table(summary, ["facesim"]).endswith("| overall | 3      | 56.67 ± 75.89  |")
+
+
+@pytest.mark.parametrize("freedom, value", [(1, 12.706), (2, 4.303), (5, 2.571), (15, 2.131), (59, 2.001)])
+def test_student_equals_the_printed_table(freedom, value):
+    assert metrics.student(freedom) == pytest.approx(value, rel=3e-4)
+
+
+def test_pictures_without_a_face_are_zero_or_left_out_and_named():
+    photos = {"anna": [Path("0.jpg"), Path("60.jpg")], "boris": [Path("0.jpg")]}
+    places = "anna/00/0.png", "anna/01/none.png", "boris/00/0+3.png", "boris/01/none.png"
+    means = {}
+    for no_face in ("zero", "skip"):
+        metrics.score(rows := rows_of(*places), FakeJudges(), photos, no_face)
+        overall = metrics.summarize(rows, ["facesim", "r-facesim"])["overall"]
+        means[no_face] = [overall[metric]["mean"] for metric in ("facesim", "r-facesim")]
+        remarks = metrics.remark(rows, [])
+        assert remarks["no face found"] == [places[1], places[3]]
+        assert remarks["several faces, the largest is judged"] == [places[2]]
+        assert remarks["no photo besides the reference, so no R-FaceSim"] == ["boris"]
+        assert overall["r-facesim"]["people"] == 1
+        assert overall["relative difference"] == pytest.approx(-0.5)  # anna alone, on both sides
+    assert means["zero"] == pytest.approx([0.5, 0.25]) and means["skip"] == pytest.approx([1, 0.5])
+    with pytest.raises(ValueError, match="no face found in 1 .*none.jpg"):
+        metrics.score(rows_of("anna/00/0.png"), FakeJudges(), {"anna": [Path("0.jpg"), Path("none.jpg")]})
+
+
+# Real photos
+
+
+@pytest.fixture(scope="module")
+def real(portraits, yunet, tmp_path_factory):
+    """Score one photo for each of four people, chosen from their sorted photos, against the first five."""
+    if not RECOGNIZER.is_file():
+        pytest.skip(f"no face recogniser at {RECOGNIZER}")
+    root = tmp_path_factory.mktemp("real")
+    folders = sorted({path.parent for path in portraits})[:4]
+    for folder in folders:
+        for path in sorted(folder.glob("*.jpg"))[:5]:
+            (root / "people" / folder.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / "people" / folder.name)
+
+    def run(name: str, number: int, of_next: int = 0) -> dict:
+        for i, folder in enumerate(folders):
+            place = root / name / folder.name / "00_a-photo"
+            place.mkdir(parents=True)
+            shutil.copy(sorted(folders[(i + of_next) % 4].glob("*.jpg"))[number], place / "0.jpg")
+        judges = ["--recognizer", RECOGNIZER, "--detector", yunet, "--cache", root / "cache"]
+        out = root / f"{name}.json"
+        argv = ["report", "--images", root / name, "--people", root / "people", "--out", out, *judges]
+        metrics.main([str(word) for word in argv])
+        return {key: entry["mean"] for key, entry in json.loads(out.read_text())["overall"].items()
+                if isinstance(entry, dict)}  # fmt: skip
+
+    run.root = root
+    return run
+
+
+def test_the_reference_itself_scores_100_and_no_more_than_a_photo_on_r_facesim(real):
+    copied = real("copied", 0)
+    assert copied["facesim"] == pytest.approx(1, abs=1e-6)
+    assert 0.6 < copied["r-facesim"] < 0.85  # ../shared/weights: one person's photos have .78 on average
+    files = sorted(path.name for path in (real.root / "cache").iterdir())
+    real("again", 0)  # the same pictures elsewhere: nothing is embedded anew
+    assert sorted(path.name for path in (real.root / "cache").iterdir()) == files
+
+
+def test_the_right_person_scores_high_and_the_wrong_one_near_zero(real):
+    right, wrong = real("right", 6), real("wrong", 6, of_next=1)
+    assert right["facesim"] > 0.6 and right["r-facesim"] > 0.6
+    assert abs(wrong["facesim"]) < 0.25 and abs(wrong["r-facesim"]) < 0.25
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def clip(model, tmp_path_factory) -> Path:
+    """A small CLIP with random weights, beside its tokenizer."""
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    shutil.copytree(model / "tokenizer", folder)
+    tokenizer = clip_tokenizer(folder)
+    text = CLIPSizes(tokenizer.pad + 1, tokenizer.length, 64, num_heads=1, mlp_size=64, depth=1)
+    sizes = CLIPViTSizes(text, 64, 1, 64, depth=1, patch_size=8, image_size=16, embedding_size=8)
+    save_file(randomize(CLIPViT(sizes)).state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Coloured squares of two people, two prompts and two seeds, and the base model's."""
+    for k, person in enumerate(("man_1", "woman_1", "base")):
+        for prompt in ("00_a", "01"):
+            for seed in (3, 4):
+                path = (
+                    tmp_path / (person if person == "base" else f"images/{person}") / prompt / f"{seed}.png"
+                )
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (32, 32), (80 * k, 100 * int(prompt[1]), 60 * seed)).save(path)
+    (tmp_path / "prompts.txt").write_text("a [man/woman] at the beach\n\n a photo of [his/her] face \n")
+    return tmp_path
+
+
+@pytest.fixture
+def run(pictures, clip, monkeypatch):
+    monkeypatch.chdir(pictures)
+    return lambda *argv: metrics.main([*argv, "--images", "images", "--clip", str(clip), "--device", "cpu"])
+
+
+@pytest.mark.filterwarnings("ignore:CLIP sees")
+def test_report_writes_every_number(run, clip, pictures, capsys):
+    run("report", "--prompts", "prompts.txt", "--base", "base")
+    scores = json.loads(Path("out/scores.json").read_text())
+    rows = list(csv.DictReader(Path("out/scores.csv").read_text().splitlines()))
+    assert len(scores["pictures"]) == len(rows) == 8
+    assert scores["classes"].keys() == {"man", "woman"} and scores["people"].keys() == {"man_1", "woman_1"}
+    assert Path("out/scores.md").read_text() in capsys.readouterr().out
+    row = scores["pictures"][-1]
+    assert row["text"] == "a photo of her face" and row["base"] == "base/01/4.png"
+    judge = metrics.load_clip_vit(clip)
+    picture, base = judge.embed_images([Image.open(row["path"]), Image.open(row["base"])])
+    text = judge.embed_texts(clip_tokenizer(clip)([row["text"]]))[0]
+    assert (row["clip-t"], row["clip-i"]) == pytest.approx(
+        ((picture @ text).item(), (picture @ base).item()), abs=1e-5
+    )
+    mean = sum(float(row["clip-t"]) for row in rows) / 8
+    assert scores["overall"]["clip-t"]["mean"] == pytest.approx(mean)
+    assert f"{100 * mean:.2f} ± " in Path("out/scores.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:CLIP sees")
+def test_missing_seeds_stop_the_scoring_or_are_named(run, capsys):
+    Path("images/man_1/01/4.png").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 \(man_1/01/4\); --incomplete"):
+        run("clip-t", "--prompts", "prompts.txt")
+    run("clip-t", "--prompts", "prompts.txt", "--incomplete")
+    assert "missing: 1 (man_1/01/4)" in capsys.readouterr().out
+    assert json.loads(Path("out/clip-t.json").read_text())["remarks"]["missing"] == ["man_1/01/4"]
+    shutil.rmtree("images/man_1/01")
+    with pytest.raises(ValueError, match=r"lacks 2 \(man_1/01/3, man_1/01/4\)"):
+        run("clip-t", "--prompts", "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda: shutil.rmtree("images"), "images: no such folder"),
+        (lambda: [shutil.rmtree("images"), Path("images").mkdir()], "<seed>.png; there are none"),
+        (lambda: shutil.move("images/man_1/01", "images/01"), "2 of 8 are not, such as 01/3.png"),
+        (lambda: Path("images/man_1/01/4.png").write_bytes(b"\x89PNG?"), "01/4.png is no photo that can be read"),
+        (lambda: shutil.copytree("images/man_1/01", "images/man_1/1_b"), "same prompt and seed"),
+        (lambda: Path("images/man_1/01").rename("images/man_1/b"), "man_1/b: .* number from 00 to 01"),
+        (lambda: shutil.copytree("images/man_1/01", "images/man_1/02"), "man_1/02: .* number from 00 to 01"),
+        (lambda: Path("images/man_1").rename("images/anna"), "class person there is no word"),
+        (lambda: Path("prompts.txt").write_bytes(b"a\n\nb \xff c"), "prompts.txt, line 3: byte 0xff is not UTF-8"),
+        (lambda: Path("prompts.txt").write_text("\n \n"), "holds no prompts"),
+        (lambda: Path("prompts.txt").unlink(), "prompts.txt: no such file"),
+        (lambda: Path("base/01/3.png").unlink(), "no 01/3.png to compare with images/man_1/01/3.png"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:CLIP sees")
+def test_wrong_input_is_told(run, spoil, message):
+    spoil()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run("report", "--prompts", "prompts.txt", "--base", "base")
+    assert not Path("out/scores.json").exists()
+
+
+def test_wrong_photos_are_told(run):
+    for name in ("man_1/a.png", "man_1/b.png", "woman_1/a.png"):
+        path = Path("people", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), name[-5:-4] == "b" and "red" or "blue").save(path)
+
+    def fails(message: str, *argv: str, references: object = None) -> None:
+        Path("references.json").write_text(json.dumps(references or {}))
+        with pytest.raises(ValueError, match=message):
+            run("r-facesim", "--people", "people", "--references", "references.json", *argv)
+
+    fails("woman_1 must have at least 2 photos")
+    Path("people/woman_1").rename("people/zoe")
+    fails("--images names woman_1, whom --people people does not have")
+    Path("people/zoe").rename("people/woman_1")
+    shutil.copy("people/man_1/b.png", "people/woman_1/b.png")
+    fails("man_1 has no photo c.png", references={"man_1": "c.png"})
+    fails("--references names anna", references={"anna": "a.png"})
+    fails("should read like", references=["a.png"])
+    shutil.copy("people/woman_1/b.png", "people/woman_1/c.png")
+    fails("c.png is a copy of the reference b.png", references={"woman_1": "b.png"})
+
+
+def test_no_face_anywhere_is_said(run, yunet, capsys):
+    """Blank squares beside photos of a drawn person, in whom YuNet finds no face either, so judges are fake."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "Judges", lambda *_: FakeJudges())
+        for path in sorted(Path("images").glob("*/*/*.png")):
+            path.rename(path.with_name("none.png")) if path.stem == "3" else path.unlink()
+        for person in ("man_1", "woman_1"):
+            Path("people", person).mkdir(parents=True)
+            for k in (10, 20):
+                Path("people", person, f"{k}.png").write_bytes(f"{person}{k}".encode())
+        run("r-facesim", "--people", "people")
+        assert "0.00 ± 0.00" in (said := capsys.readouterr().out) and "no face found: 4 (images/" in said
+        run("r-facesim", "--people", "people", "--no-face", "skip")
+        assert "0.00" not in (said := capsys.readouterr().out) and "no face found: 4 (images/" in said
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["clip-t"], "clip-t needs --prompts"),
+    (["r-facesim", "--base", "x"], "r-facesim needs --people"),
+    (["report"], "at least one of"),
+    (["fid"], "invalid choice"),
+])  # fmt: skip
+def test_a_command_says_what_it_needs(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        metrics.parse_arguments([*argv, "--images", "x"])
+    assert message in capsys.readouterr().err
+
+
+def test_the_manual_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        metrics.parse_arguments(["--help"])
+    said = capsys.readouterr().out
+    options = ("clip-t", "--images", "--references", "--no-face {zero,skip}", "--recognizer", "out/judged")
+    assert all(option in said for option in options) and "<person>/<prompt>/<seed>.png" in said
+
+
+# Prompts
+
+
+def test_the_prompt_lists():
+    man, woman = (metaphd.read_prompts(PROMPTS, kind) for kind in ("man", "woman"))
+    assert len(man) == len(woman) == len({*man}) == len({*woman}) == 20
+    for prompts, word in ((man, "man"), (woman, "woman")):
+        assert all(re.search(rf"\b{word}\b", prompt) for prompt in prompts)
+    for kind, other in (("man", r"\b(woman|her|she)\b"), ("woman", r"\b(man|his|he)\b")):
+        frontal = metaphd.read_prompts(PROMPTS / "frontal.txt", kind)
+        assert len(frontal) == 10
+        for prompt in frontal + {"man": man, "woman": woman}[kind]:
+            assert not re.search(other, prompt) and not set(prompt) & set("[]/")
+            assert len(prompt) < 160 and len(prompt.split()) < 40  # CLIP sees 75 tokens
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("woman_anna", "woman"), ("man-3", "man"), ("man", "man"), ("manuel", "person"), ("anna", "person"),
+])  # fmt: skip
+def test_the_class_of_a_person(name, kind):
+    assert metaphd.class_of(name, {}) == kind
+    assert metaphd.class_of(name, {name: "woman"}) == "woman"
