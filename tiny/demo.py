@@ -69,7 +69,7 @@ def personalize(person: Person, out: Path, args: argparse.Namespace) -> None:
         lora = out / f"{system}.safetensors"
         if system != "base":
             learn = ["personalize.py", reference.path, "--model", args.model, "--method", system]
-            learn += ["--caption", reference.caption, "--steps", args.steps, "--lr", args.lr, *args.setting]
+            learn += ["--caption", reference.caption, "--steps", args.steps, "--lr", args.lr, "--no-augment"]
             run(*learn, "--samples", 0, "--no-checkpointing", "--out", lora)
         draw = ["sample.py", "--model", args.model, "--steps", 12, "--prompt", *prompts]
         run(*draw, "--out", out / system, *([] if system == "base" else ["--lora", lora]))
@@ -108,7 +108,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of either method in stage 2")
     parser.add_argument("--lr", type=float, default=8e-3, help="learning rate of either method in stage 2")
     args = parser.parse_args()
-    args.setting = ["--no-augment"]
     out, began = args.out.resolve(), time.time()
 
     run("tiny/people.py", "--out", out / "ids", "--people", 60, "--photos", 20, "--seed", 0)
@@ -120,7 +119,8 @@ def main() -> None:
         "\nThe shipped prior, tiny/weights/meta.safetensors, is the same command with more people and steps."
     )
 
-    run("tiny/people.py", "--out", out / "new", "--people", args.people, "--photos", 8, "--seed", 1)
+    new = ["tiny/people.py", "--out", out / "new", "--people", args.people, "--photos", 8, "--photo-share", 1]
+    run(*new, "--seed", 1)
     judges, rows, labels, table = load_judges(ROOT / "tiny" / "weights" / "judges"), [], [], []
     for person in scan_people(out / "new"):
         personalize(person, out / person.name, args)
