@@ -75,11 +75,10 @@ def test_shipped_world_draws_what_it_is_told():
     model = flux.load_flux(flux.find_transformer(SHIPPED), dtype=torch.float32)
     conditioner = flux.load_conditioner(SHIPPED, dtype=torch.float32)
     _, judge = load_judges(SHIPPED / "judges")
-    right, wrong = [], []
-    prompts = [p for p in pretrain.PROMPTS if "photo" in p]
-    for prompt, other in zip(prompts, reversed(prompts)):
+    right, wrong, other = [], [], "a sketch of a man in a studio wearing a black shirt"
+    for prompt in [prompt for prompt in pretrain.PROMPTS if "photo" in prompt]:
         pictures = generate(model, ae, conditioner.encode([prompt]), [0, 1, 2], (64, 64), steps=12)
         images = torch.stack([pretrain.to_tensor(picture, (64, 64)) for picture in pictures])
         right.append(judge.adherence(images, prompt).mean())
         wrong.append(judge.adherence(images, other).mean())
-    assert sum(right) / len(right) > 0.85 and sum(wrong) / len(wrong) < 0.5
+    assert sum(right) / len(right) > 0.85 and sum(wrong) / len(wrong) < 0.4

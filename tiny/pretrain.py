@@ -549,15 +549,15 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, help="pictures with captions (.txt) to learn from instead of drawn people"
     )
-    parser.add_argument("--pictures", type=int, default=100_000, help="size of the training set")
+    parser.add_argument("--pictures", type=int, default=120_000, help="size of the training set")
     parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
     parser.add_argument(
         "--hidden-size", type=int, default=160, help="width of the transformer, a multiple of 32"
     )
-    parser.add_argument("--ae-steps", type=int, default=9000, help="updates of the autoencoder")
-    parser.add_argument("--steps", type=int, default=16_000, help="updates of text encoders and transformer")
+    parser.add_argument("--ae-steps", type=int, default=10_000, help="updates of the autoencoder")
+    parser.add_argument("--steps", type=int, default=8000, help="updates of text encoders and transformer")
     parser.add_argument(
-        "--guidance-steps", type=int, default=1500, help="updates that teach the guidance input"
+        "--guidance-steps", type=int, default=700, help="updates that teach the guidance input"
     )
     parser.add_argument("--batch", type=int, default=64, help="pictures in an update of the transformer")
     parser.add_argument("--save-every", type=int, default=500, help="updates between saved states")
