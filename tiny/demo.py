@@ -103,9 +103,9 @@ def main() -> None:
         "--out", type=Path, default=Path("out/demo"), help="folder for everything that is written"
     )
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--people", type=int, default=4, help="held-out people to learn")
+    parser.add_argument("--people", type=int, default=6, help="held-out people to learn")
     parser.add_argument("--meta-steps", type=int, default=200, help="steps of the shortened meta-training")
-    parser.add_argument("--steps", type=int, default=40, help="steps of either method in stage 2")
+    parser.add_argument("--steps", type=int, default=60, help="steps of either method in stage 2")
     parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of either method in stage 2")
     args = parser.parse_args()
     out, began = args.out.resolve(), time.time()
@@ -127,14 +127,16 @@ def main() -> None:
         table.append(score(person, out / person.name, judges))
         photos = [Image.open(photo.path) for photo in person.photos]
         rows.append(photos[:7])
-        labels.append(f"{person.name}: the photo learned from, then others")
+        labels.append(person.name)
         for system in SYSTEMS:
             rows.append(
                 [None, *(Image.open(path) for path in sorted((out / person.name / system).glob("0*.png")))]
             )
             labels.append(system)
     with atomic(out / "sheet.png") as temporary:
-        contact_sheet(rows, labels, ["reference", *PROMPTS], cell=(128, 128)).save(temporary)
+        first = 3 * (1 + len(SYSTEMS))  # three people fill a screen
+        titles = ["the photo learned from", *(prompt.format("...") for prompt in PROMPTS)]
+        contact_sheet(rows[:first], labels[:first], titles, cell=(128, 128)).save(temporary)
 
     print(
         f"\n{args.people} held-out people, one photo each, {args.steps} steps, {len(PROMPTS)} pictures each:"
@@ -145,9 +147,9 @@ def main() -> None:
         print(f"{system:10} {100 * likeness:9.1f} {100 * told:7.1f}")
     print("likeness: cosine with the person's other photos x 100; prompt: attributes shown as asked, percent")
     print(
-        f"The setting is the one in which the prior shows most: early, at {args.steps} steps, on the whole photo "
-        "without crops. With more steps LoRA catches up; --steps and --people try others."
+        f"The setting is the one in which the prior shows most: early, at {args.steps} steps, on the whole photo"
     )
+    print("without crops. With more steps LoRA catches up; --steps, --lr and --people try others.")
     print(f"{out / 'sheet.png'} to look at; {time.time() - began:.0f} s in all")
 
 
