@@ -147,9 +147,9 @@ def main() -> None:
         print(f"{system:10} {100 * likeness:9.1f} {100 * told:7.1f}")
     print("likeness: cosine with the person's other photos x 100; prompt: attributes shown as asked, percent")
     print(
-        f"The setting is the one in which the prior shows most: early, at {args.steps} steps, on the whole photo"
+        f"The setting shows the prior most: early, at {args.steps} steps, on the whole photo without crops."
     )
-    print("without crops. With more steps LoRA catches up; --steps, --lr and --people try others.")
+    print("With more steps LoRA catches up; --steps, --lr and --people try others.")
     print(f"{out / 'sheet.png'} to look at; {time.time() - began:.0f} s in all")
 
 
