@@ -149,7 +149,7 @@ def main() -> None:
     print(
         f"The setting shows the prior most: early, at {args.steps} steps, on the whole photo without crops."
     )
-    print("With more steps LoRA catches up; --steps, --lr and --people try others.")
+    print("With more steps the gap narrows; --steps, --lr and --people try others.")
     print(f"{out / 'sheet.png'} to look at; {time.time() - began:.0f} s in all")
 
 
