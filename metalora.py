@@ -228,6 +228,8 @@ def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> dict[str, 
     the model is then as before.
     """
     tensors, metadata = read_tensors(path)
+    if any(name.endswith(".meta_down") for name in tensors):
+        raise ValueError(f"{path} is stage 1's file; first python personalize.py PHOTO --meta {path}")
     updates, problems = {}, []
     for name, parts in linear_names(model):
         d_out, d_in = model.get_submodule(name).weight.shape

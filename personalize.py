@@ -107,6 +107,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.out.suffix != ".safetensors":
         parser.error(f"--out {args.out}: the file's name must end in .safetensors")
+    if args.meta and args.method == "lora":
+        parser.error("--meta belongs to --method meta-lora; plain LoRA uses no prior")
     if args.face and len(args.photos) > 1:
         parser.error("--face belongs to one photo; without it the face is found in each")
     return args
@@ -291,3 +293,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; a file is written whole or not at all")

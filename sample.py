@@ -19,6 +19,8 @@ from flux.memory import release
 from flux.sampling import generate
 from metalora import load_lora
 
+MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
@@ -125,10 +127,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_size(size: tuple[int, int], multiple: int) -> None:
     """Raise ValueError when the model cannot make pictures of this (height, width)."""
-    if any(side < multiple or side % multiple for side in size):
-        near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in size[::-1])
+    if any(side not in range(multiple, MAX_SIDE + 1, multiple) for side in size):
+        near = "x".join(
+            str(min(max(1, round(side / multiple)), MAX_SIDE // multiple) * multiple) for side in size[::-1]
+        )
         raise ValueError(
-            f"--size {size[1]}x{size[0]}: both sides must be multiples of {multiple}; {near} is near"
+            f"--size {size[1]}x{size[0]}: both sides must be multiples of {multiple}, from {multiple} to "
+            f"{MAX_SIDE}; {near} is near"
         )
 
 
@@ -142,3 +147,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     metadata |= {name: getattr(args, name) for name in ("r1", "r2", "targets", "lr", "seed")}
     result = args.out / "meta.safetensors"
     save_meta(model, result, metadata, trainer.average)
-    print(f"{result}: next, python personalize.py PHOTO --meta {result}")
+    print(f"{result}: next, python personalize.py PHOTO --model {args.model} --meta {result}")
 
 
 def check_settings(args: argparse.Namespace, people: list[Person]) -> None:
@@ -350,4 +350,6 @@ if __name__ == "__main__":
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from the last checkpoint")
+        sys.exit(
+            "\nstopped; the same command goes on from the last checkpoint, if there is one yet (--save-every)"
+        )

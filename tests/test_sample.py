@@ -77,8 +77,10 @@ def test_sizes(run):
     (picture,) = run("--prompt", PROMPT, "--size", "64x96").values()
     assert picture.size == (64, 96)  # width x height
     assert sample.parse_size("768") == (768, 768) and sample.parse_size("64x96") == (96, 64)
-    with pytest.raises(ValueError, match="60x96: both sides must be multiples of 8; 64x96 is near"):
+    with pytest.raises(ValueError, match="60x96: both sides must be multiples of 8, .* 64x96 is near"):
         run("--prompt", PROMPT, "--size", "60x96")
+    with pytest.raises(ValueError, match="4096x4096 is near"):
+        run("--prompt", PROMPT, "--size", 16384)
     with pytest.raises(ValueError, match="0x0.*8x8 is near"):
         run("--prompt", PROMPT, "--size", 0)
 

@@ -127,7 +127,7 @@ def main() -> None:
         table.append(score(person, out / person.name, judges))
         photos = [Image.open(photo.path) for photo in person.photos]
         rows.append(photos[:7])
-        labels.append(person.name)
+        labels.append(f"{person.name}: photos")
         for system in SYSTEMS:
             rows.append(
                 [None, *(Image.open(path) for path in sorted((out / person.name / system).glob("0*.png")))]
