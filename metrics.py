@@ -5,7 +5,6 @@ import csv
 import hashlib
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -21,7 +20,7 @@ from tqdm import tqdm
 import data
 import metaphd
 from flux.conditioner import clip_tokenizer
-from flux.loading import HelpFormatter, atomic, choose_device, fingerprint
+from flux.loading import HelpFormatter, atomic, choose_device, fingerprint, run_script
 from vision import detector as yunet
 from vision import inception_resnet
 from vision.clip_vit import find_clip_vit, load_clip_vit
@@ -345,7 +344,4 @@ def shorten(names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    run_script(main)

@@ -8,7 +8,6 @@ writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_sam
 import argparse
 import hashlib
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -33,7 +32,7 @@ from data import (
     make_batch,
     read_photo,
 )
-from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size
+from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size, run_script
 from flux.memory import checkpoint_blocks, memory_in_use, release
 from flux.sampling import flow_loss, generate
 from metalora import TARGETS, assign_meta, export_lora, factors, inject, load_meta
@@ -289,9 +288,4 @@ def beside(path: Path, ending: str) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; a file is written whole or not at all")
+    run_script(main, "stopped; a file is written whole or not at all")

@@ -5,7 +5,6 @@ python sample.py --lora out.safetensors --prompt "a photo of a woman at the beac
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 import flux
 from data import contact_sheet
-from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size
+from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size, run_script
 from flux.memory import release
 from flux.sampling import generate
 from metalora import load_lora
@@ -143,9 +142,4 @@ def slug(text: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    run_script(main)

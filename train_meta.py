@@ -8,7 +8,6 @@ same command again goes on where an interrupted run last saved.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TextIO
@@ -35,7 +34,15 @@ from data import (
     read_photo,
     scan_people,
 )
-from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, fingerprint, native_size
+from flux.loading import (
+    HelpFormatter,
+    add_model_arguments,
+    atomic,
+    choose_device,
+    fingerprint,
+    native_size,
+    run_script,
+)
 from flux.memory import checkpoint_blocks, memory_in_use, release
 from flux.sampling import flow_loss, generate
 from metalora import TARGETS, SlotAdamW, factors, inject, kaiming_, save_meta, use_slots
@@ -345,11 +352,6 @@ def sample_grid(trainer: Trainer, people: list[Person], prompts: dict, folder: P
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(
-            "\nstopped; the same command goes on from the last checkpoint, if there is one yet (--save-every)"
-        )
+    run_script(
+        main, "stopped; the same command goes on from the last checkpoint, if there is one (--save-every)"
+    )

@@ -8,7 +8,8 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,3 +323,13 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     device = torch.device(args.device or default)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype)
     return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
+    """Run a script's main; what its user can mend ends with one message instead of a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{stopped}")
