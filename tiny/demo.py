@@ -147,9 +147,9 @@ def main() -> None:
         print(f"{system:10} {100 * likeness:9.1f} {100 * told:7.1f}")
     print("likeness: cosine with the person's other photos x 100; prompt: attributes shown as asked, percent")
     print(
-        f"The setting shows the prior most: early, at {args.steps} steps, on the whole photo without crops."
+        f"The setting, {args.steps} steps on the whole photo without crops, was chosen after a look: likeness"
     )
-    print("With more steps the gap narrows; --steps, --lr and --people try others.")
+    print("can be seen and the methods still differ. --steps, --lr and --people try others.")
     print(f"{out / 'sheet.png'} to look at; {time.time() - began:.0f} s in all")
 
 

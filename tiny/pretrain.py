@@ -443,7 +443,7 @@ def train_transformer(
     what guided sampling does in two. So ours: first the input is a random number without meaning, then the
     target is the frozen model's velocity, led away from that of an earlier, weaker self that was not told the
     prompt (Ho and Salimans 2022; Karras et al. 2024, with a bad version of itself).
-    The weaker self matters: leading away from what it gets wrong mends many faces.
+    In a sheet of 16 pictures the weaker self mended faces that guidance by the model itself left broken.
     """
     tokenizers = load_tokenizers(args.out)
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for some in captions for text in some))}
