@@ -6,7 +6,7 @@ ordinary LoRA.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -29,15 +29,18 @@ class MetaLoRALinear(nn.Module):
     mid:       (slots, parts, r2, r1)    LoM, one per identity
     up:        (slots, d_out, r2)        LoU, one per identity; zero at the start, so h = W0 x
     slot:      (b,) or (1,) long         the identity of each sample or of all; None: slot 0 for all
+
+    Without r1 it is a plain LoRA: there is no meta_down, and mid, as wide as the input, is its lora_A.
     """
 
-    def __init__(self, base: nn.Linear, parts: list[int], r1: int, r2: int, slots: int):
+    def __init__(self, base: nn.Linear, parts: list[int], r1: int | None, r2: int, slots: int):
         super().__init__()
         assert sum(parts) == base.out_features, (parts, base)
         self.base, self.parts, self.slot = base, parts, None
         new = {"device": base.weight.device, "dtype": torch.float32}
-        self.meta_down = nn.Parameter(torch.empty(len(parts), r1, base.in_features, **new))
-        self.mid = nn.Parameter(torch.empty(slots, len(parts), r2, r1, **new))
+        shared = nn.Parameter(torch.empty(len(parts), r1, base.in_features, **new)) if r1 else None
+        self.register_parameter("meta_down", shared)
+        self.mid = nn.Parameter(torch.empty(slots, len(parts), r2, r1 or base.in_features, **new))
         self.up = nn.Parameter(torch.empty(slots, base.out_features, r2, **new))
         # 1 where a row of the output belongs to a part, else 0: (parts, 1, d_out)
         rows = torch.block_diag(*(torch.ones(1, size, **new) for size in parts))[:, None]
@@ -45,15 +48,20 @@ class MetaLoRALinear(nn.Module):
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Start afresh: meta_down and mid kaiming-uniform with a = sqrt(5), as in LoRA, and up zero."""
-        for factor in (self.meta_down, self.mid):
-            kaiming_(factor, generator)
+        if self.meta_down is not None:
+            kaiming_(self.meta_down, generator)
+        kaiming_(self.mid, generator)
         self.up.data.zero_()
+
+    def down(self, slot: Tensor | slice | int) -> Tensor:
+        """Return lora_A of the given slots, (..., parts, r2, d_in)."""
+        return self.mid[slot] if self.meta_down is None else self.mid[slot] @ self.meta_down
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (b, ..., d_in) -> (b, ..., d_out); modulation layers have no token axis."""
         slot = slice(1) if self.slot is None else self.slot
         # Multiply the small matrices first: r1 never meets the tokens.
-        down = (self.mid[slot] @ self.meta_down).flatten(1, 2)  # (b, parts * r2, d_in)
+        down = self.down(slot).flatten(1, 2)  # (b, parts * r2, d_in)
         up = (self.up[slot].mT[:, None] * self.rows).flatten(1, 2)  # (b, parts * r2, d_out), block-diagonal
         up = up.to(x.dtype).expand(len(x), -1, -1)
         z = x.reshape(len(x), -1, x.shape[-1]) @ down.mT.to(x.dtype)  # (b, l, parts * r2)
@@ -61,7 +69,7 @@ class MetaLoRALinear(nn.Module):
         return torch.baddbmm(h.reshape(len(x), -1, h.shape[-1]), z, up).view_as(h)
 
 
-def kaiming_(factor: nn.Parameter, generator: torch.Generator | None = None) -> None:
+def kaiming_(factor: nn.Parameter | Tensor, generator: torch.Generator | None = None) -> None:
     """Fill (..., inputs) uniformly up to 1 / sqrt(inputs), drawn on the CPU: the same on every device."""
     if not factor.is_meta:
         bound = 1 / math.sqrt(factor.shape[-1])
@@ -116,7 +124,7 @@ def part_sizes(model: nn.Module, count: int, d_out: int) -> list[int]:
 
 def inject(
     model: nn.Module,
-    r1: int,
+    r1: int | None,
     r2: int,
     slots: int,
     targets: str = "all",
@@ -125,15 +133,27 @@ def inject(
     """Replace the targeted linear layers of a Flux, in place, by `MetaLoRALinear` around them; return it.
 
     Nothing outside the blocks is adapted. The base is frozen, the new factors are freshly initialised.
+    r1 None makes plain LoRAs of rank r2.
     """
     model.requires_grad_(False)
     for name, parts in linear_names(model, targets):
         base = model.get_submodule(name)
         layer = MetaLoRALinear(base, part_sizes(model, len(parts), base.out_features), r1, r2, slots)
         layer.reset(generator)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        _replace(model, name, layer)
     return model
+
+
+def eject(model: nn.Module) -> nn.Module:
+    """Undo `inject`, in place: put the linear layers back and forget the factors."""
+    for name, layer in adapters(model).items():
+        _replace(model, name, layer.base)
+    return model
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def adapters(model: nn.Module) -> dict[str, MetaLoRALinear]:
@@ -143,7 +163,8 @@ def adapters(model: nn.Module) -> dict[str, MetaLoRALinear]:
 
 def factors(model: nn.Module, *names: str) -> list[nn.Parameter]:
     """Return the parameters called `names` (meta_down, mid, up) of all adapted layers, layer by layer."""
-    return [getattr(layer, name) for layer in adapters(model).values() for name in names]
+    found = [getattr(layer, name) for layer in adapters(model).values() for name in names]
+    return [factor for factor in found if factor is not None]
 
 
 def use_slots(model: nn.Module, slots: Tensor | None) -> None:
@@ -192,6 +213,14 @@ class SlotAdamW:
                 own.copy_(stored)
 
 
+def clip_slots(params: list[nn.Parameter], most: float) -> None:
+    """Shorten the gradient of each slot of parameters (slots, ...) to norm `most`, as if it were alone."""
+    norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in params]).norm(dim=0)  # (slots,)
+    factor = (most / (norms + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
+    for p in params:
+        p.grad.mul_(factor.view(-1, *[1] * (p.dim() - 1)))
+
+
 # --- Files -------------------------------------------------------------------------------------------------
 
 
@@ -203,8 +232,7 @@ def collapse(model: nn.Module, slot: int = 0) -> dict[str, tuple[Tensor, Tensor]
     """
     parts_of, lora = dict(linear_names(model)), {}
     for name, layer in adapters(model).items():
-        down = layer.mid[slot] @ layer.meta_down  # (parts, r2, d_in)
-        for part, a, b in zip(parts_of[name], down, layer.up[slot].split(layer.parts)):
+        for part, a, b in zip(parts_of[name], layer.down(slot), layer.up[slot].split(layer.parts)):
             lora[part] = a, b
     return lora
 
@@ -224,8 +252,43 @@ def export_lora(model: nn.Module, path: Path, metadata: dict, slot: int = 0) -> 
 def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> dict[str, str]:
     """Merge a LoRA file into the weights, W + strength B A in float32, rounded once; return its metadata.
 
-    Takes the files that `export_lora` writes, of any rank. Raises ValueError listing all that does not fit;
-    the model is then as before.
+    Raises ValueError as `read_lora`; the model is then as before.
+    """
+    updates, metadata = read_lora(model, path)
+    for name, pairs in updates.items():
+        layer = model.get_submodule(name)
+        weight = layer.weight.to(torch.float32, copy=True)  # the old one may be mapped to the model's file
+        for rows, a, b in pairs:
+            weight[rows].addmm_(b.to(weight), a.to(weight), alpha=strength)
+        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    return metadata
+
+
+def inject_loras(model: nn.Module, paths: Sequence[Path]) -> nn.Module:
+    """Put LoRA files of one rank into the model unmerged, one to a slot; `eject` undoes it.
+
+    Raises ValueError as `read_lora`, and when the ranks differ.
+    """
+    files = [read_lora(model, path)[0] for path in paths]
+    ranks = {a.shape[0] for updates in files for pairs in updates.values() for _, a, _ in pairs}
+    if len(ranks) > 1:
+        raise ValueError(f"{', '.join(map(str, paths))} have several ranks: {sorted(ranks)}")
+    inject(model, None, ranks.pop(), len(paths))
+    for name, layer in adapters(model).items():
+        layer.mid.data.zero_()  # where a file has nothing, the layer stays as it is
+        ends = list(accumulate(layer.parts))
+        for slot, updates in enumerate(files):
+            for rows, a, b in updates.get(name, ()):
+                layer.mid.data[slot, ends.index(rows.stop)] = a
+                layer.up.data[slot, rows] = b
+    return model
+
+
+def read_lora(model: nn.Module, path: Path) -> tuple[dict[str, list[tuple[slice, Tensor, Tensor]]], dict]:
+    """Read a LoRA of any rank as `export_lora` writes it, and its metadata.
+
+    Returns by the name of the linear layer (rows of the output, lora_A, lora_B) of each adapted part.
+    Raises ValueError listing all that does not fit the model.
     """
     tensors, metadata = read_tensors(path)
     if any(name.endswith(".meta_down") for name in tensors):
@@ -248,13 +311,7 @@ def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> dict[str, 
             updates.setdefault(name, []).append((slice(end - size, end), a, b))
     problems += [f"{key} is for no layer of this model" for key in sorted(tensors)]
     refuse(path, problems if updates else problems or ["it holds no tensors"])
-    for name, pairs in updates.items():
-        layer = model.get_submodule(name)
-        weight = layer.weight.to(torch.float32, copy=True)  # the old one may be mapped to the model's file
-        for rows, a, b in pairs:
-            weight[rows].addmm_(b.to(weight), a.to(weight), alpha=strength)
-        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
-    return metadata
+    return updates, metadata
 
 
 def save_meta(model: nn.Module, path: Path, metadata: dict, meta_down: list[Tensor] | None = None) -> None:

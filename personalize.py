@@ -8,6 +8,8 @@ writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_sam
 import argparse
 import hashlib
 import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -35,7 +37,17 @@ from data import (
 from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size, run_script
 from flux.memory import checkpoint_blocks, memory_in_use, release
 from flux.sampling import flow_loss, generate
-from metalora import TARGETS, assign_meta, export_lora, factors, inject, load_meta
+from metalora import (
+    TARGETS,
+    assign_meta,
+    clip_slots,
+    export_lora,
+    factors,
+    inject,
+    kaiming_,
+    load_meta,
+    use_slots,
+)
 from vision.detector import find_faces, load_detector
 
 STEPS = {"meta-lora": 375, "lora": 625}  # paper, section 4.2
@@ -66,17 +78,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--rank", type=int, help="r2, the rank of the LoRA; default: 1, and 4 for several photos"
     )
-    group.add_argument("--batch", type=int, default=1, help="crops in an update")
     group.add_argument("--lr", type=float, default=4e-4, help="learning rate of AdamW")
-    group.add_argument(
-        "--resolution", type=int, help="crops are shrunk to this side squared; default: the model's, 1024"
-    )
     group.add_argument(
         "--no-augment", action="store_true", help="train on the whole photo, without crops and flips"
     )
-    group.add_argument(
-        "--targets", choices=TARGETS, default="all", help="layers that lora adapts; meta-lora: as stage 1 did"
-    )
+    add_personal_arguments(group)
     add_training_arguments(parser)
 
     group = parser.add_argument_group("face")
@@ -111,6 +117,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.face and len(args.photos) > 1:
         parser.error("--face belongs to one photo; without it the face is found in each")
     return args
+
+
+def add_personal_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add what every personalization needs, one or a benchmark's many."""
+    group.add_argument("--batch", type=int, default=1, help="crops in an update")
+    group.add_argument(
+        "--resolution", type=int, help="crops are shrunk to this side squared; default: the model's, 1024"
+    )
+    group.add_argument(
+        "--targets", choices=TARGETS, default="all", help="layers that lora adapts; meta-lora: as stage 1 did"
+    )
 
 
 def parse_box(text: str) -> Box:
@@ -182,46 +199,79 @@ def find_meta(
     return *load_meta(path), path
 
 
-def prepare(model: flux.Flux, args: argparse.Namespace, meta: tuple | None) -> list[Tensor]:
-    """Add the adapter for one identity and return the factors to train.
+def encode_crops(
+    crops: Sequence[tuple[Path, Box]],
+    autoencoder: flux.AutoEncoder,
+    side: int,
+    flip: bool,
+    cache: MemoryCache,
+) -> list[tuple]:
+    """Return of each crop its shape, its posterior, and its mirror image's; without `flip` its own again."""
+    multiple = 2 * autoencoder.sizes.reduction
+    shapes = [fit_shape((y1 - y0, x1 - x0), side, multiple) for _, (x0, y0, x1, y1) in crops]
+    pictures = [Picture(path, shape, box) for (path, box), shape in zip(crops, shapes)]
+    flips = [replace(picture, flip=flip) for picture in pictures]
+    keys = encode_pictures([*pictures, *flips], autoencoder, "", cache)
+    pairs = zip(shapes, keys, keys[len(pictures) :])
+    return [(shape, cache[own], cache[mirrored]) for shape, own, mirrored in pairs]
 
-    A plain LoRA is the special case in which mid is the identity matrix and meta_down is trained instead.
-    """
-    generator = torch.Generator().manual_seed(args.seed)
+
+def prepare(model: flux.Flux, args: argparse.Namespace, meta: tuple | None, people: int = 1) -> list[Tensor]:
+    """Add the adapters of one person, or of several who start alike, and return the factors to train."""
     if meta:
         tensors, metadata, path = meta
-        inject(model, int(metadata["r1"]), args.rank, 1, metadata["targets"], generator)
+        inject(model, int(metadata["r1"]), args.rank, people, metadata["targets"])
         assign_meta(model, tensors, path)
-        frozen, trained = "meta_down", ("mid", "up")
     else:
-        inject(model, args.rank, args.rank, 1, args.targets, generator)
-        for mid in factors(model, "mid"):
-            mid.data.copy_(torch.eye(args.rank))
-        frozen, trained = "mid", ("meta_down", "up")
-    for p in factors(model, frozen):
+        inject(model, None, args.rank, people, args.targets)
+    for p in factors(model, "meta_down"):
         p.requires_grad_(False)
-    return factors(model, *trained)
+    generator = torch.Generator().manual_seed(args.seed)
+    for mid in factors(model, "mid"):
+        kaiming_(mid.data[:1], generator)  # as for one person alone
+        mid.data[1:] = mid.data[:1]
+    return factors(model, "mid", "up")
 
 
 def train(
-    model: flux.Flux, trained: list[Tensor], pictures: list[tuple], prompt: dict, args, device, dtype
-) -> None:
-    """Run Algorithm 2's loop. pictures: of each crop its shape, and the posteriors of itself and its flip."""
+    model: flux.Flux, trained: list[Tensor], people: Sequence[tuple[list, dict]], args, device, dtype
+) -> Iterator[int]:
+    """Run Algorithm 2's loop and yield the number of updates done, after each.
+
+    people: of the person in each slot the crops, as `encode_crops` returns them, and the prompt. Several
+    learn side by side, each with the noise, the gradient norm and the optimiser states it would have alone.
+    """
     optimiser = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
-    generator = torch.Generator().manual_seed(args.seed)
-    uses = math.ceil(args.steps * args.batch / len(pictures)) + 1
-    batches = deal_batches([shape for shape, *_ in pictures], uses, args.batch, generator)[: args.steps]
-    bar = tqdm(batches, "personalizing", mininterval=1, dynamic_ncols=True)
-    for chosen in bar:
-        flips = torch.randint(2, (len(chosen),), generator=generator).tolist()
-        entries = [(pictures[k][1 + flip], prompt) for k, flip in zip(chosen, flips)]
-        batch = make_batch(entries, generator, args, device, dtype)
-        loss = flow_loss(model, **batch, guidance=args.train_guidance)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
+    generators = [torch.Generator().manual_seed(args.seed) for _ in people]
+    turns = []
+    for (crops, _), generator in zip(people, generators):
+        uses = math.ceil(args.steps * args.batch / len(crops)) + 1
+        turns.append(deal_batches([shape for shape, *_ in crops], uses, args.batch, generator))
+    bar = tqdm(range(args.steps), "personalizing", mininterval=1, dynamic_ncols=True)
+    for step in bar:
+        together = defaultdict(list)  # people whose batches have the same shape share a forward pass
+        for slot, ((crops, prompt), generator) in enumerate(zip(people, generators)):
+            chosen = turns[slot][step]
+            flips = torch.randint(2, (len(chosen),), generator=generator).tolist()
+            entries = [(crops[k][1 + flip], prompt) for k, flip in zip(chosen, flips)]
+            batch = make_batch(entries, generator, args, device, dtype)
+            together[batch["latents"].shape].append((slot, batch))
+        mean = 0.0
+        for group in together.values():
+            slots, batches = zip(*group)
+            size = len(batches[0]["t"])
+            use_slots(model, torch.tensor(slots, device=device).repeat_interleave(size))
+            batch = {name: torch.cat([own[name] for own in batches]) for name in batches[0]}
+            loss = flow_loss(model, **batch, guidance=args.train_guidance) * len(
+                group
+            )  # each one's own loss, summed
+            loss.backward()
+            mean += loss.item() / len(people)
+        clip_slots(trained, args.clip_grad)
         optimiser.step()
         optimiser.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", memory=memory_in_use(device), refresh=False)
+        bar.set_postfix(loss=f"{mean:.3f}", memory=memory_in_use(device), refresh=False)
+        yield step + 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -243,10 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     # Everything that does not change is computed once; then the encoders leave.
     autoencoder, cache = flux.load_autoencoder(folder / "ae.safetensors", device, dtype), MemoryCache()
     side, multiple = args.resolution or native_size(folder), 2 * autoencoder.sizes.reduction
-    shapes = [fit_shape((y1 - y0, x1 - x0), side, multiple) for _, (x0, y0, x1, y1) in crops]
-    pictures = [Picture(path, shape, box) for (path, box), shape in zip(crops, shapes)]
-    flips = [picture if args.no_augment else replace(picture, flip=True) for picture in pictures]
-    keys = encode_pictures([*pictures, *flips], autoencoder, "", cache)
+    encoded = encode_crops(crops, autoencoder, side, not args.no_augment, cache)
     del autoencoder
     release(device)
     conditioner = flux.load_conditioner(folder, device, dtype, args.t5_length)
@@ -260,9 +307,9 @@ def main(argv: list[str] | None = None) -> None:
     trained = prepare(model, args, meta)
     if not args.no_checkpointing:
         checkpoint_blocks(model)
-    pairs = zip(shapes, keys, keys[len(pictures) :])
-    posteriors = [(shape, cache[own], cache[flip]) for shape, own, flip in pairs]
-    train(model, trained, posteriors, prompts[args.caption], args, device, dtype)
+    for _ in train(model, trained, [(encoded, prompts[args.caption])], args, device, dtype):
+        pass  # nothing to do between the updates
+    use_slots(model, None)
 
     metadata = {
         "base_model": transformer.name,

@@ -344,7 +344,8 @@ def sample_grid(trainer: Trainer, people: list[Person], prompts: dict, folder: P
         use_slots(trainer.model, torch.tensor([slot], device=device))
         rows.append([read_photo(person.photos[0].path)])
         for prompt in prompts.values():
-            rows[-1] += generate(trainer.model, autoencoder, prompt, [0, 1], size)
+            for seed in (0, 1):
+                rows[-1] += generate(trainer.model, autoencoder, prompt, [seed], size)
     titles = ["photo", *(f"{text}, seed {seed}" for text in prompts for seed in (0, 1))]
     (trainer.args.out / "samples").mkdir(exist_ok=True)
     with atomic(trainer.args.out / "samples" / f"{trainer.step:06d}.png") as temporary:

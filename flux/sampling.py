@@ -149,18 +149,18 @@ def generate(
     size: tuple[int, int],
     **settings,
 ) -> list[Image.Image]:
-    """Make one picture of `size` (height, width) per seed, one after the other.
+    """Make one picture of `size` (height, width) per seed, all in one batch.
 
-    prompt: txt (1, l, d) and pooled (1, d); settings: those of `denoise`.
+    prompt: txt (b, l, d) and pooled (b, d), of each seed, or (1, ...) of all; settings: those of `denoise`.
     Both sides are multiples of the pixels per image token, twice the autoencoder's reduction.
     """
     height, width = (side // autoencoder.sizes.reduction for side in size)
-    pictures = []
-    for seed in seeds:
-        noise = draw_noise([seed], autoencoder.sizes.z_channels, height, width)
-        latents = denoise(model, noise, *prompt, **settings)
-        pictures.append(Image.fromarray(to_pixels(autoencoder.decode(latents))[0].numpy()))
-    return pictures
+    noise = draw_noise(seeds, autoencoder.sizes.z_channels, height, width)
+    txt, pooled = (part.expand(len(seeds), *part.shape[1:]) for part in prompt)
+    latents = denoise(model, noise, txt, pooled, **settings)
+    # One after the other: for the autoencoder a picture is more than for the transformer.
+    pixels = [to_pixels(autoencoder.decode(one))[0] for one in latents.split(1)]
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
 
 
 def to_pixels(image: Tensor) -> Tensor:

@@ -22,10 +22,13 @@ from metalora import (
     SlotAdamW,
     adapters,
     assign_meta,
+    clip_slots,
     collapse,
+    eject,
     export_lora,
     factors,
     inject,
+    inject_loras,
     load_lora,
     load_meta,
     save_meta,
@@ -431,3 +434,60 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         export_lora(adapted(seed=1), path, META)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
+
+
+# --- Plain LoRAs, and people side by side ------------------------------------------------------------------
+
+
+def test_plain_lora_is_up_times_mid():
+    layer = MetaLoRALinear(nn.Linear(7, 24).requires_grad_(False), [5, 5, 5, 9], None, r2=2, slots=3)
+    layer.reset(torch.Generator().manual_seed(0))
+    assert layer.meta_down is None and layer.mid.shape == (3, 4, 2, 7)
+    layer.up.data.normal_()
+    layer.slot = torch.tensor([2, 0])
+    x = torch.randn(2, 5, 7)
+    parts = [[up @ a for a, up in zip(layer.mid[slot], layer.up[slot].split(layer.parts))] for slot in (2, 0)]
+    expected = layer.base(x) + x @ torch.stack([torch.cat(rows) for rows in parts]).mT
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_files_in_slots_do_what_merging_does_and_leave_no_trace(tmp_path):
+    """One picture per LoRA in a batch; the model afterwards is the one before."""
+    paths, merged, given = [], [], inputs(DEV)
+    for seed, targets in ((1, "all"), (2, "attention")):  # what a file does not name stays as it is
+        export_lora(adapted(seed=seed, targets=targets), tmp_path / f"{seed}.safetensors", META)
+        paths.append(tmp_path / f"{seed}.safetensors")
+        model = randomize(Flux(DEV))
+        load_lora(model, paths[-1])
+        merged.append(model(**given))
+    model = randomize(Flux(DEV))
+    base, modules = model(**given), [type(module) for module in model.modules()]
+    inject_loras(model, paths)
+    for slots in ([0, 1], [1, 0]):
+        use_slots(model, torch.tensor(slots))
+        expected = torch.stack([merged[slot][sample] for sample, slot in enumerate(slots)])
+        assert difference(model(**given), expected) < 1e-5 < difference(model(**given), base)
+    assert torch.equal(eject(model)(**given), base)
+    assert [type(module) for module in model.modules()] == modules
+
+
+def test_loras_of_several_ranks_are_refused(tmp_path):
+    for r2 in (1, 2):
+        export_lora(adapted(r2), tmp_path / f"{r2}.safetensors", META)
+    with pytest.raises(ValueError, match=r"several ranks: \[1, 2\]"):
+        inject_loras(randomize(Flux(DEV)), [tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+
+
+def test_each_slot_is_clipped_alone():
+    params = [nn.Parameter(torch.zeros(3, 4, 5)), nn.Parameter(torch.zeros(3, 2))]
+    grads = [torch.randn(p.shape) * torch.tensor([3, 0.01, 7]).view(-1, *[1] * (p.dim() - 1)) for p in params]
+    for p, grad in zip(params, grads):
+        p.grad = grad.clone()
+    clip_slots(params, 1.0)
+    for slot in range(3):
+        alone = [nn.Parameter(torch.zeros_like(p[slot])) for p in params]
+        for p, grad in zip(alone, grads):
+            p.grad = grad[slot].clone()
+        torch.nn.utils.clip_grad_norm_(alone, 1.0)
+        for p, own in zip(params, alone):
+            torch.testing.assert_close(p.grad[slot], own.grad)
