@@ -1,41 +1,32 @@
-"""CLIP-T, CLIP-I, FaceSim and R-FaceSim on pictures by any system (paper, section 4.3, appendix G, Algorithm 3)."""
+"""CLIP-T, CLIP-I, FaceSim and R-FaceSim on pictures by any system (paper, section 4.3 and Algorithm 3)."""
 
 import argparse
 import csv
-import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-import data
 import metaphd
-from flux.conditioner import clip_tokenizer
-from flux.loading import HelpFormatter, atomic, choose_device, fingerprint, run_script
-from vision import detector as yunet
-from vision import inception_resnet
-from vision.clip_vit import find_clip_vit, load_clip_vit
+from data import TensorCache
+from flux.loading import LOCAL_MODELS, HelpFormatter, atomic, choose_device, run_script
+from judges import Judges, add_judge_arguments, load_judges
+from report import TITLES, write_report
 
-TITLES = {"clip-t": "CLIP-T", "clip-i": "CLIP-I", "facesim": "FaceSim", "r-facesim": "R-FaceSim"}
 NEEDS = {"clip-t": "prompts", "clip-i": "base", "facesim": "people", "r-facesim": "people"}
-BATCH = 16  # pictures embedded at once
-FACE_VERSION = 1  # raise it when boxes or crops change: faces embedded before are then embedded anew
 
 # Formulas: embeddings (n, d) of n pictures in, cosines (n,) out
 
 
 def clip_t(pictures: Tensor, prompts: Tensor) -> Tensor:
-    """Compare each picture with its prompt."""
-    return F.cosine_similarity(pictures, prompts, dim=-1)
+    """Compare each picture with its prompt: the cosine, as CLIP's embeddings have length 1."""
+    return (pictures * prompts).sum(dim=-1)
 
 
 def clip_i(pictures: Tensor, base: Tensor) -> Tensor:
@@ -49,12 +40,12 @@ def facesim(faces: Tensor, reference: Tensor) -> Tensor:
 
 
 def r_facesim(faces: Tensor, others: Tensor) -> Tensor:
-    """Average over the person's other photos, (k, d): S(i, p) of Algorithm 3. The reference is not among them."""
+    """Average over the person's other photos, (k, d), without the reference: S(i, p) of Algorithm 3."""
     return F.cosine_similarity(faces[:, None], others, dim=-1).mean(dim=1)  # (n, k) -> (n,)
 
 
 def relative_difference(facesim: float, r_facesim: float) -> float | None:
-    """Return the part of FaceSim that is gone without the reference (paper, Table 3): -0.11 for a copier of poses."""
+    """Return what FaceSim loses without the reference (paper, Table 3): -0.11 for a copier of poses."""
     return (r_facesim - facesim) / facesim if facesim > 0 else None
 
 
@@ -68,102 +59,35 @@ def average(scores: Sequence[tuple[str, float | None]]) -> float | None:
 
 
 def interval(people: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % confidence interval of a mean over people, by Student's t; None for one."""
+    """Return half the width of the 95 % interval of a mean over people, by Student's t; None for one."""
     n = len(people)
     return student(n - 1) * stdev(people) / math.sqrt(n) if n > 1 else None
 
 
 def student(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t: at t = sqrt(freedom) tan(a), a has density cos(a) ** (freedom - 1)."""
+    """Return the 97.5 % quantile of Student's t."""
+    # At t = sqrt(freedom) tan(a), a has the density cos(a) ** (freedom - 1).
     a = (torch.arange(10**5, dtype=torch.float64) + 0.5) * (math.pi / 2e5)  # from 0 to a right angle
     mass = a.cos().pow(freedom - 1).cumsum(0)
     return math.sqrt(freedom) * a[torch.searchsorted(mass, 0.95 * mass[-1])].tan().item()
-
-
-# Judges
-
-
-class Judges:
-    """The frozen networks, each loaded when first asked; what they said of a file is kept by its content."""
-
-    def __init__(
-        self, clip: Path | None, recognizer: Path | None, detector: Path | None, cache, device="cpu"
-    ):
-        """Take files, None for the hub's, and a `TensorCache` or `MemoryCache`."""
-        self.clip_path, self.recognizer_path, self.detector_path = clip, recognizer, detector
-        self.cache, self.device = cache, device
-
-    @cached_property
-    def clip(self):
-        return load_clip_vit(self.clip_path, self.device)
-
-    @cached_property
-    def recognizer(self):
-        return inception_resnet.load_recognizer(self.recognizer_path, self.device)
-
-    @cached_property
-    def detector(self):
-        return yunet.load_detector(self.detector_path)
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed prompts with CLIP, (n, d); what CLIP's 77 tokens do not hold is cut with a warning."""
-        unique = list(dict.fromkeys(texts))
-        tokens = clip_tokenizer(find_clip_vit(self.clip_path).parent)(unique)
-        embedded = self.clip.embed_texts(tokens).cpu()
-        return embedded[[unique.index(text) for text in texts]]
-
-    def embed_images(self, paths: Sequence[Path]) -> Tensor:
-        """Embed pictures with CLIP, (n, d)."""
-
-        def embed(images: list[Image.Image]) -> list[dict[str, Tensor]]:
-            return [{"image": row} for row in self.clip.embed_images(images).cpu()]
-
-        key = ("CLIP", fingerprint(find_clip_vit(self.clip_path)))
-        return torch.stack([entry["image"] for entry in self._remember(key, paths, embed)])
-
-    def embed_faces(self, paths: Sequence[Path]) -> tuple[Tensor, list[int]]:
-        """Embed the largest face of each picture, (n, d), and count the faces; without one the row is zero."""
-
-        def embed(images: list[Image.Image]) -> list[dict[str, Tensor]]:
-            found = [yunet.find_faces(image, self.detector) for image in images]
-            seen = [(image, faces[0].box) for image, faces in zip(images, found) if faces]
-            rows = iter(self.recognizer.embed_faces(*zip(*seen)).cpu() if seen else ())
-            entries = [{"count": torch.tensor(len(faces))} for faces in found]
-            return [entry | ({"face": next(rows)} if entry["count"] else {}) for entry in entries]
-
-        files = (self.recognizer_path, inception_resnet.SHA256), (self.detector_path, yunet.SHA256)
-        key = ("face", FACE_VERSION, *(fingerprint(path) if path else pinned for path, pinned in files))
-        entries = self._remember(key, paths, embed)
-        blank = torch.zeros(next((len(entry["face"]) for entry in entries if "face" in entry), 1))
-        faces = torch.stack([entry.get("face", blank) for entry in entries])
-        return faces, [int(entry["count"]) for entry in entries]
-
-    def _remember(self, judge: tuple, paths: Sequence[Path], embed: Callable) -> list[dict[str, Tensor]]:
-        """Return the entry of each file, embedding in batches those that the cache does not know."""
-        keys = [data.content_key(*judge, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
-        new = [(key, path) for key, path in dict(zip(keys, paths)).items() if self.cache.get(key) is None]
-        for start in tqdm(range(0, len(new), BATCH), judge[0], disable=len(new) < 50):
-            part = new[start : start + BATCH]
-            for (key, _), entry in zip(part, embed([data.read_photo(path) for _, path in part])):
-                self.cache.put(key, entry)
-        return [self.cache.get(key) for key in keys]
 
 
 # Scores
 
 
 def score(rows: Sequence[dict], judges: Judges, photos=None, no_face: str = "zero") -> None:
-    """Add to the rows of `metaphd.make_rows` the cosines that they allow, and the number of faces; None: not to be had.
+    """Add to the rows of `metaphd.make_rows` the scores that they allow, and the number of faces.
 
-    photos: of each person, the reference first. no_face: zero or skip. Raises ValueError on photos without face.
+    A score that is not to be had is None. photos: of each person, the reference first. no_face: zero or skip.
+    Raises ValueError on photos without a face.
     """
     pictures = [row["path"] for row in rows]
     for_text, for_base = ("clip-t", clip_t, judges.embed_texts), ("clip-i", clip_i, judges.embed_images)
     for other, (metric, formula, embed) in {"text": for_text, "base": for_base}.items():
         if other in rows[0]:
-            cosines = formula(judges.embed_images(pictures), embed([row[other] for row in rows]))
-            for row, cosine in zip(rows, cosines.tolist()):
-                row[metric] = cosine
+            scores = formula(judges.embed_images(pictures), embed([row[other] for row in rows]))
+            for row, value in zip(rows, scores.tolist()):
+                row[metric] = value
     if photos:
         real = {name: judges.embed_faces(photos[name]) for name in sorted({row["person"] for row in rows})}
         counted = [(path, n) for name in real for path, n in zip(photos[name], real[name][1])]
@@ -202,11 +126,13 @@ def describe(people: Sequence[dict], metrics: Sequence[str]) -> dict:
     return summary
 
 
-def table(summary: dict, metrics: Sequence[str]) -> str:
-    """Lay a summary out in Markdown, in the form of the paper's tables: times 100, mean ± 95 % interval."""
+def table(groups: dict[str, dict], metrics: Sequence[str]) -> str:
+    """Lay out in Markdown, as the paper's tables: times 100, mean ± half the 95 % interval.
+
+    groups: what `describe` returned, a line each: the classes of one system, or several systems.
+    """
     lines = [["", "people", *(TITLES[metric] for metric in metrics), "relative difference"]]
-    groups = summary["classes"] if len(summary["classes"]) > 1 else {}
-    for name, group in {**groups, "overall": summary["overall"]}.items():
+    for name, group in groups.items():
         lines.append([name, str(group["people"])])
         for mean, half, n in (group[metric].values() for metric in metrics):
             cell = "–" if mean is None else f"{100 * mean:.2f}" + (f" ± {100 * half:.2f}" if n > 1 else "")
@@ -217,6 +143,15 @@ def table(summary: dict, metrics: Sequence[str]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def evaluate(
+    rows: Sequence[dict], judges: Judges, photos: dict | None, metrics: Sequence[str], no_face: str, **about
+) -> dict:
+    """Score the rows and return all that is to be written of a system, `about` it what the caller knows."""
+    score(rows, judges, photos, no_face)
+    judged = {"name": judges.name, "note": judges.note, "weights": judges.used}
+    return {**about, "judges": judged, **summarize(rows, metrics), "pictures": rows}
 
 
 def remark(rows: Sequence[dict], missing: list[str]) -> dict[str, list[str]]:
@@ -253,13 +188,22 @@ files:
   --people    DIR/<person>/*.jpg|png, real photos; the first by name is the reference, which the system was
               given, unless --references names another: {"anna": "03.jpg"}
   --classes   {"anna": "woman", ...}; without it woman_anna is a woman, man_2 a man, others a person
-  --out       FILE.json with all numbers, as they are; beside it FILE.csv with those of every picture, and the
-              table as FILE.md: scores times 100, the mean over seeds, then prompts, then people, and its
-              95 % confidence interval over people by Student's t. What is left out is named.
+  --out       FILE.json with all numbers, as they are; beside it FILE.csv with those of every picture, the
+              table as FILE.md, and of report a page to look at, FILE.html. Tables are times 100: the mean
+              over seeds, then prompts, then people, and its 95 % confidence interval over people by
+              Student's t. What is left out is named.
+  A picture by sample.py says what it was made from: a prompt other than the list's is an error.
+
+judges:
+  CLIP ViT-B/32, and Inception-ResNet-v1 on the largest face that YuNet finds. But pictures of a --model that
+  brings judges of its own, as tiny does in tiny/weights/judges, are theirs: CLIP-T is then the share of what
+  the prompt names (of all that they know: scene, shirt, ...) that is seen, CLIP-I the cosine of what is seen
+  in both pictures, and a face the whole picture. Such scores say so, and compare with no others.
 
 examples:
   python metrics.py report --images out/mine --people photos --prompts prompts/frontal.txt
   python metrics.py clip-t --images out/mine --prompts prompts
+  python metrics.py report --model tiny --images out/drawn --people drawn --prompts words.txt
 """
 
 
@@ -278,12 +222,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--references", **file, help="which photo of each person the system was given")
     parser.add_argument("--classes", **file, help="class of each person")
     parser.add_argument("--out", **file, help="default: out/scores.json, or out/<command>.json")
-    parser.add_argument("--no-face", choices=["zero", "skip"], default="zero", help="if no face is found")
     parser.add_argument("--incomplete", action="store_true", help="score although pictures are missing")
-    group = parser.add_argument_group("judges")
-    group.add_argument("--clip", **folder, help="weights and tokenizer; default: ViT-B/32 from the hub")
-    group.add_argument("--recognizer", **file, help="Inception-ResNet-v1; default: VGGFace2's, downloaded")
-    group.add_argument("--detector", **file, help="YuNet's .onnx file; default: from the hub")
+    add_judge_arguments(parser)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help=f"whose judges to take: {', '.join(LOCAL_MODELS)}, or a model folder")
     group.add_argument("--device", help="cuda, cuda:1, mps, cpu; default: a GPU if there is one")
     group.add_argument("--cache", default=Path("out/judged"), **folder, help="embeddings to keep")
     parser.set_defaults(dtype="fp32")
@@ -316,18 +258,23 @@ def main(argv: list[str] | None = None) -> None:
     if missing and not args.incomplete:
         raise ValueError(f"{args.images} lacks {shorten(missing)}; --incomplete scores what is there")
 
-    cache = data.TensorCache(args.cache)
-    judges = Judges(args.clip, args.recognizer, args.detector, cache, choose_device(args)[0])
-    score(rows, judges, photos, args.no_face)
-    summary, remarks = summarize(rows, args.metrics), remark(rows, missing)
-    print(text := table(summary, args.metrics))
-    for title, names in remarks.items():
+    judges = load_judges(args, TensorCache(args.cache), choose_device(args)[0])
+    scores = evaluate(rows, judges, photos, args.metrics, args.no_face, settings=vars(args))
+    scores["remarks"] = remark(rows, missing)
+    print(text := write_scores(args.out, scores, args.metrics))
+    for title, names in scores["remarks"].items():
         print(f"{title}: {shorten(names)}")
-    write_scores(args.out, {"settings": vars(args), "remarks": remarks, **summary, "pictures": rows}, text)
+    if args.command == "report":
+        page = args.out.with_suffix(".html")
+        write_report(page, {args.images.name: scores}, photos, table=text)
+        print(f"{page} to look at")
 
 
-def write_scores(path: Path, scores: dict, text: str) -> None:
-    """Write all numbers as JSON, and beside it the pictures' as CSV and the table as Markdown."""
+def write_scores(path: Path, scores: dict, metrics: Sequence[str]) -> str:
+    """Write all numbers as JSON, the pictures' as CSV, and the table as Markdown, which is returned."""
+    groups = scores["classes"] if len(scores["classes"]) > 1 else {}
+    text = table({**groups, "overall": scores["overall"]}, metrics)
+    text += f"\n\n{scores['judges']['note']}" if scores["judges"]["note"] else ""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.removesuffix(".json")
     with atomic(path.with_name(name + ".csv")) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -337,6 +284,7 @@ def write_scores(path: Path, scores: dict, text: str) -> None:
     for suffix, content in {".md": text + "\n", ".json": json.dumps(scores, indent=1, default=str)}.items():
         with atomic(path.with_name(name + suffix)) as temporary:
             temporary.write_text(content, "utf-8")
+    return text
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ from data import (
 )
 from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size, run_script
 from flux.memory import checkpoint_blocks, memory_in_use, release
-from flux.sampling import flow_loss, generate
+from flux.sampling import flow_loss, generate, spread_times
 from metalora import (
     TARGETS,
     assign_meta,
@@ -127,6 +127,13 @@ def add_personal_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--targets", choices=TARGETS, default="all", help="layers that lora adapts; meta-lora: as stage 1 did"
+    )
+    group.add_argument(
+        "--draws",
+        choices=["independent", "spread"],
+        default="independent",
+        help="times and noise of each update by chance; or times spread evenly and every second noise the "
+        "negative of the one before, which makes the average gradient less random",
     )
 
 
@@ -247,6 +254,9 @@ def train(
     for (crops, _), generator in zip(people, generators):
         uses = math.ceil(args.steps * args.batch / len(crops)) + 1
         turns.append(deal_batches([shape for shape, *_ in crops], uses, args.batch, generator))
+    start = torch.rand((), generator=torch.Generator().manual_seed(args.seed)).item()
+    times = spread_times(args.steps * args.batch, start, args.t_mean, args.t_std).split(args.batch)
+    noise = {}  # of each slot, the last
     bar = tqdm(range(args.steps), "personalizing", mininterval=1, dynamic_ncols=True)
     for step in bar:
         together = defaultdict(list)  # people whose batches have the same shape share a forward pass
@@ -255,6 +265,11 @@ def train(
             flips = torch.randint(2, (len(chosen),), generator=generator).tolist()
             entries = [(crops[k][1 + flip], prompt) for k, flip in zip(chosen, flips)]
             batch = make_batch(entries, generator, args, device, dtype)
+            if args.draws == "spread":
+                batch["t"] = times[step][: len(chosen)].to(device)
+                if step % 2 and noise[slot].shape == batch["noise"].shape:
+                    batch["noise"] = -noise[slot]
+                noise[slot] = batch["noise"]
             together[batch["latents"].shape].append((slot, batch))
         mean = 0.0
         for group in together.values():

@@ -34,6 +34,15 @@ def draw_times(n: int, generator: torch.Generator, mean: float = 0.0, std: float
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
+def spread_times(n: int, start: float, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Return n times of the same distribution that cover it evenly, whichever number of them is used: (n,).
+
+    The golden ratio's multiples, shifted by `start` in [0, 1), through the distribution's quantile function.
+    """
+    even = (start + torch.arange(1, n + 1, dtype=torch.float64) * (math.sqrt(5) - 1) / 2) % 1
+    return torch.sigmoid(mean + std * torch.special.ndtri(even.clamp(1e-6, 1 - 1e-6))).float()
+
+
 def flow_loss(
     model: Flux, latents: Tensor, noise: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: float
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""CLIP ViT-B/32 against transformers: both towers on random weights, the preprocessing, and the published header."""
+"""CLIP ViT-B/32 against transformers: both towers on random weights, preprocessing, the published header."""
 
 import numpy as np
 import pytest

@@ -48,7 +48,7 @@ def embed(recognizer: InceptionResnet, paths: list[Path], yunet: Path) -> Tensor
 
 
 def compare_people(embeddings: Tensor, each: int) -> tuple[float, float, float]:
-    """Return the mean cosine of one person's photos, of different people's, and the area under the ROC curve."""
+    """Return the mean cosine of one person's photos, of different people's, and the area under the ROC."""
     who = torch.arange(len(embeddings)) // each
     first, second = torch.triu_indices(len(who), len(who), offset=1)
     cosines, own = (embeddings[first] * embeddings[second]).sum(dim=1), who[first] == who[second]
@@ -59,7 +59,7 @@ def compare_people(embeddings: Tensor, each: int) -> tuple[float, float, float]:
 
 @pytest.mark.slow
 def test_41_people_are_told_apart(recognizer, portraits, yunet):
-    """Measured .781, .071 and .9993; in one photo a bystander's face is larger, without it the last is 1.0000."""
+    """Measured .781, .071, .9993; in one photo a bystander's face is larger, else the last is 1.0000."""
     same, different, area = compare_people(embed(recognizer, photos(41, 5), yunet), each=5)
     assert abs(same - 0.78) <= 0.02
     assert abs(different - 0.06) <= 0.02
@@ -121,7 +121,7 @@ def test_a_broken_network_is_noticed(broken, recognizer, faces, monkeypatch):
 
 
 def test_batch_norm_adds_what_tensorflow_does():
-    """The real weights cannot tell: their variances are so large that 1e-5, PyTorch's default, gives the same."""
+    """The real weights cannot tell: with their large variances 1e-5, PyTorch's default, gives the same."""
     conv = Conv(1, 1, 1).eval()
     conv.conv.weight.data.fill_(1)
     conv.bn.running_var.fill_(0.003)

@@ -1,14 +1,18 @@
 """The shipped judges: they tell people apart whatever the view, and prompts that a picture shows."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiny.judges import NAMED, IdentityNet, PromptNet, load_judges, named_in
-from tiny.people import STYLES, VIEW, caption, draw_identities, draw_views, render
+from flux.loading import read_tensors
+from tiny.judges import NAMED
+from tiny.people import STYLES, VIEW, caption, draw_identities, draw_views, render, to_pil
+from vision.small import IdentityNet, PromptNet, load_judges, named_in
 
 FOLDER = Path(__file__).parents[1] / "tiny" / "weights" / "judges"
 PEOPLE, RANK_1 = 200, 0.93  # measured .986, see judges.json
@@ -105,13 +109,48 @@ def test_a_score_depends_on_its_own_picture_only(judges, people):
     ],
 )
 def test_a_prompt_names_what_is_judged(prompt, named):
-    assert named_in(prompt) == named
+    assert named_in(prompt, NAMED) == named
 
 
 @pytest.mark.parametrize("prompt", ["a dog", "", "a man and a woman", "a photo of a painting", "a roommate"])
 def test_a_prompt_that_cannot_be_judged_is_refused(prompt):
     with pytest.raises(ValueError, match=re.escape(repr(prompt))):
-        named_in(prompt)
+        named_in(prompt, NAMED)
+
+
+def test_picture_and_prompt_multiply_to_the_adherence(judges, people):
+    """Against the mean of the named words' probabilities, taken one by one."""
+    images, judge = people[2][1][:20], judges[1]
+    texts = [
+        "a painting of a woman at the beach wearing a red shirt",
+        "a man at night",
+        "a sketch",
+        "a room",
+    ] * 5
+    pictures = [to_pil(image) for image in images]
+    products = (judge.embed_images(pictures) * judge.embed_texts(texts)).sum(dim=-1)
+    logits = judge(torch.stack([torch.cat([judge.look(picture)])[0] for picture in pictures]))
+    for i, text in enumerate(texts):
+        named = named_in(text, NAMED)
+        odds = [logits[name][i].softmax(dim=0)[k] for name, k in named.items()]
+        assert products[i].item() == pytest.approx(sum(odds).item() / len(named), abs=1e-4)
+    as_drawn = torch.cat([judge.look(picture) for picture in pictures])
+    assert (as_drawn - images).abs().max() < 1 / 127 and torch.equal(as_drawn, as_drawn.clamp(-1, 1))
+    torch.testing.assert_close(products, judge.adherence(as_drawn, texts), rtol=1e-4, atol=1e-4)
+    assert judge.embed_texts(texts).sum(dim=1).tolist() == pytest.approx([1.0] * 20)
+
+
+def test_the_words_come_with_the_file(judges, tmp_path):
+    assert judges[1].vocabulary == NAMED
+    for name in ("identity", "prompt"):
+        save_file(load_file(FOLDER / f"{name}.safetensors"), tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="prompt.safetensors does not say .* which words"):
+        load_judges(tmp_path)
+    state, _ = read_tensors(FOLDER / "prompt.safetensors")
+    few = {"vocabulary": json.dumps({"who": ["man", "woman"]})}
+    save_file(state, tmp_path / "prompt.safetensors", metadata=few)
+    with pytest.raises(ValueError, match="prompt.safetensors does not hold this judge"):
+        load_judges(tmp_path)
 
 
 def test_other_sizes_are_refused_and_other_shapes_are_not():

@@ -1,4 +1,4 @@
-"""The metrics: by hand on a few embeddings, on real photos with a real recogniser, and on folders that are wrong."""
+"""The metrics: by hand on a few embeddings, on real and drawn people with real judges, on wrong folders."""
 
 import csv
 import json
@@ -13,11 +13,17 @@ from compare import randomize
 from PIL import Image
 from safetensors.torch import save_file
 
+import data
+import judges
 import metaphd
 import metrics
 from flux.clip import CLIPSizes
 from flux.conditioner import clip_tokenizer
-from vision.clip_vit import CLIPViT, CLIPViTSizes
+from flux.loading import LOCAL_MODELS, fingerprint
+from sample import save_picture
+from tiny.people import write_people
+from vision.clip_vit import CLIPViT, CLIPViTSizes, load_clip_vit
+from vision.small import IdentityNet, PromptNet, load_judges
 
 SHARED = Path(__file__).parents[2] / "shared"
 RECOGNIZER = SHARED / "weights" / "inception_resnet_v1_128d.safetensors"
@@ -30,8 +36,11 @@ def unit(degrees: float) -> torch.Tensor:
     return torch.tensor([math.cos(angle), math.sin(angle)])
 
 
-class FakeJudges:
-    """Embed a file named 30.png as the direction of 30 degrees, 30+2.png with two faces; none.png shows none."""
+class FakeJudges(metrics.Judges):
+    """Embed a file named 30.png as the direction of 30 degrees; 30+2.png has two faces, none.png has none."""
+
+    def __init__(self):
+        super().__init__(cache=None)
 
     def embed_faces(self, paths):
         names = [path.stem.partition("+") for path in paths]
@@ -100,7 +109,8 @@ def test_every_prompt_and_person_weighs_the_same():
     assert summary["overall"]["facesim"]["mean"] == pytest.approx(1.7 / 3)  # over people, not over classes
     # deviation .30551, divided by sqrt(3), times 4.3027 of Student's table for two degrees of freedom
     assert summary["overall"]["facesim"]["ci95"] == pytest.approx(4.3027 * 0.305505 / math.sqrt(3), abs=1e-4)
-    assert metrics.table(summary, ["facesim"]).endswith("| overall | 3      | 56.67 ± 75.89  |")
+    groups = {**summary["classes"], "overall": summary["overall"]}
+    assert metrics.table(groups, ["facesim"]).endswith("| overall | 3      | 56.67 ± 75.89  |")
 
 
 @pytest.mark.parametrize("freedom, value", [(1, 12.706), (2, 4.303), (5, 2.571), (15, 2.131), (59, 2.001)])
@@ -173,6 +183,88 @@ def test_the_right_person_scores_high_and_the_wrong_one_near_zero(real):
     assert abs(wrong["facesim"]) < 0.25 and abs(wrong["r-facesim"]) < 0.25
 
 
+# Drawn people
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch) -> Path:
+    """Two people's pictures, as if made from their captions: in right/ their own, in wrong/ the other's."""
+    write_people(tmp_path / "drawn", people=2, photos=8, seed=3, photo_share=1)
+    one, two = sorted(path for path in (tmp_path / "drawn").iterdir() if path.is_dir())
+    (tmp_path / "prompts").mkdir()
+    for person, other in ((one, two), (two, one)):
+        for k in (4, 5, 6, 7):
+            for name, shown in (("right", person), ("wrong", other)):
+                place = tmp_path / name / person.name / f"{k - 4:02d}"
+                place.mkdir(parents=True)
+                shutil.copy(shown / f"{k:03d}.png", place / "0.png")
+        texts = [(person / f"{k:03d}.txt").read_text() for k in (4, 5, 6, 7)]
+        (tmp_path / "prompts" / f"{person.name}.txt").write_text("\n".join(texts))
+    for path in (tmp_path / "drawn").glob("*/00[4567].png"):
+        path.unlink()
+    kinds = {person.name: person.name for person in (one, two)}  # a list for each, as their captions differ
+    (tmp_path / "classes.json").write_text(json.dumps(kinds))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def judge_drawn(images: str, *argv: str) -> dict:
+    options = ["--people", "drawn", "--prompts", "prompts", "--classes", "classes.json", "--model", "tiny"]
+    metrics.main(["report", "--images", images, *options, "--device", "cpu", *argv])
+    return json.loads(Path("out/scores.json").read_text())
+
+
+def test_drawn_people_are_judged_by_the_small_judges(drawn, capsys):
+    right = judge_drawn("right", "--base", "wrong")
+    said = capsys.readouterr().out
+    wrong = judge_drawn("wrong")
+    mean = {key: right["overall"][key]["mean"] for key in metrics.TITLES}
+    assert mean["facesim"] > 0.8 and mean["r-facesim"] > 0.8 and mean["clip-t"] > 0.9
+    assert abs(wrong["overall"]["r-facesim"]["mean"]) < 0.3 and wrong["overall"]["clip-t"]["mean"] < 0.7
+    assert 0 < mean["clip-i"] < 0.9
+    note = "judged by tiny/weights/judges: CLIP-T is the share of what the prompt names that is seen"
+    assert note in said and note in Path("out/scores.md").read_text() and note in right["judges"]["note"]
+    folder = LOCAL_MODELS["tiny"] / "judges"
+    files = {name: fingerprint(folder / f"{name}.safetensors") for name in ("identity", "prompt")}
+    assert right["judges"]["weights"] == files and right["judges"]["name"] == str(folder)
+    # CLIP-T is the judge's own adherence.
+    row, judge = right["pictures"][0], load_judges(folder)[1]
+    seen = judge.look(Image.open(row["path"]))
+    assert row["clip-t"] == pytest.approx(judge.adherence(seen, row["text"]).item(), abs=1e-5)
+
+
+def test_small_judges_embed_a_picture_once(drawn, monkeypatch):
+    scores = judge_drawn("right")
+    monkeypatch.setattr(PromptNet, "odds", None)
+    monkeypatch.setattr(IdentityNet, "forward", None)
+    assert judge_drawn("right")["overall"] == scores["overall"]
+
+
+def test_what_small_judges_cannot_judge_is_told(drawn):
+    prompts = sorted(Path("prompts").iterdir())[0]
+    lines = prompts.read_text().splitlines()
+    prompts.write_text("\n".join(["a dog", *lines[1:]]))
+    with pytest.raises(ValueError, match="'a dog' names nothing.*scene: beach.*who: man, woman"):
+        judge_drawn("right")
+    prompts.write_text("\n".join(lines))
+    picture = sorted(Path("right").glob("*/00/0.png"))[0]
+    Image.new("RGB", (64, 640)).save(picture)
+    with pytest.raises(ValueError, match=f"{picture} has 64 x 640 pixels; .*judges know .* 64 x 64"):
+        judge_drawn("right")
+    with pytest.raises(ValueError, match="--clip is of no use: --model tiny brings judges"):
+        judge_drawn("right", "--clip", "x")
+    with pytest.raises(FileNotFoundError, match="--model tinny: neither a folder nor"):
+        judge_drawn("right", "--model", "tinny")
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "."])
+def test_models_without_judges_are_judged_by_the_papers(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = metrics.parse_arguments(["clip-t", "--images", "x", "--prompts", "y", "--model", name])
+    found = metrics.load_judges(args, data.MemoryCache())
+    assert isinstance(found, judges.PaperJudges) and "CLIP" in found.name and not found.note
+
+
 # The command line
 
 
@@ -219,7 +311,8 @@ def test_report_writes_every_number(run, clip, pictures, capsys):
     assert Path("out/scores.md").read_text() in capsys.readouterr().out
     row = scores["pictures"][-1]
     assert row["text"] == "a photo of her face" and row["base"] == "base/01/4.png"
-    judge = metrics.load_clip_vit(clip)
+    assert scores["judges"]["weights"] == {"CLIP": fingerprint(clip / "model.safetensors")}
+    judge = load_clip_vit(clip)
     picture, base = judge.embed_images([Image.open(row["path"]), Image.open(row["base"])])
     text = judge.embed_texts(clip_tokenizer(clip)([row["text"]]))[0]
     assert (row["clip-t"], row["clip-i"]) == pytest.approx(
@@ -243,18 +336,30 @@ def test_missing_seeds_stop_the_scoring_or_are_named(run, capsys):
         run("clip-t", "--prompts", "prompts.txt")
 
 
+@pytest.mark.filterwarnings("ignore:CLIP sees")
+def test_a_picture_from_another_prompt_is_noticed(run):
+    picture = Path("images/woman_1/01/4.png")
+    save_picture(Image.new("RGB", (32, 32)), picture, {"prompt": "a photo of  her face", "seed": 4})
+    run("clip-t", "--prompts", "prompts.txt")
+    save_picture(Image.new("RGB", (32, 32)), picture, {"prompt": "a photo of his face", "seed": 4})
+    with pytest.raises(
+        ValueError, match="01/4.png was made from .*his face', but number 01 .* is '.*her face'"
+    ):
+        run("clip-t", "--prompts", "prompts.txt")
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
         (lambda: shutil.rmtree("images"), "images: no such folder"),
         (lambda: [shutil.rmtree("images"), Path("images").mkdir()], "<seed>.png; there are none"),
         (lambda: shutil.move("images/man_1/01", "images/01"), "2 of 8 are not, such as 01/3.png"),
-        (lambda: Path("images/man_1/01/4.png").write_bytes(b"\x89PNG?"), "01/4.png is no photo that can be read"),
+        (lambda: Path("images/man_1/01/4.png").write_bytes(b"\x89PNG?"), "01/4.png is no photo that can be"),
         (lambda: shutil.copytree("images/man_1/01", "images/man_1/1_b"), "same prompt and seed"),
         (lambda: Path("images/man_1/01").rename("images/man_1/b"), "man_1/b: .* number from 00 to 01"),
         (lambda: shutil.copytree("images/man_1/01", "images/man_1/02"), "man_1/02: .* number from 00 to 01"),
         (lambda: Path("images/man_1").rename("images/anna"), "class person there is no word"),
-        (lambda: Path("prompts.txt").write_bytes(b"a\n\nb \xff c"), "prompts.txt, line 3: byte 0xff is not UTF-8"),
+        (lambda: Path("prompts.txt").write_bytes(b"a\n\nb \xff c"), "prompts.txt, line 3: byte 0xff is not"),
         (lambda: Path("prompts.txt").write_text("\n \n"), "holds no prompts"),
         (lambda: Path("prompts.txt").unlink(), "prompts.txt: no such file"),
         (lambda: Path("base/01/3.png").unlink(), "no 01/3.png to compare with images/man_1/01/3.png"),
@@ -292,9 +397,9 @@ def test_wrong_photos_are_told(run):
 
 
 def test_no_face_anywhere_is_said(run, yunet, capsys):
-    """Blank squares beside photos of a drawn person, in whom YuNet finds no face either, so judges are fake."""
+    """Blank squares beside photos of a drawn person, in whom YuNet finds no face: so judges are fake."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "Judges", lambda *_: FakeJudges())
+        patch.setattr(metrics, "load_judges", lambda *_: FakeJudges())
         for path in sorted(Path("images").glob("*/*/*.png")):
             path.rename(path.with_name("none.png")) if path.stem == "3" else path.unlink()
         for person in ("man_1", "woman_1"):

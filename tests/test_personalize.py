@@ -328,3 +328,25 @@ def test_a_portrait_of_20_megapixels_takes_seconds(portraits, yunet, tmp_path, m
     began = time.process_time()
     personalize.main(["large.jpg", "--detector", str(yunet), "--show-crops"])
     assert time.process_time() - began < 5
+
+
+# --- Draws -------------------------------------------------------------------------------------------------
+
+
+def test_spread_draws_pair_the_noise_and_spread_the_times(run, photo, monkeypatch):
+    seen, loss = [], personalize.flow_loss
+
+    def watched(model, **batch):
+        seen.append((batch["t"], batch["noise"]))
+        return loss(model, **batch)
+
+    monkeypatch.setattr(personalize, "flow_loss", watched)
+    run(photo, *FACE, "--no-augment", "--steps", 5, "--draws", "spread")
+    times, noises = map(torch.cat, zip(*seen))
+    torch.testing.assert_close(noises[1::2], -noises[:4:2])
+    assert not torch.equal(noises[2], noises[0])
+    quantiles = torch.special.ndtr(times.logit())
+    torch.testing.assert_close(quantiles.diff() % 1, torch.full((4,), 0.618034), atol=1e-4, rtol=0)
+    seen.clear()
+    run(photo, *FACE, "--no-augment", "--steps", 2)
+    assert not torch.equal(seen[1][1], -seen[0][1])

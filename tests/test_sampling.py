@@ -19,6 +19,7 @@ from flux.sampling import (
     pack,
     position_ids,
     schedule,
+    spread_times,
     to_pixels,
     unpack,
     velocity_target,
@@ -162,3 +163,14 @@ def test_progress_and_precision():
     latents = denoise(flux, draw_noise([3, 4], 4, 6, 10), *prompts()[0], steps=3, progress=done.append)
     assert latents.dtype == torch.float32 and latents.shape == (2, 4, 6, 10)
     assert done == [1, 2, 3]
+
+
+@pytest.mark.parametrize("n", [7, 50, 375])
+def test_spread_times_have_the_distribution_and_less_chance(n):
+    """Logit-normal as `draw_times`; however many are used, every quantile is met to within 2 / n."""
+    times = spread_times(400, start=0.3, mean=0.5, std=1.2)[:n].double()
+    quantiles = torch.special.ndtr((times.logit() - 0.5) / 1.2).sort().values
+    even = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    assert (quantiles - even).abs().max() < 2.0 / n
+    by_chance = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort().values
+    assert n < 50 or (by_chance - even).abs().max() > 2.0 / n

@@ -3,102 +3,33 @@
     python tiny/judges.py --out tiny/weights/judges
 
 Both learn from drawn people that nothing else sees, and look at whole pictures: generated ones tell no box.
+The networks are those of `vision/small.py`; here is how they were trained.
 """
 
 import argparse
-import re
+import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
-from flux.loading import read_tensors
 from tiny.people import IDENTITY, SCENES, SHIRTS, STYLES, VIEW, draw_identities, draw_views, render
 from tiny.pretrain import Optimiser, export, write_json
+from vision.small import SIZE, IdentityNet, PromptNet, load_judges
 
-SIZE, VIEWS = 64, 8  # pixels; pictures per person
-NAMED = {"scene": SCENES, "shirt": [f"{c} shirt" for c in SHIRTS], "style": STYLES, "who": ["man", "woman"]}
-
-
-class Block(nn.Module):
-    """Two convolutions beside a short cut (He et al. 2015), halving the picture at stride 2."""
-
-    def __init__(self, ins: int, outs: int, stride: int):
-        super().__init__()
-        # BatchNorm, frozen a constant scale: GroupNorm would weaken brightness, by which skins differ.
-        self.conv1, self.norm1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False), nn.BatchNorm2d(outs)
-        self.conv2, self.norm2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False), nn.BatchNorm2d(outs)
-        self.short = nn.Conv2d(ins, outs, 1, stride, bias=False) if stride > 1 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.short(x) + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))).relu()
-
-
-class Judge(nn.Module):
-    """A small residual network that attends to four places of a picture, as a face may be anywhere."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 5, 2, 2)
-        self.blocks = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 128, 2), Block(128, 128, 1))
-        self.where, self.head = nn.Conv2d(128, 4, 1), nn.Linear(4 * 128, self.outs)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """image: (b, 3, h, w) in [-1, 1], of about 64 x 64 pixels in any shape -> (b, outs)."""
-        if not 0.7 < image[0, 0].numel() / SIZE**2 < 1.4:
-            raise ValueError(f"the judges know pictures of about {SIZE}x{SIZE}, got {tuple(image.shape[2:])}")
-        x = self.blocks(self.stem(image).relu())  # (b, 128, h/8, w/8)
-        where = self.where(x).flatten(2).softmax(dim=-1)  # (b, 4, hw/64)
-        return self.head((where @ x.flatten(2).mT).flatten(1)).float()
-
-
-class IdentityNet(Judge):
-    """Embed the person in a picture as a unit vector, (b, 128): cosine near 1 for the same, 0 for another."""
-
-    outs = 128
-
-    def forward(self, image: Tensor) -> Tensor:
-        return F.normalize(super().forward(image), dim=-1)
-
-
-class PromptNet(Judge):
-    """Tell scene, shirt, style, and man or woman: the logits of each, (b, its values)."""
-
-    outs = sum(map(len, NAMED.values()))
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        return dict(zip(NAMED, super().forward(image).split([*map(len, NAMED.values())], dim=-1)))
-
-    def adherence(self, image: Tensor, prompt: str | Sequence[str]) -> Tensor:
-        """Return the mean probability of all that the prompt names, (b,): a hidden shirt gets about 1/6."""
-        odds = {name: logits.softmax(dim=-1) for name, logits in self(image).items()}
-        prompts = [prompt] * len(image) if isinstance(prompt, str) else prompt
-        rows = zip(range(len(image)), map(named_in, prompts), strict=True)
-        return torch.stack([sum(odds[a][i, k] for a, k in named.items()) / len(named) for i, named in rows])
-
-
-def named_in(prompt: str) -> dict[str, int]:
-    """Find what a prompt names, as positions in NAMED: {"scene": 4, "who": 0} for "a man at night"."""
-    has = lambda word: re.search(rf"\b{word}\b", prompt.lower())
-    said = [(name, k) for name, words in NAMED.items() for k, word in enumerate(words) if has(word)]
-    if not said or len(dict(said)) < len(said):
-        raise ValueError(f"a prompt must name one or more of {', '.join(NAMED)}, each once: {prompt!r}")
-    return dict(said)
-
-
-def load_judges(folder: Path | str) -> tuple[IdentityNet, PromptNet]:
-    """Load both judges, frozen, in float32."""
-    judges = IdentityNet(), PromptNet()
-    for judge, name in zip(judges, ("identity", "prompt")):
-        judge.requires_grad_(False).eval()
-        judge.load_state_dict(read_tensors(Path(folder) / f"{name}.safetensors")[0], strict=True)
-    return judges
+VIEWS = 8  # pictures per person
+# The words that prompts are searched for; a value's place is that in the drawn person's view.
+NAMED = {
+    "scene": [*SCENES],
+    "shirt": [f"{colour} shirt" for colour in SHIRTS],
+    "style": [*STYLES],
+    "who": ["man", "woman"],
+}
 
 
 def draw(people: int, photos: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -180,7 +111,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     data = draw(args.people, 0.6, torch.Generator().manual_seed(args.seed))
     identity = ("identity", IdentityNet(), identity_loss, args.steps)
-    prompt = ("prompt", PromptNet(), prompt_loss, args.prompt_steps)
+    prompt = ("prompt", PromptNet(NAMED), prompt_loss, args.prompt_steps)
     for name, judge, loss, steps in (identity, prompt):
         judge.to(memory_format=torch.channels_last)  # three times faster in bfloat16
         is_matrix = lambda name, p: "blocks" in name and p.dim() == 4
@@ -190,7 +121,8 @@ def main() -> None:
             (value := loss(judge, *data, generator)).backward()
             optimiser.step(step)
             bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
-        export(judge, args.out / f"{name}.safetensors")
+        words = {"vocabulary": json.dumps(judge.vocabulary)} if name == "prompt" else {}
+        export(judge, args.out / f"{name}.safetensors", **words)
     kinds = {"photo": 1.0, "any style": 0.0}
     figures = {kind: evaluate(args.out, photos, args.seed + 1) for kind, photos in kinds.items()}
     write_json({"settings": {**vars(args), "out": str(args.out)}, **figures}, args.out / "judges.json")

@@ -348,14 +348,14 @@ def finish_autoencoder(ae: AutoEncoder, latents: Tensor, args) -> AutoEncoder:
     return finished.requires_grad_(False).eval()
 
 
-def export(module: nn.Module, path: Path) -> None:
+def export(module: nn.Module, path: Path, **metadata: str) -> None:
     """Write a module in float16, which keeps more of these small weights than bfloat16."""
     tensors = {name: tensor.half().contiguous() for name, tensor in module.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{path.name}: some weights are not finite in float16")
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
 
 
 def write_json(values: dict, path: Path) -> None:

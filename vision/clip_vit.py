@@ -1,6 +1,6 @@
-"""CLIP (Radford et al. 2021) with both towers: images and texts to unit vectors whose cosines the metrics average.
+"""CLIP (Radford et al. 2021) with both towers: images and texts to unit vectors, for the metrics' cosines.
 
-Names are those of the hub's `openai/clip-vit-base-patch32`. The text tower is FLUX's, followed by its projection.
+Names are those of the hub's `openai/clip-vit-base-patch32`. The text tower is FLUX's, with its projection.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class CLIPViTSizes:
 
     @classmethod
     def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
-        """Read the sizes from a checkpoint's header; heads are 64 wide unless `config`, of a whole CLIP, differs."""
+        """Read the sizes from a checkpoint's header; heads are 64 wide unless `config` says otherwise."""
         hidden_size, _, patch_size, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
         patches = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
         layers = {name.split(".")[3] for name in shapes if name.startswith("vision_model.encoder.layers.")}
@@ -91,7 +91,7 @@ class CLIPViT(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, tokens: Tensor) -> Tensor:
-        """Return unit vectors (n, embedding_size), float32; tokens: (n, l), as `flux.conditioner` makes them."""
+        """Return unit vectors (n, embedding_size), float32; tokens: (n, l) of `flux.conditioner`."""
         weight = self.text_projection.weight
         return F.normalize(self.text_projection(self.text_model(tokens.to(weight.device))).float(), dim=-1)
 
@@ -124,8 +124,8 @@ class VisionModel(nn.Module):
 def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     """Scale the short side to `size`, bicubic, cut out the centre and normalise -> (3, size, size) float32.
 
-    Equal, of opaque images, to transformers' CLIPImageProcessor with PIL to the last bit; that with torchvision
-    and openai/CLIP resize and round a little differently.
+    Equal, of opaque images, to transformers' CLIPImageProcessor with PIL to the last bit; that with
+    torchvision and openai/CLIP resize and round a little differently.
     """
     image, short = image.convert("RGB"), min(image.size)
     width, height = (int(size * side / short) for side in image.size)
@@ -145,8 +145,8 @@ def load_clip_vit(path: Path | None = None, device="cpu", dtype=torch.float32) -
 def find_clip_vit(path: Path | None = None) -> Path:
     """Return the weights' file in a folder, the file itself, or without a path that of ViT-B/32 on the hub.
 
-    Beside the hub's file lie its config and its tokenizer. Raises OSError when there is no file or no way to the
-    hub, and ValueError when the hub's file has another SHA-256 than the pinned one.
+    Beside the hub's file lie its config and its tokenizer. Raises OSError when there is no file or no way to
+    the hub, and ValueError when the hub's file has another SHA-256 than the pinned one.
     """
     if path is None:
         return _from_hub()
@@ -169,7 +169,8 @@ def _from_hub() -> Path:
         file, *_ = [Path(hf_hub_download(REPOSITORY, x, revision=revision)) for x in (name, *BESIDE)]
     except OSError as error:
         raise OSError(
-            f"could not download CLIP ViT-B/32 ({type(error).__name__}). Fetch {', '.join((name, *BESIDE))} from\n"
+            f"could not download CLIP ViT-B/32 ({type(error).__name__}). "
+            f"Fetch {', '.join((name, *BESIDE))} from\n"
             f"  https://huggingface.co/{REPOSITORY}/tree/{revision}\n"
             "into a folder and pass it as --clip FOLDER"
         ) from error

@@ -30,6 +30,10 @@ SIDE = 640
 LARGE_FACE_SIDES = (320, 160)
 SMALL_FACE_SIDE = 1280
 
+# A face's landmarks: right, down and away from the viewer, in distances between the eyes. Of all symmetric
+# shapes the one that, turned, fits those of 262 photos of Labeled Faces in the Wild best: within .026.
+SHAPE = np.array([(-0.5, 0, 0), (0.5, 0, 0), (0, 0.51, -0.43), (-0.43, 1.01, -0.05), (0.43, 1.01, -0.05)])
+
 
 @dataclass(frozen=True, eq=False)
 class Face:
@@ -98,6 +102,25 @@ def find_faces(image: Image.Image, detector: "cv2.FaceDetectorYN") -> list[Face]
         if all(_overlap(face, larger) <= MAX_OVERLAP for larger in kept):
             kept.append(face)
     return kept
+
+
+def yaw(landmarks: np.ndarray) -> float:
+    """Return the degrees by which a face is turned about its own vertical axis.
+
+    0 is to the viewer, positive to the picture's right, the person's left. Fits SHAPE, rotated, scaled and
+    seen from afar, so a tilted or nodding head is not a turned one. A photo and its mirror image, by YuNet's
+    landmarks, differ by 5 degrees (median; 15 in one of twenty): errors are about half of that.
+    """
+    seen, shape = landmarks - landmarks.mean(axis=0), SHAPE - SHAPE.mean(axis=0)
+    rotation = np.eye(3)
+    # Alternately: take the depth, which the picture lacks, from the rotation so far; then the rotation
+    # between two sets of points in space (Kabsch 1976). Each time the error shrinks by about a sixth.
+    for _ in range(200):
+        flat = shape @ rotation[:2].T  # (5, 2)
+        scale = (seen * flat).sum() / (flat**2).sum()
+        u, _, vt = np.linalg.svd(np.column_stack([seen, scale * shape @ rotation[2]]).T @ shape)
+        rotation = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
+    return float(np.degrees(np.arctan2(rotation[2, 0], rotation[2, 2])))  # the row is the way we look
 
 
 def _detect(image: Image.Image, detector: "cv2.FaceDetectorYN", side: int) -> list[Face]:

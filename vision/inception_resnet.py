@@ -1,7 +1,7 @@
-"""Inception-ResNet-v1 (Szegedy et al. 2017) as a recogniser of faces: unit vectors, cosine near 1 for one person.
+"""Inception-ResNet-v1 (Szegedy et al. 2017) recognises faces: unit vectors, cosine near 1 for one person.
 
-The networks are those of davidsandberg/facenet under the names that timesler/facenet-pytorch gave their tensors
-(`models/inception_resnet_v1.py`); the paper's FaceSim uses the one trained on VGGFace2.
+The networks are those of davidsandberg/facenet under the names that timesler/facenet-pytorch gave their
+tensors (`models/inception_resnet_v1.py`); the paper's FaceSim uses the one trained on VGGFace2.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from flux.loading import check_sha256, load
 
 Box = tuple[int, int, int, int]
 
-# The hub has it too, as facenet_20180402_114759_vggface2.pth in py-feat/facenet, but its hash there is not known.
+# The hub has it too, as facenet_20180402_114759_vggface2.pth in py-feat/facenet; its hash there is not known.
 FILE = "20180402-114759-vggface2.pt"
 URL = f"https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/{FILE}"
 # Not computed by us: the hash that several public projects pin for this file of 111,898,327 bytes.
@@ -31,10 +31,10 @@ SIZE = 160  # pixels, both sides
 
 @dataclass(frozen=True)
 class InceptionResnetSizes:
-    """The output's width, by which facenet's networks of 2017 (128) and of 2018 (512, VGGFace2) are told apart.
+    """The output's width, which tells facenet's networks of 2017 (128) and of 2018 (512, VGGFace2) apart.
 
-    The older were trained on faces standardised each by itself, the newer with fixed numbers for all; and they
-    are given different crops, see `crop_face`.
+    The older were trained on faces standardised each by itself, the newer with fixed numbers for all; and
+    they are given different crops, see `crop_face`.
     """
 
     embedding_size: int
@@ -171,9 +171,9 @@ def block8(scale: float, last: bool = False) -> Residual:
 def crop_face(image: Image.Image, box: Box, sizes: InceptionResnetSizes) -> Image.Image:
     """Cut a face out and scale it to 160 x 160, bilinear; ValueError when the box lies outside the image.
 
-    For VGGFace2's network the box itself, as facenet-pytorch does with its default margin of 0, though its boxes
-    come from another detector. For the older ones the square around the box, 10 % larger. What would lie outside
-    the image is left out, so at its edge a crop need not be square, and is stretched.
+    For VGGFace2's network the box itself, as facenet-pytorch does with its default margin of 0, though its
+    boxes come from another detector. For the older ones the square around the box, 10 % larger. What would
+    lie outside the image is left out, so at its edge a crop need not be square, and is stretched.
     """
     x0, y0, x1, y1 = box
     if not sizes.fixed:
@@ -197,14 +197,14 @@ def standardize(crop: Image.Image, sizes: InceptionResnetSizes) -> Tensor:
 def load_recognizer(path: Path | None = None, device="cpu", dtype=torch.float32) -> InceptionResnet:
     """Load a recogniser from safetensors, or from a pickled .pt or .pth; without a path the paper's; frozen.
 
-    Raises OSError when there is no file and no way to it, and ValueError when the file has another SHA-256 than
-    the pinned one, or that lists all that does not fit.
+    Raises OSError when there is no file and no way to it, and ValueError when the file has another SHA-256
+    than the pinned one, or that lists all that does not fit.
     """
     return load(InceptionResnet, InceptionResnetSizes, path or _download(), device, dtype)
 
 
 def _download() -> Path:
-    """Return VGGFace2's weights from torch's cache, in the folder that facenet-pytorch uses, or download them."""
+    """Return VGGFace2's weights from torch's cache, in facenet-pytorch's folder, or download them."""
     file = Path(torch.hub.get_dir()).with_name("checkpoints") / FILE
     if not file.is_file():
         try:
@@ -212,8 +212,10 @@ def _download() -> Path:
             torch.hub.download_url_to_file(URL, str(file))
         except OSError as error:
             raise OSError(
-                f"could not download the face recogniser ({type(error).__name__}). Fetch {FILE} (112 MB) from\n"
+                f"could not download the face recogniser ({type(error).__name__}). "
+                f"Fetch {FILE} (112 MB) from\n"
                 f"  {URL}\n"
-                "or its mirror on the hub, https://huggingface.co/py-feat/facenet, and pass it as --recognizer FILE"
+                "or its mirror on the hub, https://huggingface.co/py-feat/facenet, "
+                "and pass it as --recognizer FILE"
             ) from error
     return check_sha256(file, SHA256)

@@ -1,0 +1,368 @@
+"""The paper's protocol (section 4): learn everybody from one photo, draw every prompt with every seed, score.
+
+    python benchmark.py --people people --meta meta.safetensors --out out/benchmark
+
+A system is a method at a rank, a learning rate and a number of steps, meta-lora_r1_lr0.0004_s375. In --out:
+
+    loras/<system>/<person>.safetensors
+    pictures/<system>/<person>/<prompt>/<seed>.png     the base model's in pictures/base/<class>
+    scores/<system>.json, .csv, .md                    every number; those of the pictures; the table
+    sheets/<system>/<person>.jpg                       the reference photo, then prompts x seeds
+    scores.md, curves.png, report.html                 all systems side by side
+
+The base model is loaded once. What is there already is not made again: a stopped run goes on where it was,
+and one that asks for more methods, ranks, rates, steps, people or seeds adds to it.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import flux
+import metaphd
+import metrics
+import personalize
+import report
+from data import (
+    MemoryCache,
+    TensorCache,
+    add_training_arguments,
+    crop_boxes,
+    encode_prompts,
+    read_photo,
+    scan_people,
+)
+from flux.loading import (
+    add_model_arguments,
+    atomic,
+    choose_device,
+    fingerprint,
+    native_size,
+    run_script,
+)
+from flux.memory import checkpoint_blocks, release
+from flux.sampling import generate
+from judges import Judges, add_judge_arguments, load_judges
+from metalora import eject, export_lora, inject_loras, use_slots
+from sample import save_picture
+from vision.detector import load_detector
+
+METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug")
+# What may differ between two runs in one folder; anything else would mix numbers of different things.
+MAY_CHANGE = (
+    "people",
+    "out",
+    "method",
+    "ranks",
+    "lr",
+    "steps",
+    "seeds",
+    "at_once",
+    "no_checkpointing",
+    "device",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A person of the benchmark."""
+
+    name: str
+    kind: str  # the class: man, woman, or another that has prompts of its own
+    photos: list[Path]  # the first is the reference, from which the person is learned
+    caption: str  # the reference's
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of everybody, from which LoRAs are taken after each of some numbers of steps."""
+
+    method: str
+    rank: int
+    lr: float
+    steps: tuple[int, ...]
+
+    @property
+    def augment(self) -> bool:
+        return not self.method.endswith("-noaug")
+
+    def system(self, step: int) -> str:
+        return f"{self.method}_r{self.rank}_lr{self.lr:g}_s{step}"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=metrics.Manual)
+    folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
+    parser.add_argument("--people", required=True, **folder, help="DIR/<person>/*.jpg|png, at least two each")
+    parser.add_argument("--out", default=Path("out/benchmark"), **folder, help="folder for all that is made")
+    parser.add_argument(
+        "--meta", **file, help="of stage 1; default: meta.safetensors beside the model's weights"
+    )
+    prompts = Path(__file__).parent / "prompts" / "frontal.txt"
+    parser.add_argument(
+        "--prompts", type=Path, default=prompts, metavar="FILE", help="or a folder with <class>.txt"
+    )
+    parser.add_argument("--references", **file, help='{"anna": "03.jpg"}; default: the first photo by name')
+    parser.add_argument("--classes", **file, help='{"anna": "woman"}; default: by name, as woman_anna')
+    add_model_arguments(parser)
+
+    group, several = parser.add_argument_group("systems: all combinations of"), {"nargs": "+", "metavar": "N"}
+    group.add_argument(
+        "--method", nargs="+", choices=METHODS, default=["meta-lora", "lora"], help="-noaug: no crops"
+    )
+    group.add_argument("--ranks", **several, type=int, default=[1], help="r2, the ranks of the LoRAs")
+    group.add_argument("--lr", **several, type=float, default=[4e-4], help="learning rates of AdamW")
+    group.add_argument(
+        "--steps", **several, type=int, help="all taken from one training; default: 375, and 625 for lora"
+    )
+    group = parser.add_argument_group("personalization (defaults: the paper's)")
+    personalize.add_personal_arguments(group)
+    group.add_argument("--seed", type=int, default=0)
+    add_training_arguments(parser)
+    group = parser.add_argument_group("sampler (defaults: the paper's)")
+    group.add_argument("--seeds", type=int, default=5, help="pictures of each prompt, with seeds 0, 1, ...")
+    group.add_argument("--sample-steps", type=int, default=30, help="Euler steps")
+    group.add_argument("--guidance", type=float, default=3.5, help="the model's guidance input")
+    add_judge_arguments(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--at-once", type=int, default=1, help="people who learn side by side, and pictures in a batch"
+    )
+    group.add_argument(
+        "--no-checkpointing", action="store_true", help="keep all activations: faster, more memory"
+    )
+    args = parser.parse_args(argv)
+    numbers = (*args.ranks, *(args.steps or ()), args.seeds, args.sample_steps, args.batch, args.at_once)
+    if min(numbers) < 1:
+        parser.error("ranks, steps, seeds, batch and --at-once must be at least 1")
+    return args
+
+
+def find_subjects(args: argparse.Namespace) -> list[Subject]:
+    """Read who is there, which photo is the reference, and what is to be drawn."""
+    references = metaphd.read_names(args.references, "--references")
+    classes = metaphd.read_names(args.classes, "--classes")
+    captions = {photo.path: photo.caption for person in scan_people(args.people) for photo in person.photos}
+    subjects = []
+    for name, photos in metaphd.find_photos(args.people, references, least=2).items():
+        kind = metaphd.class_of(name, classes)
+        caption = captions[photos[0]] or f"a photo of a {kind}"
+        subjects.append(Subject(name, kind, photos, caption, metaphd.read_prompts(args.prompts, kind)))
+    return subjects
+
+
+def plan_runs(args: argparse.Namespace) -> list[Run]:
+    runs = []
+    for method, rank, lr in product(*map(dict.fromkeys, (args.method, args.ranks, args.lr))):
+        steps = args.steps or [personalize.STEPS[method.removesuffix("-noaug")]]
+        runs.append(Run(method, rank, lr, tuple(sorted({*steps}))))
+    return runs
+
+
+class Benchmark:
+    """What all systems share: people, encoded photos and prompts, the model, and where results lie."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.subjects, self.runs = args, find_subjects(args), plan_runs(args)
+        self.device, self.dtype = choose_device(args)
+        self.folder = flux.find_model(args.model)
+        self.transformer = flux.find_transformer(self.folder)
+        self.side = args.resolution or native_size(self.folder)
+        self.metas = {}
+        for run in self.runs:  # does the stage-1 file fit? reads no weights
+            own = self.settings(run)
+            self.metas[run.method] = meta = personalize.find_meta(self.folder, own)
+            personalize.prepare(flux.load_flux(self.transformer, "meta"), own, meta)
+
+    def settings(self, run: Run) -> argparse.Namespace:
+        """Return what personalize.py's functions want to know."""
+        own = {"method": run.method.removesuffix("-noaug"), "rank": run.rank, "lr": run.lr}
+        return argparse.Namespace(**{**vars(self.args), **own, "steps": max(run.steps)})
+
+    def record(self) -> None:
+        """Save the settings beside the results; ValueError when results of other settings are there."""
+        file = self.args.out / "settings.json"
+        own = {key: value for key, value in vars(self.args).items() if key not in MAY_CHANGE}
+        own["transformer"] = fingerprint(self.transformer)
+        own |= {f"stage 1 of {name}": meta and hash_of(meta[2]) for name, meta in self.metas.items()}
+        own |= {f"prompts of {s.kind}": s.prompts for s in self.subjects}
+        own |= {f"photo of {s.name}": [s.caption, hash_of(s.photos[0])] for s in self.subjects}
+        own = json.loads(json.dumps(own, default=str))
+        before = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        changed = [key for key in own if before.get(key, own[key]) != own[key]]
+        if changed:
+            lines = [f"  {key}: {before[key]} -> {own[key]}" for key in changed]
+            raise ValueError(
+                f"{self.args.out} holds results of other settings; take another --out, or these:\n"
+                + "\n".join(lines)
+            )
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        with atomic(file) as temporary:
+            temporary.write_text(json.dumps({**before, **own}, indent=1) + "\n", "utf-8")
+
+    def encode(self) -> None:
+        """Encode the reference photos and all prompts; the encoders are gone when this returns."""
+        memory, detector = MemoryCache(), cache(lambda: load_detector(self.args.detector))
+        boxes = {}
+        for augment, subject in product({run.augment for run in self.runs}, self.subjects):
+            path = subject.photos[0]
+            photo = read_photo(path)
+            whole = [(0, 0, *photo.size)]
+            boxes[augment, subject] = (
+                crop_boxes(photo.size[::-1], find_face(path, photo, detector)) if augment else whole
+            )
+        autoencoder = flux.load_autoencoder(self.folder / "ae.safetensors", self.device, self.dtype)
+        self.crops = {}
+        for (augment, subject), some in tqdm(boxes.items(), "photos", disable=len(boxes) < 10):
+            crops = [(subject.photos[0], box) for box in some]
+            own = personalize.encode_crops(crops, autoencoder, self.side, augment, memory)
+            self.crops[augment, subject.name] = own
+        del autoencoder
+        release(self.device)
+        conditioner = flux.load_conditioner(self.folder, self.device, self.dtype, self.args.t5_length)
+        texts = list(dict.fromkeys(text for s in self.subjects for text in (s.caption, *s.prompts)))
+        self.texts = {t: memory[key] for t, key in zip(texts, encode_prompts(texts, conditioner, "", memory))}
+        del conditioner
+        release(self.device)
+
+    def load(self) -> None:
+        self.autoencoder = flux.load_autoencoder(self.folder / "ae.safetensors", self.device, self.dtype)
+        self.model = flux.load_flux(self.transformer, self.device, self.dtype)
+        if not self.args.no_checkpointing:
+            checkpoint_blocks(self.model)
+
+    def unload(self) -> None:
+        del self.model, self.autoencoder
+        release(self.device)
+
+    def lora(self, system: str, subject: Subject) -> Path:
+        return self.args.out / "loras" / system / f"{subject.name}.safetensors"
+
+    def samples(self, system: str, subject: Subject) -> list[metaphd.Sample]:
+        """Return the pictures that a system makes of somebody; the base model's are those of the class."""
+        folder = self.args.out / "pictures" / system / (subject.kind if system == "base" else subject.name)
+        places = product([f"{k:02d}" for k in range(len(subject.prompts))], map(str, range(self.args.seeds)))
+        return [metaphd.Sample(subject.name, k, seed, folder / k / f"{seed}.png") for k, seed in places]
+
+    def learn(self, run: Run) -> None:
+        """Train everybody whose LoRAs are not all there, --at-once people side by side."""
+        files = lambda subject: {step: self.lora(run.system(step), subject) for step in run.steps}
+        todo = [s for s in self.subjects if not all(path.exists() for path in files(s).values())]
+        args, meta = self.settings(run), self.metas[run.method]
+        for group in chunks(todo, args.at_once):
+            print(f"{run.system(max(run.steps))}: {', '.join(s.name for s in group)}")
+            trained = personalize.prepare(self.model, args, meta, len(group))
+            people = [(self.crops[run.augment, s.name], self.texts[s.caption]) for s in group]
+            for step in personalize.train(self.model, trained, people, args, self.device, self.dtype):
+                for slot, subject in enumerate(group if step in run.steps else ()):
+                    path = files(subject)[step]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    about = {"base_model": self.transformer.name, "method": run.method, "rank": run.rank}
+                    export_lora(self.model, path, {**about, "lr": run.lr, "steps": step}, slot)
+            eject(self.model)
+
+    def draw(self, system: str) -> None:
+        """Make the pictures that are not there, --at-once in a batch, with the files that `learn` wrote."""
+        subjects = {s.kind: s for s in self.subjects}.values() if system == "base" else self.subjects
+        missing = [(s, [x for x in self.samples(system, s) if not x.path.exists()]) for s in subjects]
+        missing = [(subject, samples) for subject, samples in missing if samples]
+        bar = tqdm(total=sum(len(samples) for _, samples in missing), desc=system, dynamic_ncols=True)
+        for group in chunks(missing, self.args.at_once):
+            if system != "base":
+                inject_loras(self.model, [self.lora(system, subject) for subject, _ in group])
+            todo = [(slot, s.prompts, x) for slot, (s, samples) in enumerate(group) for x in samples]
+            for some in chunks(todo, self.args.at_once):
+                slots, prompts, samples = zip(*some)
+                use_slots(self.model, torch.tensor(slots, device=self.device))
+                texts = [own[int(x.prompt)] for own, x in zip(prompts, samples)]
+                prompt = [
+                    torch.stack([self.texts[text][part] for text in texts]) for part in ("txt", "pooled")
+                ]
+                seeds = [int(x.seed) for x in samples]
+                size = (native_size(self.folder),) * 2
+                steps, guidance = self.args.sample_steps, self.args.guidance
+                pictures = generate(
+                    self.model, self.autoencoder, prompt, seeds, size, steps=steps, guidance=guidance
+                )
+                for text, x, picture in zip(texts, samples, pictures):
+                    x.path.parent.mkdir(parents=True, exist_ok=True)
+                    save_picture(picture, x.path, {"prompt": text, "seed": x.seed, "system": system})
+                bar.update(len(some))
+            eject(self.model)
+        bar.close()
+
+    def score(self, system: str, grid: dict, judges: Judges) -> dict:
+        """Compute all metrics of a system, write them, and draw a sheet for everybody; return the scores."""
+        rows, names = [], [*report.TITLES]
+        for subject in self.subjects:
+            for x, base in zip(self.samples(system, subject), self.samples("base", subject)):
+                text = subject.prompts[int(x.prompt)]
+                rows.append({**vars(x), "class": subject.kind, "text": text, "base": base.path})
+        photos = {subject.name: subject.photos for subject in self.subjects}
+        scores = metrics.evaluate(
+            rows, judges, photos, names, self.args.no_face, system=grid, settings=vars(self.args)
+        )
+        scores["remarks"] = metrics.remark(rows, [])
+        metrics.write_scores(self.args.out / "scores" / f"{system}.json", scores, names)
+        report.write_sheets(self.args.out / "sheets" / system, scores, photos)
+        return scores
+
+
+def find_face(path: Path, photo, detector) -> tuple[int, int, int, int]:
+    """Return the face's box: from faces.json beside it, {"01.jpg": [x0, y0, x1, y1]}, else as detected."""
+    file = path.with_name("faces.json")
+    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return known.get(path.name) or personalize.find_face(path, photo, detector())
+
+
+def hash_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def chunks(items: Sequence, size: int) -> list[Sequence]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    benchmark = Benchmark(args)
+    benchmark.record()
+    systems = {"base": {}}
+    for run in benchmark.runs:
+        grid = {"method": run.method, "rank": run.rank, "lr": run.lr}
+        systems |= {run.system(step): {**grid, "steps": step} for step in run.steps}
+
+    benchmark.encode()
+    benchmark.load()
+    benchmark.draw("base")
+    for run in benchmark.runs:
+        benchmark.learn(run)
+        for step in run.steps:
+            benchmark.draw(run.system(step))
+    benchmark.unload()
+
+    judges = load_judges(args, TensorCache(args.out / "judged"), benchmark.device)
+    scores = {name: benchmark.score(name, grid, judges) for name, grid in systems.items()}
+    table = metrics.table({name: own["overall"] for name, own in scores.items()}, [*report.TITLES])
+    table += f"\n\n{judges.note}" if judges.note else ""
+    print(table)
+    with atomic(args.out / "scores.md") as temporary:
+        temporary.write_text(table + "\n", "utf-8")
+    curves = args.out / "curves.png"
+    drawn = report.draw_curves(curves, scores)
+    photos = {subject.name: subject.photos for subject in benchmark.subjects}
+    report.write_report(args.out / "report.html", scores, photos, curves if drawn else None, table)
+    print(f"{args.out / 'report.html'} to look at")
+
+
+if __name__ == "__main__":
+    run_script(main, "stopped; the same command goes on where it was")

@@ -1,0 +1,208 @@
+"""The protocol as a whole: what is made, that a stopped run goes on, that only what lacks is made."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import benchmark
+import metalora
+import personalize
+from flux.loading import read_tensors
+from metalora import save_meta
+
+pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
+JUDGES = Path(__file__).parents[1] / "tiny" / "weights" / "judges"
+SYSTEMS = [f"{method}_r1_lr0.01_s{steps}" for method in ("meta-lora", "lora-noaug") for steps in (1, 3)]
+
+
+@pytest.fixture(scope="module")
+def world(model, tmp_path_factory) -> Path:
+    """The random model with the small world's judges and a stage-1 file of its own."""
+    import flux
+
+    folder = tmp_path_factory.mktemp("world") / "model"
+    shutil.copytree(model, folder)
+    shutil.copytree(JUDGES, folder / "judges")
+    transformer = flux.load_flux(flux.find_transformer(folder))
+    metalora.inject(transformer, 4, 1, 1, "all", torch.Generator().manual_seed(0))
+    save_meta(transformer, folder / "meta.safetensors", {"r1": 4, "targets": "all"})
+    return folder
+
+
+@pytest.fixture
+def run(world, people, tmp_path):
+    """Call the script: two systems, two step counts, two prompts, two seeds."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a [man/woman] at the beach\na sketch of a [man/woman]\n")
+
+    def call(*argv: object, out: str = "out") -> Path:
+        defaults = ["--model", world, "--people", people, "--prompts", prompts, "--out", tmp_path / out]
+        defaults += ["--method", "meta-lora", "lora-noaug", "--steps", 1, 3, "--lr", 0.01]
+        defaults += ["--seeds", 2, "--sample-steps", 1, "--no-checkpointing", "--at-once", 2]
+        benchmark.main([str(word) for word in [*defaults, *argv]])
+        return tmp_path / out
+
+    return call
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    """The pixels of every picture by its place."""
+    files = sorted((folder / "pictures").rglob("*.png"))
+    return {str(file.relative_to(folder)): Image.open(file).tobytes() for file in files}
+
+
+def test_everything_that_is_promised_is_there(run, people, capsys):
+    out = run()
+    names = sorted(folder.name for folder in people.iterdir() if folder.is_dir())
+    for system in SYSTEMS:
+        assert sorted(path.stem for path in (out / "loras" / system).iterdir()) == names
+        made = {
+            str(path.relative_to(out / "pictures" / system))
+            for path in (out / "pictures" / system).rglob("*.png")
+        }
+        assert made == {
+            f"{n}/{prompt}/{seed}.png" for n in names for prompt in ("00", "01") for seed in (0, 1)
+        }
+        assert sorted(path.stem for path in (out / "sheets" / system).iterdir()) == names
+        steps = read_tensors(out / "loras" / system / f"{names[0]}.safetensors")[1]["steps"]
+        assert steps == system.rpartition("s")[2]
+    assert {path.name for path in (out / "pictures" / "base").iterdir()} == {n.split("_")[0] for n in names}
+    for system in ("base", *SYSTEMS):
+        scores = json.loads((out / "scores" / f"{system}.json").read_text())
+        assert len(scores["pictures"]) == len(names) * 4
+        assert scores["overall"]["people"] == len(names)
+        assert all(-1 <= row["r-facesim"] <= 1 for row in scores["pictures"])
+    assert {path.name for path in out.iterdir()} >= {
+        "report.html",
+        "curves.png",
+        "scores.md",
+        "settings.json",
+    }
+    printed = capsys.readouterr().out
+    assert all(system in printed for system in ("base", *SYSTEMS))
+    picture = Image.open(out / "pictures" / SYSTEMS[0] / names[0] / "00" / "1.png")
+    assert picture.text["prompt"] == f"a photo of a {names[0].split('_')[0]} at the beach"
+
+
+def test_step_counts_come_from_one_training(run, monkeypatch):
+    """Two methods, five people two at a time: six trainings, each to the largest count."""
+    asked, train = [], personalize.train
+
+    def watched(model, trained, group, args, *rest):
+        asked.append((len(group), args.steps))
+        yield from train(model, trained, group, args, *rest)
+
+    monkeypatch.setattr(personalize, "train", watched)
+    out = run()
+    assert asked == [(2, 3), (2, 3), (1, 3)] * 2
+    one, three = (
+        read_tensors(next((out / "loras" / f"lora-noaug_r1_lr0.01_s{n}").iterdir()))[0] for n in (1, 3)
+    )
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+
+
+def test_side_by_side_is_as_alone(run):
+    """Each person's noise, clipping and optimiser are those of a training of its own."""
+    together, alone = run("--at-once", 5), run("--at-once", 1, out="alone")
+    files = sorted((together / "loras").rglob("*.safetensors"))
+    assert len(files) == 20
+    moved = 0.0
+    for file in files:
+        ours, theirs = read_tensors(file)[0], read_tensors(alone / file.relative_to(together))[0]
+        for name, value in ours.items():
+            torch.testing.assert_close(value.float(), theirs[name].float(), atol=2e-4, rtol=2e-2)
+            moved = max(moved, value.float().abs().max().item() if "lora_B" in name else 0)
+    assert moved > 1e-2
+
+
+def test_people_learn_from_their_own_photo(run):
+    """Two people's LoRAs differ, and not by rounding: nobody gets another's crops."""
+    folder = run() / "loras" / SYSTEMS[1]
+    first, second = (read_tensors(file)[0] for file in sorted(folder.iterdir())[:2])
+    name = next(name for name in first if "lora_B" in name)
+    assert (first[name] - second[name]).abs().max() > 1e-3
+
+
+def test_a_stopped_run_goes_on(run, monkeypatch):
+    """Killed while drawing, then started again: the same pictures as without the interruption."""
+    whole, save = pictures(run(out="whole")), benchmark.save_picture
+    left = iter(range(15))
+
+    def dies(*args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        save(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(benchmark, "save_picture", dies)
+        run()
+    assert pictures(run()) == whole
+
+
+def test_what_is_there_is_not_made_again(run, monkeypatch):
+    out = run()
+    times = {
+        path: path.stat().st_mtime_ns for name in ("loras", "pictures") for path in (out / name).rglob("*.*")
+    }
+    lost = [out / "pictures" / SYSTEMS[0] / "x", *sorted((out / "pictures" / SYSTEMS[0]).rglob("*.png"))][1]
+    before = lost.read_bytes()
+    lost.unlink()
+
+    def train(*args):
+        raise AssertionError("a person who is finished was trained again")
+
+    monkeypatch.setattr(personalize, "train", train)
+    run("--seeds", 2)
+    assert lost.read_bytes() == before
+    assert {path for path, time in times.items() if path.stat().st_mtime_ns != time} == {lost}
+
+
+def test_other_settings_are_refused(run):
+    run("--method", "lora-noaug", "--steps", 1)
+    with pytest.raises(ValueError, match=r"(?s)other settings.*guidance: 3.5 -> 5.0"):
+        run("--guidance", 5)
+    run("--method", "lora-noaug", "--steps", 1, 2, "--seeds", 1)  # a larger grid adds to it
+
+
+def test_wrong_input_stops_before_anything_is_loaded(run, people, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("weights were read before all input was checked")
+
+    monkeypatch.setattr(benchmark.flux, "load_conditioner", refuse)
+    monkeypatch.setattr(benchmark.flux, "load_autoencoder", refuse)
+    with pytest.raises(FileNotFoundError, match="no stage-1 file at"):
+        run("--meta", tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors is no file of stage 1"):
+        metalora.write_tensors({"x": torch.zeros(1)}, tmp_path / "other.safetensors", {})
+        run("--meta", tmp_path / "other.safetensors")
+    alone = tmp_path / "alone" / "woman_1"
+    alone.mkdir(parents=True)
+    shutil.copy(next(people.glob("*/000.png")), alone)
+    with pytest.raises(ValueError, match="woman_1 must have at least 2 photos"):
+        run("--people", alone.parent)
+    with pytest.raises(ValueError, match="has no photo 99.png"):
+        names = [folder.name for folder in people.iterdir() if folder.is_dir()]
+        (tmp_path / "refs.json").write_text(json.dumps({names[0]: "99.png"}))
+        run("--references", tmp_path / "refs.json")
+    with pytest.raises(SystemExit):
+        run("--seeds", 0)
+
+
+def test_defaults_are_the_papers():
+    args = benchmark.parse_arguments(["--people", "p"])
+    runs = benchmark.plan_runs(args)
+    assert [(r.method, r.rank, r.lr, r.steps) for r in runs] == [
+        ("meta-lora", 1, 4e-4, (375,)),
+        ("lora", 1, 4e-4, (625,)),
+    ]
+    assert (args.seeds, args.sample_steps, args.guidance, args.prompts.name) == (5, 30, 3.5, "frontal.txt")
+    grid = benchmark.plan_runs(
+        benchmark.parse_arguments(
+            ["--people=p", *["--ranks", "1", "2", "--lr", "1", "2", "--steps", "9", "5"]]
+        )
+    )
+    assert len(grid) == 8 and grid[0].steps == (5, 9)
