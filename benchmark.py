@@ -10,13 +10,15 @@ A system is a method at a rank, a learning rate and a number of steps, meta-lora
     sheets/<system>/<person>.jpg                       the reference photo, then prompts x seeds
     scores.md, curves.png, report.html                 all systems side by side
 
-The base model is loaded once. What is there already is not made again: a stopped run goes on where it was,
+The base model's pictures are the same for everybody of a class, so its intervals over people mean little.
+It is loaded once. What is there already is not made again: a stopped run goes on where it was,
 and one that asks for more methods, ranks, rates, steps, people or seeds adds to it.
 """
 
 import argparse
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -181,7 +183,7 @@ class Benchmark:
         for run in self.runs:  # does the stage-1 file fit? reads no weights
             own = self.settings(run)
             self.metas[run.method] = meta = personalize.find_meta(self.folder, own)
-            personalize.prepare(flux.load_flux(self.transformer, "meta"), own, meta)
+            personalize.prepare(flux.load_flux(self.transformer, "meta"), own, meta, [0])
 
     def settings(self, run: Run) -> argparse.Namespace:
         """Return what personalize.py's functions want to know."""
@@ -260,9 +262,21 @@ class Benchmark:
         args, meta = self.settings(run), self.metas[run.method]
         for group in chunks(todo, args.at_once):
             print(f"{run.system(max(run.steps))}: {', '.join(s.name for s in group)}")
-            trained = personalize.prepare(self.model, args, meta, len(group))
-            people = [(self.crops[run.augment, s.name], self.texts[s.caption]) for s in group]
-            for step in personalize.train(self.model, trained, people, args, self.device, self.dtype):
+            # Everybody has a seed: else all would share the luck of one draw of noise.
+            seeds = [args.seed + zlib.crc32(s.name.encode()) for s in group]
+            trained = personalize.prepare(self.model, args, meta, seeds)
+            people = [
+                personalize.draw_batches(
+                    self.crops[run.augment, s.name],
+                    self.texts[s.caption],
+                    seed,
+                    args,
+                    self.device,
+                    self.dtype,
+                )
+                for s, seed in zip(group, seeds)
+            ]
+            for step in personalize.train(self.model, trained, people, args, self.device):
                 for slot, subject in enumerate(group if step in run.steps else ()):
                     path = files(subject)[step]
                     path.parent.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,8 @@ def describe(people: Sequence[dict], metrics: Sequence[str]) -> dict:
         mean = fmean(values) if values else None
         summary[metric] = {"mean": mean, "ci95": interval(values), "people": len(values)}
     pairs = [(person.get("facesim"), person.get("r-facesim")) for person in people]
-    if pairs := [pair for pair in pairs if None not in pair]:  # the same people on both sides
+    pairs = [pair for pair in pairs if None not in pair]  # the same people on both sides
+    if pairs and summary["facesim"]["mean"] > (summary["facesim"]["ci95"] or 0):  # else divided by chance
         summary["relative difference"] = relative_difference(*map(fmean, zip(*pairs)))
     return summary
 

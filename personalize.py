@@ -223,70 +223,76 @@ def encode_crops(
     return [(shape, cache[own], cache[mirrored]) for shape, own, mirrored in pairs]
 
 
-def prepare(model: flux.Flux, args: argparse.Namespace, meta: tuple | None, people: int = 1) -> list[Tensor]:
-    """Add the adapters of one person, or of several who start alike, and return the factors to train."""
+def prepare(
+    model: flux.Flux, args: argparse.Namespace, meta: tuple | None, seeds: Sequence[int]
+) -> list[Tensor]:
+    """Add an adapter for each of the seeds, one per person, and return the factors to train."""
     if meta:
         tensors, metadata, path = meta
-        inject(model, int(metadata["r1"]), args.rank, people, metadata["targets"])
+        inject(model, int(metadata["r1"]), args.rank, len(seeds), metadata["targets"])
         assign_meta(model, tensors, path)
     else:
-        inject(model, None, args.rank, people, args.targets)
+        inject(model, None, args.rank, len(seeds), args.targets)
     for p in factors(model, "meta_down"):
         p.requires_grad_(False)
-    generator = torch.Generator().manual_seed(args.seed)
-    for mid in factors(model, "mid"):
-        kaiming_(mid.data[:1], generator)  # as for one person alone
-        mid.data[1:] = mid.data[:1]
+    for slot, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for mid in factors(model, "mid"):
+            kaiming_(mid.data[slot], generator)
     return factors(model, "mid", "up")
 
 
+def draw_batches(crops: list[tuple], prompt: dict, seed: int, args, device, dtype) -> Iterator[dict]:
+    """Yield what a person's updates learn from, a batch each: crops, flips, latents, noise and times.
+
+    crops: as `encode_crops` returns them.
+    """
+    dealing, drawing = (torch.Generator().manual_seed(seed + k) for k in (0, 1))
+    uses = math.ceil(args.steps * args.batch / len(crops)) + 1
+    turns = deal_batches([shape for shape, *_ in crops], uses, args.batch, dealing)
+    start = torch.rand((), generator=drawing).item()
+    times = spread_times(args.steps * args.batch, start, args.t_mean, args.t_std).split(args.batch)
+    noise = None
+    for turn, t in zip(turns, times):
+        flips = torch.randint(2, (len(turn),), generator=drawing).tolist()
+        entries = [(crops[k][1 + flip], prompt) for k, flip in zip(turn, flips)]
+        batch = make_batch(entries, drawing, args, device, dtype)
+        if args.draws == "spread":
+            batch["t"] = t[: len(turn)].to(device)
+            if noise is not None and noise.shape == batch["noise"].shape:
+                batch["noise"], noise = -noise, None
+            else:
+                noise = batch["noise"]
+        yield batch
+
+
 def train(
-    model: flux.Flux, trained: list[Tensor], people: Sequence[tuple[list, dict]], args, device, dtype
+    model: flux.Flux, trained: list[Tensor], people: Sequence[Iterator[dict]], args, device
 ) -> Iterator[int]:
     """Run Algorithm 2's loop and yield the number of updates done, after each.
 
-    people: of the person in each slot the crops, as `encode_crops` returns them, and the prompt. Several
-    learn side by side, each with the noise, the gradient norm and the optimiser states it would have alone.
+    people: what `draw_batches` yields, of the person in each slot. Several learn side by side, each with the
+    loss, the gradient norm and the optimiser states it would have alone.
     """
     optimiser = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
-    generators = [torch.Generator().manual_seed(args.seed) for _ in people]
-    turns = []
-    for (crops, _), generator in zip(people, generators):
-        uses = math.ceil(args.steps * args.batch / len(crops)) + 1
-        turns.append(deal_batches([shape for shape, *_ in crops], uses, args.batch, generator))
-    start = torch.rand((), generator=torch.Generator().manual_seed(args.seed)).item()
-    times = spread_times(args.steps * args.batch, start, args.t_mean, args.t_std).split(args.batch)
-    noise = {}  # of each slot, the last
-    bar = tqdm(range(args.steps), "personalizing", mininterval=1, dynamic_ncols=True)
-    for step in bar:
-        together = defaultdict(list)  # people whose batches have the same shape share a forward pass
-        for slot, ((crops, prompt), generator) in enumerate(zip(people, generators)):
-            chosen = turns[slot][step]
-            flips = torch.randint(2, (len(chosen),), generator=generator).tolist()
-            entries = [(crops[k][1 + flip], prompt) for k, flip in zip(chosen, flips)]
-            batch = make_batch(entries, generator, args, device, dtype)
-            if args.draws == "spread":
-                batch["t"] = times[step][: len(chosen)].to(device)
-                if step % 2 and noise[slot].shape == batch["noise"].shape:
-                    batch["noise"] = -noise[slot]
-                noise[slot] = batch["noise"]
+    bar = tqdm(zip(*people), "personalizing", args.steps, mininterval=1, dynamic_ncols=True)
+    for step, batches in enumerate(bar, 1):
+        together = defaultdict(list)  # batches of the same shape share a forward pass
+        for slot, batch in enumerate(batches):
             together[batch["latents"].shape].append((slot, batch))
         mean = 0.0
-        for group in together.values():
-            slots, batches = zip(*group)
-            size = len(batches[0]["t"])
+        for (size, *_), group in together.items():
+            slots, own = zip(*group)
             use_slots(model, torch.tensor(slots, device=device).repeat_interleave(size))
-            batch = {name: torch.cat([own[name] for own in batches]) for name in batches[0]}
-            loss = flow_loss(model, **batch, guidance=args.train_guidance) * len(
-                group
-            )  # each one's own loss, summed
+            batch = {name: torch.cat([some[name] for some in own]) for name in own[0]}
+            loss = flow_loss(model, **batch, guidance=args.train_guidance) * len(group)  # the sum over people
             loss.backward()
-            mean += loss.item() / len(people)
+            mean += loss.item() / len(batches)
         clip_slots(trained, args.clip_grad)
         optimiser.step()
         optimiser.zero_grad()
         bar.set_postfix(loss=f"{mean:.3f}", memory=memory_in_use(device), refresh=False)
-        yield step + 1
+        yield step
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -302,7 +308,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = flux.find_model(args.model)
     transformer = flux.find_transformer(folder)
     meta = find_meta(folder, args)
-    prepare(flux.load_flux(transformer, "meta"), args, meta)  # does the stage-1 file fit? reads no weights
+    # Does the stage-1 file fit? This reads no weights.
+    prepare(flux.load_flux(transformer, "meta"), args, meta, [args.seed])
     crops = list_crops(photos, args)
 
     # Everything that does not change is computed once; then the encoders leave.
@@ -319,10 +326,11 @@ def main(argv: list[str] | None = None) -> None:
     release(device)
 
     model = flux.load_flux(transformer, device, dtype)
-    trained = prepare(model, args, meta)
+    trained = prepare(model, args, meta, [args.seed])
     if not args.no_checkpointing:
         checkpoint_blocks(model)
-    for _ in train(model, trained, [(encoded, prompts[args.caption])], args, device, dtype):
+    batches = draw_batches(encoded, prompts[args.caption], args.seed, args, device, dtype)
+    for _ in train(model, trained, [batches], args, device):
         pass  # nothing to do between the updates
     use_slots(model, None)
 
