@@ -104,7 +104,12 @@ class Run:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=metrics.Manual)
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
-    parser.add_argument("--people", required=True, **folder, help="DIR/<person>/*.jpg|png, at least two each")
+    parser.add_argument(
+        "--people",
+        required=True,
+        **folder,
+        help="DIR/<person>/*.jpg|png, two or more each; DIR/<man|woman>/*.jpg, one each, without R-FaceSim",
+    )
     parser.add_argument("--out", default=Path("out/benchmark"), **folder, help="folder for all that is made")
     parser.add_argument(
         "--meta", **file, help="of stage 1; default: meta.safetensors beside the model's weights"

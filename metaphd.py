@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import PHOTO_FORMATS, PHOTO_SUFFIXES, read_photo, scan_people
+from data import PHOTO_FORMATS, PHOTO_SUFFIXES, Person, read_photo, scan_people
 from flux.loading import HelpFormatter, atomic, run_script
 from vision.detector import find_faces, load_detector, yaw
 
@@ -130,10 +131,16 @@ def find_photos(
 ) -> dict[str, list[Path]]:
     """Return everybody's photos, first the reference a system was given: as named, else the first by name.
 
-    Raises ValueError when someone needed is not there, or has fewer than `least` photos, and when a reference
-    is not there, or is there twice: R-FaceSim must not compare with it.
+    In a folder of man and woman alone, as Meta-PHD's ffhq/, each photo is a person, such as man_00123, and
+    `least` does not apply. Raises ValueError when someone needed is not there, or has fewer than `least`
+    photos, and when a reference is not there, or is there twice: R-FaceSim must not compare with it.
     """
     people = scan_people(folder, "--people")
+    if {person.name for person in people} <= {"man", "woman"}:
+        singles = [(f"{p.name}_{photo.path.stem}", photo) for p in people for photo in p.photos]
+        people, least = [Person(0, name, (photo,)) for name, photo in singles], 1
+        if twice := [name for name, n in Counter(person.name for person in people).items() if n > 1]:
+            raise ValueError(f"--people {folder}: several photos are called {', '.join(twice)}")
     for option, names in {"--images": needed, "--references": references}.items():
         if strange := set(names) - {person.name for person in people}:
             raise ValueError(
