@@ -10,9 +10,10 @@ A system is a method at a rank, a learning rate and a number of steps, meta-lora
     sheets/<system>/<person>.jpg                       the reference photo, then prompts x seeds
     scores.md, curves.png, report.html                 all systems side by side
 
-The base model's pictures are the same for everybody of a class, so its intervals over people mean little.
-It is loaded once. What is there already is not made again: a stopped run goes on where it was,
-and one that asks for more methods, ranks, rates, steps, people or seeds adds to it.
+The base model is loaded once. What is there already is not made again: a stopped run goes on where it was,
+and one that asks for more methods, ranks, rates, steps, people or seeds adds to it. The base model's pictures
+are the same for everybody of a class, so its intervals over people mean little.
+A faces.json beside the photos, {"01.jpg": [x0, y0, x1, y1]}, is believed instead of the detector.
 """
 
 import argparse
@@ -43,8 +44,10 @@ from data import (
     scan_people,
 )
 from flux.loading import (
+    Manual,
     add_model_arguments,
     atomic,
+    check_writable,
     choose_device,
     fingerprint,
     native_size,
@@ -58,7 +61,8 @@ from sample import save_picture
 from vision.detector import load_detector
 
 METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug")
-# What may differ between two runs in one folder; anything else would mix numbers of different things.
+# What may differ between two runs in one folder; anything else would mix numbers of different things. Of
+# files the content is compared, not the name.
 MAY_CHANGE = (
     "people",
     "out",
@@ -71,6 +75,7 @@ MAY_CHANGE = (
     "no_checkpointing",
     "device",
 )
+MAY_CHANGE += ("meta", "prompts", "references", "classes", "clip", "recognizer", "detector", "no_face")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +107,7 @@ class Run:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=metrics.Manual)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Manual)
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
     parser.add_argument(
         "--people",
@@ -149,8 +154,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     numbers = (*args.ranks, *(args.steps or ()), args.seeds, args.sample_steps, args.batch, args.at_once)
-    if min(numbers) < 1:
-        parser.error("ranks, steps, seeds, batch and --at-once must be at least 1")
+    if min(numbers) < 1 or min(args.lr) <= 0:
+        parser.error("ranks, steps, seeds, batch and --at-once must be at least 1, and --lr above 0")
     return args
 
 
@@ -158,7 +163,11 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
     """Read who is there, which photo is the reference, and what is to be drawn."""
     references = metaphd.read_names(args.references, "--references")
     classes = metaphd.read_names(args.classes, "--classes")
-    captions = {photo.path: photo.caption for person in scan_people(args.people) for photo in person.photos}
+    captions = {
+        photo.path: photo.caption
+        for person in scan_people(args.people, "--people")
+        for photo in person.photos
+    }
     subjects = []
     for name, photos in metaphd.find_photos(args.people, references, least=2).items():
         kind = metaphd.class_of(name, classes)
@@ -167,72 +176,102 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
     return subjects
 
 
-def plan_runs(args: argparse.Namespace) -> list[Run]:
-    runs = []
-    for method, rank, lr in product(*map(dict.fromkeys, (args.method, args.ranks, args.lr))):
+def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run]:
+    """Return the trainings that the lists ask for, and those of the systems that were there before."""
+    wanted: dict[tuple, set[int]] = {}
+    for system in before:
+        wanted.setdefault((system["method"], system["rank"], system["lr"]), set()).add(system["steps"])
+    for method, rank, lr in product(args.method, args.ranks, args.lr):
         steps = args.steps or [personalize.STEPS[method.removesuffix("-noaug")]]
-        runs.append(Run(method, rank, lr, tuple(sorted({*steps}))))
-    return runs
+        wanted.setdefault((method, rank, lr), set()).update(steps)
+    return [Run(*key, tuple(sorted(steps))) for key, steps in wanted.items()]
 
 
 class Benchmark:
     """What all systems share: people, encoded photos and prompts, the model, and where results lie."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.subjects, self.runs = args, find_subjects(args), plan_runs(args)
+        self.args, self.subjects = args, find_subjects(args)
+        self.file = args.out / "settings.json"
+        self.before = self._read_settings()
+        self.runs = plan_runs(args, self.before.get("systems", {}).values())
+        self.systems = {"base": {}}
+        for run in self.runs:
+            grid = {"method": run.method, "rank": run.rank, "lr": run.lr}
+            self.systems |= {run.system(step): {**grid, "steps": step} for step in run.steps}
         self.device, self.dtype = choose_device(args)
         self.folder = flux.find_model(args.model)
         self.transformer = flux.find_transformer(self.folder)
         self.side = args.resolution or native_size(self.folder)
-        self.metas = {}
+        self.meta = None
         for run in self.runs:  # does the stage-1 file fit? reads no weights
             own = self.settings(run)
-            self.metas[run.method] = meta = personalize.find_meta(self.folder, own)
-            personalize.prepare(flux.load_flux(self.transformer, "meta"), own, meta, [0])
+            if own.method == "meta-lora":
+                self.meta = self.meta or personalize.find_meta(self.folder, own)
+            personalize.prepare(flux.load_flux(self.transformer, "meta"), own, self.meta_of(run), [0])
 
     def settings(self, run: Run) -> argparse.Namespace:
         """Return what personalize.py's functions want to know."""
         own = {"method": run.method.removesuffix("-noaug"), "rank": run.rank, "lr": run.lr}
         return argparse.Namespace(**{**vars(self.args), **own, "steps": max(run.steps)})
 
+    def meta_of(self, run: Run) -> tuple | None:
+        return self.meta if run.method.startswith("meta-lora") else None
+
+    def check(self) -> None:
+        """Let the judges look at all photos and prompts, before days of work, and find the faces."""
+        judges = self.load_judges()
+        judges.embed_texts([text for subject in self.subjects for text in subject.prompts])
+        metrics.embed_photos({subject.name: subject.photos for subject in self.subjects}, judges)
+        detector, self.boxes = cache(lambda: load_detector(self.args.detector)), {}
+        for augment in sorted({run.augment for run in self.runs}):
+            for subject in self.subjects:
+                photo = read_photo(path := subject.photos[0])
+                face = find_face(path, photo, detector) if augment else None
+                whole = [(0, 0, *photo.size)]
+                self.boxes[augment, subject] = crop_boxes(photo.size[::-1], face) if augment else whole
+
+    def load_judges(self) -> Judges:
+        return load_judges(self.args, TensorCache(self.args.out / "judged"), self.device)
+
+    def _read_settings(self) -> dict:
+        if not self.file.exists():
+            if any((self.args.out / name).exists() for name in ("loras", "pictures")):
+                raise ValueError(
+                    f"{self.args.out} holds results, but no settings.json to tell of which settings"
+                )
+            return {}
+        try:
+            return json.loads(self.file.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.file} is damaged ({error}): take another --out") from error
+
     def record(self) -> None:
         """Save the settings beside the results; ValueError when results of other settings are there."""
-        file = self.args.out / "settings.json"
         own = {key: value for key, value in vars(self.args).items() if key not in MAY_CHANGE}
-        own["transformer"] = fingerprint(self.transformer)
-        own |= {f"stage 1 of {name}": meta and hash_of(meta[2]) for name, meta in self.metas.items()}
-        own |= {f"prompts of {s.kind}": s.prompts for s in self.subjects}
-        own |= {f"photo of {s.name}": [s.caption, hash_of(s.photos[0])] for s in self.subjects}
+        own |= {"dtype": str(self.dtype), "transformer": fingerprint(self.transformer)}
+        own |= {"stage 1": hash_of(self.meta[2])} if self.meta else {}
+        for s in self.subjects:
+            own[f"prompts of {s.kind}"] = s.prompts
+            own[f"photo of {s.name}"] = [s.kind, s.caption, hash_of(s.photos[0])]
+        own |= {f"crops of {s.name}": boxes for (augment, s), boxes in self.boxes.items() if augment}
         own = json.loads(json.dumps(own, default=str))
-        before = json.loads(file.read_text("utf-8")) if file.exists() else {}
-        changed = [key for key in own if before.get(key, own[key]) != own[key]]
-        if changed:
-            lines = [f"  {key}: {before[key]} -> {own[key]}" for key in changed]
-            raise ValueError(
-                f"{self.args.out} holds results of other settings; take another --out, or these:\n"
-                + "\n".join(lines)
-            )
-        self.args.out.mkdir(parents=True, exist_ok=True)
-        with atomic(file) as temporary:
-            temporary.write_text(json.dumps({**before, **own}, indent=1) + "\n", "utf-8")
+        if changed := [key for key in own if self.before.get(key, own[key]) != own[key]]:
+            lines = [f"  {key}: {str(self.before[key])[:60]} -> {str(own[key])[:60]}" for key in changed]
+            problem = f"{self.args.out} holds results of other settings; take another --out, or these:\n"
+            raise ValueError(problem + "\n".join(lines[:20]))
+        with atomic(self.file) as temporary:
+            settings = {**self.before, **own, "systems": {k: v for k, v in self.systems.items() if v}}
+            temporary.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
 
     def encode(self) -> None:
         """Encode the reference photos and all prompts; the encoders are gone when this returns."""
-        memory, detector = MemoryCache(), cache(lambda: load_detector(self.args.detector))
-        boxes = {}
-        for augment, subject in product({run.augment for run in self.runs}, self.subjects):
-            path = subject.photos[0]
-            photo = read_photo(path)
-            whole = [(0, 0, *photo.size)]
-            boxes[augment, subject] = (
-                crop_boxes(photo.size[::-1], find_face(path, photo, detector)) if augment else whole
-            )
+        memory, self.crops = MemoryCache(), {}
         autoencoder = flux.load_autoencoder(self.folder / "ae.safetensors", self.device, self.dtype)
-        self.crops = {}
-        for (augment, subject), some in tqdm(boxes.items(), "photos", disable=len(boxes) < 10):
-            crops = [(subject.photos[0], box) for box in some]
+        for (augment, subject), boxes in tqdm(self.boxes.items(), "photos", disable=len(self.boxes) < 10):
+            crops = [(subject.photos[0], box) for box in boxes]
             own = personalize.encode_crops(crops, autoencoder, self.side, augment, memory)
-            self.crops[augment, subject.name] = own
+            self.crops[augment, subject] = own
         del autoencoder
         release(self.device)
         conditioner = flux.load_conditioner(self.folder, self.device, self.dtype, self.args.t5_length)
@@ -260,41 +299,48 @@ class Benchmark:
         places = product([f"{k:02d}" for k in range(len(subject.prompts))], map(str, range(self.args.seeds)))
         return [metaphd.Sample(subject.name, k, seed, folder / k / f"{seed}.png") for k, seed in places]
 
+    def untrained(self, run: Run) -> list[Subject]:
+        """Return those who lack a LoRA."""
+        lacks = lambda s: not all(self.lora(run.system(step), s).exists() for step in run.steps)
+        return [subject for subject in self.subjects if lacks(subject)]
+
+    def undrawn(self, system: str) -> list[tuple[Subject, list[metaphd.Sample]]]:
+        """Return those who lack a picture, and which; of the base model one of each class."""
+        subjects = {s.kind: s for s in self.subjects}.values() if system == "base" else self.subjects
+        lacking = [(s, [x for x in self.samples(system, s) if not x.path.exists()]) for s in subjects]
+        return [(subject, samples) for subject, samples in lacking if samples]
+
+    def complete(self) -> bool:
+        return not any(map(self.untrained, self.runs)) and not any(map(self.undrawn, self.systems))
+
     def learn(self, run: Run) -> None:
         """Train everybody whose LoRAs are not all there, --at-once people side by side."""
-        files = lambda subject: {step: self.lora(run.system(step), subject) for step in run.steps}
-        todo = [s for s in self.subjects if not all(path.exists() for path in files(s).values())]
-        args, meta = self.settings(run), self.metas[run.method]
-        for group in chunks(todo, args.at_once):
+        args, meta = self.settings(run), self.meta_of(run)
+        for group in chunks(self.untrained(run), args.at_once):
             print(f"{run.system(max(run.steps))}: {', '.join(s.name for s in group)}")
             # Everybody has a seed: else all would share the luck of one draw of noise.
             seeds = [args.seed + zlib.crc32(s.name.encode()) for s in group]
             trained = personalize.prepare(self.model, args, meta, seeds)
             people = [
-                personalize.draw_batches(
-                    self.crops[run.augment, s.name],
-                    self.texts[s.caption],
-                    seed,
-                    args,
-                    self.device,
-                    self.dtype,
-                )
+                personalize.draw_batches(crops, self.texts[s.caption], seed, args, self.device, self.dtype)
                 for s, seed in zip(group, seeds)
+                for crops in [self.crops[run.augment, s]]
             ]
             for step in personalize.train(self.model, trained, people, args, self.device):
                 for slot, subject in enumerate(group if step in run.steps else ()):
-                    path = files(subject)[step]
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    about = {"base_model": self.transformer.name, "method": run.method, "rank": run.rank}
-                    export_lora(self.model, path, {**about, "lr": run.lr, "steps": step}, slot)
+                    if not (path := self.lora(run.system(step), subject)).exists():
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        own = {"steps": step, "caption": subject.caption, "seed": seeds[slot]}
+                        args_then = argparse.Namespace(**{**vars(args), **own})
+                        about = personalize.describe(args_then, self.transformer, meta, subject.photos[:1])
+                        export_lora(self.model, path, about, slot)
             eject(self.model)
 
     def draw(self, system: str) -> None:
         """Make the pictures that are not there, --at-once in a batch, with the files that `learn` wrote."""
-        subjects = {s.kind: s for s in self.subjects}.values() if system == "base" else self.subjects
-        missing = [(s, [x for x in self.samples(system, s) if not x.path.exists()]) for s in subjects]
-        missing = [(subject, samples) for subject, samples in missing if samples]
-        bar = tqdm(total=sum(len(samples) for _, samples in missing), desc=system, dynamic_ncols=True)
+        missing = self.undrawn(system)
+        total = sum(len(samples) for _, samples in missing)
+        bar = tqdm(total=total, desc=system, unit="picture", dynamic_ncols=True, disable=not total)
         for group in chunks(missing, self.args.at_once):
             if system != "base":
                 inject_loras(self.model, [self.lora(system, subject) for subject, _ in group])
@@ -319,7 +365,7 @@ class Benchmark:
             eject(self.model)
         bar.close()
 
-    def score(self, system: str, grid: dict, judges: Judges) -> dict:
+    def score(self, system: str, judges: Judges) -> dict:
         """Compute all metrics of a system, write them, and draw a sheet for everybody; return the scores."""
         rows, names = [], [*report.TITLES]
         for subject in self.subjects:
@@ -327,20 +373,19 @@ class Benchmark:
                 text = subject.prompts[int(x.prompt)]
                 rows.append({**vars(x), "class": subject.kind, "text": text, "base": base.path})
         photos = {subject.name: subject.photos for subject in self.subjects}
-        scores = metrics.evaluate(
-            rows, judges, photos, names, self.args.no_face, system=grid, settings=vars(self.args)
-        )
-        scores["remarks"] = metrics.remark(rows, [])
+        about = {"system": self.systems[system], "settings": vars(self.args)}
+        scores = metrics.evaluate(rows, judges, photos, names, self.args.no_face, **about)
         metrics.write_scores(self.args.out / "scores" / f"{system}.json", scores, names)
         report.write_sheets(self.args.out / "sheets" / system, scores, photos)
         return scores
 
 
 def find_face(path: Path, photo, detector) -> tuple[int, int, int, int]:
-    """Return the face's box: from faces.json beside it, {"01.jpg": [x0, y0, x1, y1]}, else as detected."""
+    """Return the face's box, as faces.json beside the photo tells it, else as detected."""
     file = path.with_name("faces.json")
     known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return known.get(path.name) or personalize.find_face(path, photo, detector())
+    advice = f"tell where it is in {file}, or take the -noaug methods"
+    return known.get(path.name) or personalize.find_face(path, photo, detector(), advice)
 
 
 def hash_of(file: Path) -> str:
@@ -353,24 +398,23 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    check_writable(args.out, "--out")
     benchmark = Benchmark(args)
+    benchmark.check()
     benchmark.record()
-    systems = {"base": {}}
-    for run in benchmark.runs:
-        grid = {"method": run.method, "rank": run.rank, "lr": run.lr}
-        systems |= {run.system(step): {**grid, "steps": step} for step in run.steps}
+    if not benchmark.complete():
+        benchmark.encode()
+        benchmark.load()
+        benchmark.draw("base")
+        for run in benchmark.runs:
+            benchmark.learn(run)
+            for step in run.steps:
+                benchmark.draw(run.system(step))
+        benchmark.unload()
 
-    benchmark.encode()
-    benchmark.load()
-    benchmark.draw("base")
-    for run in benchmark.runs:
-        benchmark.learn(run)
-        for step in run.steps:
-            benchmark.draw(run.system(step))
-    benchmark.unload()
-
-    judges = load_judges(args, TensorCache(args.out / "judged"), benchmark.device)
-    scores = {name: benchmark.score(name, grid, judges) for name, grid in systems.items()}
+    judges = benchmark.load_judges()
+    systems = tqdm(benchmark.systems, "scoring", unit="system")
+    scores = {name: benchmark.score(name, judges) for name in systems}
     table = metrics.table({name: own["overall"] for name, own in scores.items()}, [*report.TITLES])
     table += f"\n\n{judges.note}" if judges.note else ""
     print(table)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import data
 from flux.conditioner import clip_tokenizer
-from flux.loading import HUB_MODELS, LOCAL_MODELS, fingerprint
+from flux.loading import HUB_MODELS, fingerprint, local_folder
 from vision import detector as yunet
 from vision import inception_resnet, small
 from vision.clip_vit import find_clip_vit, load_clip_vit
@@ -61,12 +61,17 @@ class Judges:
         self.used |= weights
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
         keys = [data.content_key(*judge, *weights.values(), digest) for digest in digests]
-        new = [(key, path) for key, path in dict(zip(keys, paths)).items() if self.cache.get(key) is None]
-        for start in tqdm(range(0, len(new), BATCH), judge[0], disable=len(new) < 50):
+        entries = {key: self.cache.get(key) for key in keys}
+        new = [(key, path) for key, path in dict(zip(keys, paths)).items() if entries[key] is None]
+        bar = tqdm(total=len(new), desc=f"judging ({judge[0]})", unit="picture", disable=len(new) < 200)
+        for start in range(0, len(new), BATCH):
             part = new[start : start + BATCH]
             for (key, _), entry in zip(part, embed([self.read(path) for _, path in part])):
                 self.cache.put(key, entry)
-        return [self.cache.get(key) for key in keys]
+                entries[key] = entry
+                bar.update()
+        bar.close()
+        return [entries[key] for key in keys]
 
 
 class PaperJudges(Judges):
@@ -120,17 +125,16 @@ class PaperJudges(Judges):
             return [entry | ({"face": next(rows)} if entry["count"] else {}) for entry in entries]
 
         weights = {
-            "recognizer": self._fingerprint(self.recognizer_path, inception_resnet.SHA256),
-            "detector": self._fingerprint(self.detector_path, yunet.SHA256),
+            name: fingerprint(path) if path else pinned
+            for name, path, pinned in (
+                ("recognizer", self.recognizer_path, inception_resnet.SHA256),
+                ("detector", self.detector_path, yunet.SHA256),
+            )
         }
         entries = self._remember(("face", FACE_VERSION), weights, paths, embed)
         blank = torch.zeros(next((len(entry["face"]) for entry in entries if "face" in entry), 1))
         faces = torch.stack([entry.get("face", blank) for entry in entries])
         return faces, [int(entry["count"]) for entry in entries]
-
-    @staticmethod
-    def _fingerprint(path: Path | None, pinned: str) -> str:
-        return fingerprint(path) if path else pinned
 
 
 class SmallJudges(Judges):
@@ -174,13 +178,11 @@ class SmallJudges(Judges):
 
 def load_judges(args: argparse.Namespace, cache, device="cpu") -> Judges:
     """Return the judges that --model brings along, else the paper's; see `add_judge_arguments`."""
-    if args.model and args.model not in HUB_MODELS:
-        folder = LOCAL_MODELS.get(args.model, Path(args.model))
-        if not folder.is_dir():
-            known = ", ".join([*HUB_MODELS, *LOCAL_MODELS])
-            raise FileNotFoundError(f"--model {args.model}: neither a folder nor a known model ({known})")
-        if (folder / "judges").is_dir():
-            if unused := [name for name in ("clip", "recognizer") if vars(args)[name]]:
-                raise ValueError(f"--{unused[0]} is of no use: --model {args.model} brings judges of its own")
-            return SmallJudges(folder / "judges", cache, device)
+    for name in ("clip", "recognizer", "detector"):
+        if vars(args)[name] and not vars(args)[name].exists():
+            raise FileNotFoundError(f"--{name} {vars(args)[name]}: no such file")
+    if args.model and args.model not in HUB_MODELS and (local_folder(args.model) / "judges").is_dir():
+        if unused := [name for name in ("clip", "recognizer") if vars(args)[name]]:
+            raise ValueError(f"--{unused[0]} is of no use: --model {args.model} brings judges of its own")
+        return SmallJudges(local_folder(args.model) / "judges", cache, device)
     return PaperJudges(args.clip, args.recognizer, args.detector, cache, device)

@@ -129,17 +129,19 @@ def inject(
     slots: int,
     targets: str = "all",
     generator: torch.Generator | None = None,
+    reset: bool = True,
 ) -> nn.Module:
     """Replace the targeted linear layers of a Flux, in place, by `MetaLoRALinear` around them; return it.
 
-    Nothing outside the blocks is adapted. The base is frozen, the new factors are freshly initialised.
-    r1 None makes plain LoRAs of rank r2.
+    Nothing outside the blocks is adapted, and the base is frozen. r1 None makes plain LoRAs of rank r2. reset
+    False leaves the factors to be filled by the caller.
     """
     model.requires_grad_(False)
     for name, parts in linear_names(model, targets):
         base = model.get_submodule(name)
         layer = MetaLoRALinear(base, part_sizes(model, len(parts), base.out_features), r1, r2, slots)
-        layer.reset(generator)
+        if reset:
+            layer.reset(generator)
         _replace(model, name, layer)
     return model
 
@@ -273,9 +275,10 @@ def inject_loras(model: nn.Module, paths: Sequence[Path]) -> nn.Module:
     ranks = {a.shape[0] for updates in files for pairs in updates.values() for _, a, _ in pairs}
     if len(ranks) > 1:
         raise ValueError(f"{', '.join(map(str, paths))} have several ranks: {sorted(ranks)}")
-    inject(model, None, ranks.pop(), len(paths))
+    inject(model, None, ranks.pop(), len(paths), reset=False)
     for name, layer in adapters(model).items():
         layer.mid.data.zero_()  # where a file has nothing, the layer stays as it is
+        layer.up.data.zero_()
         ends = list(accumulate(layer.parts))
         for slot, updates in enumerate(files):
             for rows, a, b in updates.get(name, ()):

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import PHOTO_FORMATS, PHOTO_SUFFIXES, Person, read_photo, scan_people
-from flux.loading import HelpFormatter, atomic, run_script
+from flux.loading import Manual, atomic, run_script
 from vision.detector import find_faces, load_detector, yaw
 
 # Pictures by a system
@@ -185,7 +185,7 @@ def read_prompts(path: Path, kind: str) -> list[str]:
     """
     file = path / f"{kind}.txt" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"--prompts {path}: no such file{f' for a {kind}' if path.is_dir() else ''}")
+        raise FileNotFoundError(f"--prompts {file}: no such file")
     data = file.read_bytes()
     try:
         lines = data.decode("utf-8-sig").splitlines()
@@ -196,7 +196,9 @@ def read_prompts(path: Path, kind: str) -> list[str]:
         raise ValueError(f"{file} holds no prompts")
     slot = re.compile(r"\[([^][/]*)/([^][/]*)\]")
     if kind not in ("man", "woman") and any(map(slot.search, prompts)):
-        raise ValueError(f"{file} has slots such as [man/woman], but for the class {kind} there is no word")
+        raise ValueError(
+            f"{file} has slots such as [man/woman], for which the class {kind} has no word: give --classes"
+        )
     return [slot.sub(r"\1" if kind == "man" else r"\2", prompt) for prompt in prompts]
 
 
@@ -206,7 +208,7 @@ MAX_YAW = 30  # degrees; paper, section 4.1, of the FFHQ part
 MIN_SIDE = 720  # pixels; the paper asks it of training photos, and says nothing of Meta-PHD's
 MIN_PHOTOS = {"unsplash": 4, "people": 2}  # paper, section 4.1; what R-FaceSim needs
 LISTS = {"man": 20, "woman": 20, "frontal": 10}  # prompts; paper, section 4.1
-OTHER_WORDS = {"man": r"\b(woman|her|she)\b", "woman": r"\b(man|his|he)\b"}
+OTHER_WORDS = {"man": r"\b(woman|hers?|she)\b", "woman": r"\b(man|his|him|he)\b"}
 
 
 def list_parts(folder: Path) -> dict[str, dict[str, list[Path]]]:
@@ -214,7 +216,9 @@ def list_parts(folder: Path) -> dict[str, dict[str, list[Path]]]:
     parts = [part for part in ("unsplash", "ffhq") if (folder / part).is_dir()]
     whole = not parts and not (folder / "prompts").is_dir()
     scanned = {part: scan_people(folder / part, "check") for part in parts}
-    scanned |= {"people": scan_people(folder, "check")} if whole else {}
+    if whole:
+        people = scan_people(folder, "check")
+        scanned["ffhq" if {person.name for person in people} <= {"man", "woman"} else "people"] = people
     photos = {part: {p.name: [photo.path for photo in p.photos] for p in scanned[part]} for part in scanned}
     kinds = photos.pop("ffhq", {})  # its folders are no people but classes: a part of its own each
     if strange := kinds.keys() - {"man", "woman"}:
@@ -269,7 +273,7 @@ def check_photos(
                 rows.append({"path": path, "part": part, "person": person, **row})
                 bar.update()
             left = sum(not row["reasons"] for row in rows[-len(paths) :])
-            least = min_photos or MIN_PHOTOS.get(part, 1)
+            least = MIN_PHOTOS.get(part, 1) if min_photos is None or part.startswith("ffhq") else min_photos
             if left < least:
                 few.append(f"{paths[0].parent}: {left} photos admitted, must be {least} or more")
     bar.close()
@@ -328,10 +332,6 @@ the face (sunglasses, hat, hands); people whose face is hidden or turned away; p
 """
 
 
-class Manual(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Print MANUAL as it stands."""
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=MANUAL, formatter_class=Manual)
     parser.add_argument("command", choices=["check"], metavar="check")
@@ -340,7 +340,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-yaw", type=float, metavar="N", help=f"degrees; default: {MAX_YAW} in ffhq, else any"
     )
-    parser.add_argument("--min-photos", type=int, metavar="N", help="default: 4 in unsplash, else 2")
+    parser.add_argument(
+        "--min-photos", type=int, metavar="N", help="default: 4 in unsplash, 2 of other people"
+    )
     parser.add_argument(
         "--detector", type=Path, metavar="FILE", help="YuNet's .onnx file; default: from the hub"
     )

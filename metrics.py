@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import metaphd
 from data import TensorCache
-from flux.loading import LOCAL_MODELS, HelpFormatter, atomic, choose_device, run_script
+from flux.loading import LOCAL_MODELS, Manual, atomic, check_writable, choose_device, run_script
 from judges import Judges, add_judge_arguments, load_judges
-from report import TITLES, write_report
+from report import TITLES, markdown, student, write_report
 
 NEEDS = {"clip-t": "prompts", "clip-i": "base", "facesim": "people", "r-facesim": "people"}
 
@@ -64,14 +63,6 @@ def interval(people: Sequence[float]) -> float | None:
     return student(n - 1) * stdev(people) / math.sqrt(n) if n > 1 else None
 
 
-def student(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t."""
-    # At t = sqrt(freedom) tan(a), a has the density cos(a) ** (freedom - 1).
-    a = (torch.arange(10**5, dtype=torch.float64) + 0.5) * (math.pi / 2e5)  # from 0 to a right angle
-    mass = a.cos().pow(freedom - 1).cumsum(0)
-    return math.sqrt(freedom) * a[torch.searchsorted(mass, 0.95 * mass[-1])].tan().item()
-
-
 # Scores
 
 
@@ -82,23 +73,36 @@ def score(rows: Sequence[dict], judges: Judges, photos=None, no_face: str = "zer
     Raises ValueError on photos without a face.
     """
     pictures = [row["path"] for row in rows]
-    for_text, for_base = ("clip-t", clip_t, judges.embed_texts), ("clip-i", clip_i, judges.embed_images)
-    for other, (metric, formula, embed) in {"text": for_text, "base": for_base}.items():
-        if other in rows[0]:
-            scores = formula(judges.embed_images(pictures), embed([row[other] for row in rows]))
-            for row, value in zip(rows, scores.tolist()):
-                row[metric] = value
+    if {"text", "base"} & rows[0].keys():
+        images = judges.embed_images(pictures)
+    if "text" in rows[0]:
+        put(rows, "clip-t", clip_t(images, judges.embed_texts([row["text"] for row in rows])))
+    if "base" in rows[0]:
+        put(rows, "clip-i", clip_i(images, judges.embed_images([row["base"] for row in rows])))
     if photos:
-        real = {name: judges.embed_faces(photos[name]) for name in sorted({row["person"] for row in rows})}
-        counted = [(path, n) for name in real for path, n in zip(photos[name], real[name][1])]
-        if blank := [str(path) for path, n in counted if n == 0]:
-            raise ValueError(f"no face found in {shorten(blank)}: replace or remove")
+        real = embed_photos({row["person"]: photos[row["person"]] for row in rows}, judges)
         for row, face, count in zip(rows, *judges.embed_faces(pictures)):
-            reference, others = real[row["person"]][0].tensor_split([1])
+            reference, others = real[row["person"]].tensor_split([1])
             scored = count or no_face == "zero"  # without a face the embedding is zero, and all cosines are
             row["faces"] = count
             row["facesim"] = facesim(face[None], reference).item() if scored else None
             row["r-facesim"] = r_facesim(face[None], others).item() if scored and len(others) else None
+
+
+def embed_photos(photos: dict[str, Sequence[Path]], judges: Judges) -> dict[str, Tensor]:
+    """Embed everybody's real photos, (n, d) each; ValueError names those without a face."""
+    real, blank = {}, []
+    for name, paths in photos.items():
+        real[name], counts = judges.embed_faces(paths)
+        blank += [str(path) for path, count in zip(paths, counts) if count == 0]
+    if blank:
+        raise ValueError(f"no face found in {shorten(blank)}: replace or remove")
+    return real
+
+
+def put(rows: Sequence[dict], metric: str, values: Tensor) -> None:
+    for row, value in zip(rows, values.tolist(), strict=True):
+        row[metric] = value
 
 
 def summarize(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, dict]:
@@ -122,7 +126,7 @@ def describe(people: Sequence[dict], metrics: Sequence[str]) -> dict:
         summary[metric] = {"mean": mean, "ci95": interval(values), "people": len(values)}
     pairs = [(person.get("facesim"), person.get("r-facesim")) for person in people]
     pairs = [pair for pair in pairs if None not in pair]  # the same people on both sides
-    if pairs and summary["facesim"]["mean"] > (summary["facesim"]["ci95"] or 0):  # else divided by chance
+    if pairs and summary["facesim"]["mean"] > (summary["facesim"]["ci95"] or 0.1):  # else divided by chance
         summary["relative difference"] = relative_difference(*map(fmean, zip(*pairs)))
     return summary
 
@@ -140,28 +144,34 @@ def table(groups: dict[str, dict], metrics: Sequence[str]) -> str:
             lines[-1].append(cell + (f" (of {n})" if 0 < n < group["people"] else ""))
         change = group.get("relative difference")
         lines[-1].append("–" if change is None else f"{change:+.1%}")
-    lines = lines if metrics[-2:] == ["facesim", "r-facesim"] else [line[:-1] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    return markdown(lines if metrics[-2:] == ["facesim", "r-facesim"] else [line[:-1] for line in lines])
 
 
 def evaluate(
-    rows: Sequence[dict], judges: Judges, photos: dict | None, metrics: Sequence[str], no_face: str, **about
+    rows: Sequence[dict],
+    judges: Judges,
+    photos: dict | None,
+    metrics: Sequence[str],
+    no_face: str,
+    missing: Sequence[str] = (),
+    **about,
 ) -> dict:
     """Score the rows and return all that is to be written of a system, `about` it what the caller knows."""
     score(rows, judges, photos, no_face)
     judged = {"name": judges.name, "note": judges.note, "weights": judges.used}
-    return {**about, "judges": judged, **summarize(rows, metrics), "pictures": rows}
+    remarks = remark(rows, missing, no_face)
+    return {**about, "judges": judged, "remarks": remarks, **summarize(rows, metrics), "pictures": rows}
 
 
-def remark(rows: Sequence[dict], missing: list[str]) -> dict[str, list[str]]:
+def remark(rows: Sequence[dict], missing: list[str], no_face: str) -> dict[str, list[str]]:
     """Name the pictures and people whose scores need a word."""
     faces = [(str(row["path"]), row.get("faces", 1)) for row in rows]
     alone = {row["person"] for row in rows if row.get("faces") and row["r-facesim"] is None}
     remarks = {
         "missing": missing,
-        "no face found": [path for path, count in faces if count == 0],
+        f"no face found, {'counted as 0' if no_face == 'zero' else 'left out'}": [
+            path for path, count in faces if count == 0
+        ],
         "several faces, the largest is judged": [path for path, count in faces if count > 1],
         "no photo besides the reference, so no R-FaceSim": sorted(alone),
     }
@@ -192,7 +202,8 @@ files:
   --out       FILE.json with all numbers, as they are; beside it FILE.csv with those of every picture, the
               table as FILE.md, and of report a page to look at, FILE.html. Tables are times 100: the mean
               over seeds, then prompts, then people, and its 95 % confidence interval over people by
-              Student's t. What is left out is named.
+              Student's t; and the relative difference of R-FaceSim from FaceSim (the paper's table 3), a
+              dash where FaceSim itself may be chance. What is left out is named.
   A picture by sample.py says what it was made from: a prompt other than the list's is an error.
 
 judges:
@@ -206,10 +217,6 @@ examples:
   python metrics.py clip-t --images out/mine --prompts prompts
   python metrics.py report --model tiny --images out/drawn --people drawn --prompts words.txt
 """
-
-
-class Manual(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Print MANUAL as it stands."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -244,6 +251,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    check_writable(args.out.parent, "--out")
     samples, photos, prompts = metaphd.scan_samples(args.images), None, None
     people = sorted({sample.person for sample in samples})
     if args.people:
@@ -260,11 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.images} lacks {shorten(missing)}; --incomplete scores what is there")
 
     judges = load_judges(args, TensorCache(args.cache), choose_device(args)[0])
-    scores = evaluate(rows, judges, photos, args.metrics, args.no_face, settings=vars(args))
-    scores["remarks"] = remark(rows, missing)
+    scores = evaluate(rows, judges, photos, args.metrics, args.no_face, missing, settings=vars(args))
     print(text := write_scores(args.out, scores, args.metrics))
-    for title, names in scores["remarks"].items():
-        print(f"{title}: {shorten(names)}")
     if args.command == "report":
         page = args.out.with_suffix(".html")
         write_report(page, {args.images.name: scores}, photos, table=text)
@@ -272,13 +277,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_scores(path: Path, scores: dict, metrics: Sequence[str]) -> str:
-    """Write all numbers as JSON, the pictures' as CSV, and the table as Markdown, which is returned."""
+    """Write all numbers as JSON, the pictures' as CSV, table and remarks as Markdown; return the latter."""
     groups = scores["classes"] if len(scores["classes"]) > 1 else {}
     text = table({**groups, "overall": scores["overall"]}, metrics)
-    text += f"\n\n{scores['judges']['note']}" if scores["judges"]["note"] else ""
+    notes = [f"{title}: {shorten(names)}" for title, names in scores["remarks"].items()]
+    text = "\n\n".join([text, *filter(None, [scores["judges"]["note"]]), *notes])
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.removesuffix(".json")
-    with atomic(path.with_name(name + ".csv")) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with (
+        atomic(path.with_name(name + ".csv")) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.DictWriter(file, scores["pictures"][0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(scores["pictures"])

@@ -7,12 +7,11 @@ writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_sam
 
 import argparse
 import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 from PIL import Image
@@ -34,7 +33,15 @@ from data import (
     make_batch,
     read_photo,
 )
-from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size, run_script
+from flux.loading import (
+    HelpFormatter,
+    add_model_arguments,
+    atomic,
+    check_writable,
+    choose_device,
+    native_size,
+    run_script,
+)
 from flux.memory import checkpoint_blocks, memory_in_use, release
 from flux.sampling import flow_loss, generate, spread_times
 from metalora import (
@@ -146,22 +153,25 @@ def parse_box(text: str) -> Box:
     return x0, y0, x1, y1
 
 
-def find_face(path: Path, photo: Image.Image, detector) -> Box:
+def find_face(
+    path: Path,
+    photo: Image.Image,
+    detector,
+    advice: str = "say where it is: --face x0,y0,x1,y1; or train on the whole photo: --no-augment",
+) -> Box:
     """Return the box of the only face that matters; ValueError with advice when there is none or several."""
     faces = find_faces(photo, detector)
     if not faces:
         raise ValueError(
             f"{path}: no face found in {photo.width}x{photo.height} pixels. Take a photo in which the face "
-            "is upright and unobstructed, or say where it is: --face x0,y0,x1,y1; "
-            "or train on the whole photo: --no-augment"
+            f"is upright and unobstructed, or {advice}"
         )
     # Bystanders far behind do not count.
     prominent = [face for face in faces if face.area > faces[0].area / 4]
     if len(prominent) > 1:
-        boxes = "\n".join("  --face " + ",".join(map(str, face.box)) for face in prominent)
+        boxes = "\n".join("  " + ",".join(map(str, face.box)) for face in prominent)
         raise ValueError(
-            f"{path}: {len(prominent)} faces found. Crop the photo; or, if it is the only photo, say which "
-            f"face, largest first:\n{boxes}"
+            f"{path}: {len(prominent)} faces found. Crop the photo, or {advice}. Largest first:\n{boxes}"
         )
     return faces[0].box
 
@@ -229,16 +239,18 @@ def prepare(
     """Add an adapter for each of the seeds, one per person, and return the factors to train."""
     if meta:
         tensors, metadata, path = meta
-        inject(model, int(metadata["r1"]), args.rank, len(seeds), metadata["targets"])
+        inject(model, int(metadata["r1"]), args.rank, len(seeds), metadata["targets"], reset=False)
         assign_meta(model, tensors, path)
     else:
-        inject(model, None, args.rank, len(seeds), args.targets)
+        inject(model, None, args.rank, len(seeds), args.targets, reset=False)
     for p in factors(model, "meta_down"):
         p.requires_grad_(False)
     for slot, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         for mid in factors(model, "mid"):
             kaiming_(mid.data[slot], generator)
+    for up in factors(model, "up"):
+        up.data.zero_()
     return factors(model, "mid", "up")
 
 
@@ -248,17 +260,18 @@ def draw_batches(crops: list[tuple], prompt: dict, seed: int, args, device, dtyp
     crops: as `encode_crops` returns them.
     """
     dealing, drawing = (torch.Generator().manual_seed(seed + k) for k in (0, 1))
-    uses = math.ceil(args.steps * args.batch / len(crops)) + 1
-    turns = deal_batches([shape for shape, *_ in crops], uses, args.batch, dealing)
+    # Dealt bit by bit, so that a longer training begins as a shorter one; `batch` uses make whole batches.
+    shapes = [shape for shape, *_ in crops]
+    turns = chain.from_iterable(deal_batches(shapes, args.batch, args.batch, dealing) for _ in count())
     start = torch.rand((), generator=drawing).item()
     times = spread_times(args.steps * args.batch, start, args.t_mean, args.t_std).split(args.batch)
     noise = None
-    for turn, t in zip(turns, times):
+    for t, turn in zip(times, turns):
         flips = torch.randint(2, (len(turn),), generator=drawing).tolist()
         entries = [(crops[k][1 + flip], prompt) for k, flip in zip(turn, flips)]
         batch = make_batch(entries, drawing, args, device, dtype)
         if args.draws == "spread":
-            batch["t"] = t[: len(turn)].to(device)
+            batch["t"] = t.to(device)
             if noise is not None and noise.shape == batch["noise"].shape:
                 batch["noise"], noise = -noise, None
             else:
@@ -295,14 +308,23 @@ def train(
         yield step
 
 
+def describe(
+    args: argparse.Namespace, transformer: Path, meta: tuple | None, photos: Sequence[Path]
+) -> dict[str, object]:
+    """Return what a LoRA file says of itself; photos and the stage-1 file by their hashes."""
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+    about = {"base_model": transformer.name, "photos": [digest(path) for path in photos]}
+    about |= {"stage_1": digest(meta[2])} if meta else {}
+    return about | {key: getattr(args, key) for key in ("method", "rank", "steps", "lr", "caption", "seed")}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
 
     # What can be wrong shows before anything takes long: the photos, the files, the face.
     photos = {path: read_photo(path) for path in args.photos}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=args.out.parent).close()  # a folder that cannot be written to is an error now
+    check_writable(args.out.parent, "--out")
     if args.show_crops:
         return show_crops(photos, list_crops(photos, args), beside(args.out, "_crops.png"))
     folder = flux.find_model(args.model)
@@ -334,12 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         pass  # nothing to do between the updates
     use_slots(model, None)
 
-    metadata = {
-        "base_model": transformer.name,
-        "photos": [hashlib.sha256(p.read_bytes()).hexdigest() for p in args.photos],
-    }
-    metadata |= {name: getattr(args, name) for name in ("method", "rank", "steps", "lr", "caption", "seed")}
-    export_lora(model, args.out, metadata)
+    export_lora(model, args.out, describe(args, transformer, meta, args.photos))
     print(f"{args.out}: rank {args.rank}, {args.out.stat().st_size / 1e6:.1f} MB")
     if args.samples:
         autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)

@@ -28,6 +28,24 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 MARKERS = "osD^vP"
 
 
+# Tables
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lay out lines of text as a Markdown table, the first as its head."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def student(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t, which makes 95 % intervals of few people."""
+    # At t = sqrt(freedom) tan(a), a has the density cos(a) ** (freedom - 1).
+    ends, step = np.linspace(0, math.pi / 2, 10**5 + 1, retstep=True)
+    mass = np.cumsum(np.cos(ends[1:] - step / 2) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(np.interp(0.95 * mass[-1], mass, ends[1:]))
+
+
 # The page
 
 
@@ -58,6 +76,7 @@ def write_report(
         "systems": [
             {
                 "name": name,
+                "note": scores.get("judges", {}).get("note", ""),
                 "settings": scores.get("settings", {}),
                 "remarks": scores.get("remarks", {}),
                 "groups": {"overall": scores["overall"], **scores["classes"]},
@@ -108,8 +127,7 @@ def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
     Left, R-FaceSim against CLIP-T: a curve through the step counts of each method, rank and learning rate,
     and, where a method has several ranks, a parabola fitted to all its points. Right, both against steps with
     95 % intervals, at each method's least rank. A system is on a curve by scores["system"], {"method",
-    "rank", "lr", "steps"}; one without is a point at left, and a level at right. Far from all curves it is
-    moved near them, drawn hollow or dotted, and its label tells the numbers.
+    "rank", "lr", "steps"}; one without is a point at left, and a level at right.
     """
     curves, levels = {}, {}  # (method, rank, lr): {steps: percents}; name: percents
     for name, scores in systems.items():
@@ -175,13 +193,9 @@ def _draw_plane(axes, curves: dict, levels: dict, colours: dict) -> None:
             axes.plot(*fitted.linspace(), "--", color=colours[cloud], linewidth=1, alpha=0.6, zorder=1)
     for name, percents in levels.items():
         if {*both} <= percents.keys():
-            true = [percents[metric][0] for metric in both]
-            ranges = zip(*sum(clouds.values(), []))
-            point = [_near(value, drawn) for value, drawn in zip(true, ranges)] or true
-            label = name if point == true else f"{name}: {true[0]:.1f}, {true[1]:.1f}"
-            style = "full" if point == true else "none"
-            axes.plot(*point, "*", color="#333333", markersize=11, fillstyle=style)
-            axes.annotate(label, point, (8, 0), textcoords="offset points", va="center")
+            point = [percents[metric][0] for metric in both]
+            axes.plot(*point, "*", color="#333333", markersize=11)
+            axes.annotate(name, point, (8, 0), textcoords="offset points", va="center")
     fits = "; dashed, a parabola through a method's points" if len(ranks) > 1 else ""
     axes.set_title("Numbers are steps" + fits, fontsize=9)
     axes.set(xlabel="CLIP-T", ylabel="R-FaceSim")
@@ -189,29 +203,20 @@ def _draw_plane(axes, curves: dict, levels: dict, colours: dict) -> None:
 
 
 def _draw_time(axes, metric: str, curves: dict, levels: dict, colours: dict) -> None:
-    least, drawn = {(method, lr): rank for method, rank, lr in reversed(curves)}, []
-    for (method, lr), rank in least.items():
+    for (method, lr), rank in {(method, lr): rank for method, rank, lr in reversed(curves)}.items():
         key, look = (method, rank, lr), {"color": colours[method, lr]}
         known = {n: percents[metric] for n, percents in curves[key].items() if metric in percents}
         steps, (means, halves) = [*known], np.array([*known.values()]).reshape(-1, 2).T
-        drawn.extend(means)
         axes.plot(steps, means, "o-", label=_curve_name(key, curves), markersize=5, **look)
         axes.fill_between(steps, means - halves, means + halves, alpha=0.15, linewidth=0, **look)
+        if len(steps) == 1:  # of which a band shows nothing
+            axes.errorbar(steps, means, halves, capsize=3, **look)
     for name, percents in levels.items():
         if metric in percents:
-            mean, place = percents[metric][0], ("axes fraction", "data")
-            level = _near(mean, drawn)
-            label = name if level == mean else f"{name}: {mean:.1f}"
-            axes.axhline(level, color="#333333", linestyle="-" if level == mean else ":", linewidth=1)
-            axes.annotate(label, (1, level), (4, 0), place, textcoords="offset points", va="center")
+            level, place = percents[metric][0], ("axes fraction", "data")
+            axes.axhline(level, color="#333333", linewidth=1)
+            axes.annotate(name, (1, level), (4, 0), place, textcoords="offset points", va="center")
     axes.set(ylabel=TITLES[metric], xticks=sorted({n for curve in curves.values() for n in curve}))
-
-
-def _near(value: float, drawn: Sequence[float]) -> float:
-    """Move what would squeeze the curves flat to the edge of their range; its label then says the truth."""
-    low, high = min(drawn, default=value), max(drawn, default=value)
-    room = max(5, (high - low) / 2)
-    return float(min(max(value, low - room), high + room))
 
 
 def _curve_name(key: tuple[str, int, float], curves: dict) -> str:
@@ -244,22 +249,20 @@ def person_sheet(
 
 
 def _scored(row: dict | None, metrics: Sequence[str], side: int) -> Image.Image | None:
-    """Return a picture, fitted into a square, with its scores written over its lower edge."""
+    """Return a square with a picture and, below it, its scores."""
     if row is None:
         return None
-    picture = ImageOps.pad(read_photo(row["path"]), (side, side), color=(128, 128, 128))
     known = [f"{TITLES[metric]} {100 * row[metric]:.1f}" for metric in metrics if row.get(metric) is not None]
-    font, lines = ImageFont.load_default(size=max(10, side // 18)), []
-    if row.get("faces") == 0:
-        lines = ["no face found"]
-    lines += ["  ".join(known[k : k + 2]) for k in range(0, len(known), 2)]
+    lines = ["  ".join(known[k : k + 2]) for k in range(0, len(known), 2)]
+    lines = ["no face found"] * (row.get("faces") == 0) + lines
+    font = ImageFont.load_default(size=max(10, side // 18))
     line = math.ceil(sum(font.getmetrics()) * 1.1)
-    draw = ImageDraw.Draw(picture)
-    top = side - line * len(lines) - 2
-    if lines:
-        draw.rectangle((0, top, side, side), "#a3202a" if row.get("faces") == 0 else "#222222")
-        draw.multiline_text((4, top), "\n".join(lines), "white", font, spacing=line - font.size)
-    return picture
+    cell = Image.new("RGB", (side, side), "#a3202a" if row.get("faces") == 0 else "#222222")
+    room = side - (line * len(lines) + 2 if lines else 0)
+    cell.paste(ImageOps.pad(read_photo(row["path"]), (side, room), color=(128, 128, 128)))
+    text = "\n".join(lines)
+    ImageDraw.Draw(cell).multiline_text((4, room), text, "white", font, spacing=line - font.size)
+    return cell
 
 
 def write_sheets(folder: Path, scores: dict, photos: dict[str, list[Path]] | None = None) -> None:

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 import metaphd
 from data import photo_size, read_photo
-from flux.loading import HelpFormatter, atomic, run_script
+from flux.loading import Manual, atomic, run_script
+from report import markdown, student
 
 TEMPLATE = Path(__file__).parent / "templates" / "study.html"
 TABLES = {
@@ -62,7 +63,9 @@ def draw(
         left = [place for place in seeds if (own[place] + 1) * take <= len(seeds[place])]
         if not left:
             most = f"{len(drawn)} with {take} seed{'s' * (take > 1)} each"
-            raise ValueError(f"--questions {4 * n}: {n} of each kind need more pictures; they make {most}")
+            raise ValueError(
+                f"--questions {4 * n}: {n} of each kind need more pictures; of one they make {most}"
+            )
         counts = lambda place: [(own[name], used[name]) for name in (*enumerate(place), place)]
         place = min(left, key=lambda place: (counts(place), rng.random()))
         some = sorted(seeds[place], key=lambda s: (own[*place, s], used[*place, s], rng.random()))[:take]
@@ -80,7 +83,11 @@ def make_questions(pictures: dict, photos: dict, texts: dict, styles: set | None
     seeds, used = {}, Counter()
     for person, prompt, seed in next(iter(pictures.values())):
         seeds.setdefault((person, prompt), []).append(seed)
-    drawn = {kind: draw(seeds, n, 1, used, rng) for kind in ("multi-reference", "single-reference")}
+    several = {place: some for place, some in seeds.items() if len(photos[place[0]]) > 1}
+    drawn = {
+        "multi-reference": draw(several, n, 1, used, rng),
+        "single-reference": draw(seeds, n, 1, used, rng),
+    }
 
     parts = {"recontextualised": {}, "stylistic": {}}
     for (person, prompt), some in seeds.items():
@@ -216,13 +223,6 @@ def estimate(votes: np.ndarray) -> dict:
     return {"percent": 100 * share.mean(), "ci95": half, "participants": n}
 
 
-def student(freedom: int) -> float:
-    """Return the 97.5 % quantile of t, that is sqrt(freedom) tan(a), a of density cos(a) ** (freedom - 1)."""
-    ends, step = np.linspace(0, math.pi / 2, 10**5 + 1, retstep=True)
-    mass = np.cumsum(np.cos(ends[1:] - step / 2) ** (freedom - 1))
-    return math.sqrt(freedom) * math.tan(np.interp(0.95 * mass[-1], mass, ends[1:]))
-
-
 def tabulate(key: dict, answers: dict[str, dict]) -> dict[str, dict]:
     """Count the answers of all participants: for each table, system and column what `estimate` returns."""
     tables = {}
@@ -252,9 +252,7 @@ def show(title: str, table: dict[str, dict]) -> str:
                 "–" if percent is None else f"{percent:.2f}" + (f" ± {half:.2f}" if half is not None else "")
             )
             lines[-1].append(f"**{text}**" if percent and percent == best[column] else text)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join([f"{title}\n", *(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)])
+    return f"{title}\n\n{markdown(lines)}"
 
 
 # Command line
@@ -280,8 +278,8 @@ Write a page of blinded questions, of four kinds, a quarter each:
 files:
   --systems     DIR/<person>/<prompt>/<seed>.png; a prompt's folder begins with its place in the list, counted
                 from 0: 03, or 03_any-words. Only pictures that every system has are used
-  --people      DIR/<person>/*.jpg|png, real photos, two at least; the first by name is the reference, which
-                the systems were given, unless --references names another: {"anna": "03.jpg"}
+  --people      DIR/<person>/*.jpg|png, real photos; the first by name is the reference, which the systems
+                were given, unless --references names another: {"anna": "03.jpg"}
   --prompts     a prompt per line, [man/woman] and [his/her] filled in by class; or a folder, as prompts/,
                 with a <class>.txt for each class
   --classes     {"anna": "woman", ...}; without it woman_anna is a woman, man_2 a man, others a person
@@ -301,10 +299,6 @@ tables go to tally.md, and all numbers to tally.json, in the study's folder.
 example:
   python study.py tally --study study answers/*.json
 """
-
-
-class Manual(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Print descriptions as they stand."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -365,10 +359,15 @@ def make(args: argparse.Namespace) -> None:
     people = sorted({person for person, _, _ in pictures[pair[0]]})
     photos = metaphd.find_photos(args.people, metaphd.read_names(args.references, "--references"))
     counts = {person: len(photos.get(person, ())) for person in people}
-    if few := [f"{person} has {n}" for person, n in counts.items() if n < 2]:
-        raise ValueError(f"--people {args.people}: two photos each are needed, {', '.join(few)}")
+    if none := [person for person, n in counts.items() if not n]:
+        raise ValueError(f"--people {args.people} has no photo of {', '.join(none)}")
+    if max(counts.values()) < 2:
+        raise ValueError(f"--people {args.people}: nobody has a second photo, for multi-reference questions")
     if few := [f"{person} {n - 1}" for person, n in counts.items() if n <= SET]:
-        print(f"fewer than {SET} photos besides the reference, all are shown: {', '.join(few)}")
+        print(
+            f"fewer than {SET} photos besides the reference, all are shown; without any, none of that kind: "
+            f"{', '.join(few)}"
+        )
     given = metaphd.read_names(args.classes, "--classes")
     texts = {name: metaphd.read_prompts(args.prompts, metaphd.class_of(name, given)) for name in people}
     for (person, _, _), sample in pictures[pair[0]].items():

@@ -13,10 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Self
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -55,13 +62,19 @@ def find_model(name: str) -> Path:
     if name in HUB_MODELS:
         repo, transformer = HUB_MODELS[name]
         return _from_hub(repo, [transformer, *HUB_FILES])
+    folder = local_folder(name)
+    find_transformer(folder)
+    if missing := [part for part in PARTS if not (folder / part).exists()]:
+        raise FileNotFoundError(f"{folder} is not a whole FLUX.1 model: it lacks {', '.join(missing)}")
+    return folder
+
+
+def local_folder(name: str) -> Path:
+    """Return the folder of a model that is not the hub's; FileNotFoundError when there is none."""
     folder = LOCAL_MODELS.get(name, Path(name))
     if not folder.is_dir():
         known = ", ".join([*HUB_MODELS, *LOCAL_MODELS])
         raise FileNotFoundError(f"--model {name}: neither a folder nor one of the known models ({known})")
-    find_transformer(folder)
-    if missing := [part for part in PARTS if not (folder / part).exists()]:
-        raise FileNotFoundError(f"{folder} is not a whole FLUX.1 model: it lacks {', '.join(missing)}")
     return folder
 
 
@@ -94,6 +107,18 @@ def _from_hub(repo: str, files: list[str]) -> Path:
             f"({files[0]}, {', '.join(PARTS)});\n"
             "or try everything on the small model that comes along: --model tiny"
         ) from error
+
+
+def hub_file(repo: str, file: str, revision: str) -> Path:
+    """Return a file from the hub's cache, or download it; OSError within seconds when there is no network."""
+    found = try_to_load_from_cache(repo, file, revision=revision)
+    try:
+        if not isinstance(found, str):
+            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))  # a download would keep trying
+            found = hf_hub_download(repo, file, revision=revision)
+    except Exception as error:  # the network's errors have other types in every version of huggingface_hub
+        raise OSError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+    return Path(found)
 
 
 @contextmanager
@@ -264,6 +289,15 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder if it is not there; OSError when nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{option}: cannot write to {folder} ({error.strerror})") from error
+
+
 def check_sha256(file: Path, pinned: str) -> Path:
     """Return a downloaded file; ValueError when it is not the one whose hash we know."""
     with file.open("rb") as f:
@@ -299,6 +333,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         tells = action.default in (None, "", False) or "default:" in action.help
         return action.help if tells else super()._get_help_string(action)
+
+
+class Manual(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Print descriptions as they stand."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import difference, header, randomize, shapes_of
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
@@ -195,9 +194,9 @@ def test_the_hubs_file_is_held_to_its_hash(cached, tmp_path, monkeypatch):
     def download(repository, name, revision):
         asked[name] = revision
         (tmp_path / name).touch()
-        return str(tmp_path / name)
+        return tmp_path / name
 
-    monkeypatch.setattr(clip_vit, "hf_hub_download", download)
+    monkeypatch.setattr(clip_vit, "hub_file", download)
     is_cached = lambda repository, name, revision: name if name == cached else None
     monkeypatch.setattr(clip_vit, "try_to_load_from_cache", is_cached)
     name = cached or "model.safetensors"
@@ -212,8 +211,8 @@ def test_the_hubs_file_is_held_to_its_hash(cached, tmp_path, monkeypatch):
 
 def test_without_network_the_message_says_what_to_do(monkeypatch):
     def offline(*_, **__):
-        raise LocalEntryNotFoundError("no network")
+        raise OSError("no network")
 
-    monkeypatch.setattr(clip_vit, "hf_hub_download", offline)
+    monkeypatch.setattr("flux.loading.get_hf_file_metadata", offline)
     with pytest.raises(OSError, match=r"model.safetensors, .*\n.*huggingface.co/openai/.*\n.*--clip FOLDER"):
         find_clip_vit()

@@ -126,8 +126,9 @@ def test_pictures_without_a_face_are_zero_or_left_out_and_named():
         metrics.score(rows := rows_of(*places), FakeJudges(), photos, no_face)
         overall = metrics.summarize(rows, ["facesim", "r-facesim"])["overall"]
         means[no_face] = [overall[metric]["mean"] for metric in ("facesim", "r-facesim")]
-        remarks = metrics.remark(rows, [])
-        assert remarks["no face found"] == [places[1], places[3]]
+        remarks = metrics.remark(rows, [], no_face)
+        said = "no face found, " + {"zero": "counted as 0", "skip": "left out"}[no_face]
+        assert remarks[said] == [places[1], places[3]]
         assert remarks["several faces, the largest is judged"] == [places[2]]
         assert remarks["no photo besides the reference, so no R-FaceSim"] == ["boris"]
         assert overall["r-facesim"]["people"] == 1
@@ -252,6 +253,8 @@ def test_what_small_judges_cannot_judge_is_told(drawn):
     with pytest.raises(ValueError, match=f"{picture} has 64 x 640 pixels; .*judges know .* 64 x 64"):
         judge_drawn("right")
     with pytest.raises(ValueError, match="--clip is of no use: --model tiny brings judges"):
+        judge_drawn("right", "--clip", ".")
+    with pytest.raises(FileNotFoundError, match="--clip x: no such file"):
         judge_drawn("right", "--clip", "x")
     with pytest.raises(FileNotFoundError, match="--model tinny: neither a folder nor"):
         judge_drawn("right", "--model", "tinny")
@@ -358,7 +361,7 @@ def test_a_picture_from_another_prompt_is_noticed(run):
         (lambda: shutil.copytree("images/man_1/01", "images/man_1/1_b"), "same prompt and seed"),
         (lambda: Path("images/man_1/01").rename("images/man_1/b"), "man_1/b: .* number from 00 to 01"),
         (lambda: shutil.copytree("images/man_1/01", "images/man_1/02"), "man_1/02: .* number from 00 to 01"),
-        (lambda: Path("images/man_1").rename("images/anna"), "class person there is no word"),
+        (lambda: Path("images/man_1").rename("images/anna"), "class person has no word: give --classes"),
         (lambda: Path("prompts.txt").write_bytes(b"a\n\nb \xff c"), "prompts.txt, line 3: byte 0xff is not"),
         (lambda: Path("prompts.txt").write_text("\n \n"), "holds no prompts"),
         (lambda: Path("prompts.txt").unlink(), "prompts.txt: no such file"),
@@ -407,9 +410,9 @@ def test_no_face_anywhere_is_said(run, yunet, capsys):
             for k in (10, 20):
                 Path("people", person, f"{k}.png").write_bytes(f"{person}{k}".encode())
         run("r-facesim", "--people", "people")
-        assert "0.00 ± 0.00" in (said := capsys.readouterr().out) and "no face found: 4 (images/" in said
+        assert "0.00 ± 0.00" in (said := capsys.readouterr().out) and "counted as 0: 4 (images/" in said
         run("r-facesim", "--people", "people", "--no-face", "skip")
-        assert "0.00" not in (said := capsys.readouterr().out) and "no face found: 4 (images/" in said
+        assert "0.00" not in (said := capsys.readouterr().out) and "left out: 4 (images/" in said
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -10,9 +10,12 @@ import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
+import flux
 import personalize
 import train_meta
 from flux.loading import read_tensors
+from flux.sampling import flow_loss
+from metalora import load_meta
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
 FACE = ["--face", "20,16,44,48"]
@@ -305,11 +308,9 @@ def test_a_group_photo_asks_which_face(run, portraits, yunet, tmp_path, monkeypa
     with pytest.raises(ValueError, match="2 faces found") as error:
         run("group.png", "--detector", yunet)
     *_, first, second = str(error.value).splitlines()
-    boxes = [
-        [int(number) for number in line.removeprefix("  --face ").split(",")] for line in (first, second)
-    ]
+    boxes = [[int(number) for number in line.split(",")] for line in (first, second)]
     assert sorted(box[0] // 250 for box in boxes) == [0, 1]  # one in each half
-    run("group.png", *second.split())
+    run("group.png", "--face", second.strip())
     assert Path("group.safetensors").exists()
 
 
@@ -328,6 +329,64 @@ def test_a_portrait_of_20_megapixels_takes_seconds(portraits, yunet, tmp_path, m
     began = time.process_time()
     personalize.main(["large.jpg", "--detector", str(yunet), "--show-crops"])
     assert time.process_time() - began < 5
+
+
+# --- The loop -----------------------------------------------------------------------------------------------
+
+
+def test_the_loop_equals_autograd_and_adamw_written_out(model, meta, people, monkeypatch):
+    """Three updates of two people side by side, against one person after the other with torch's own parts."""
+    args = personalize.parse_arguments(["x.jpg", "--steps", "3", "--lr", "1e-2", "--batch", "2"])
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)
+    folder, device, stage_1 = Path(model), torch.device("cpu"), (*load_meta(meta), meta)
+    load = lambda: flux.load_flux(flux.find_transformer(folder), dtype=torch.float32)
+    shapes = [(16, 24), (24, 16), (16, 16)]
+    crops, prompts = {}, {}
+    for seed in (5, 6):
+        crops[seed] = [
+            (
+                s,
+                *(
+                    {"mean": draw(4, s[0] // 4, s[1] // 4), "std": draw(4, s[0] // 4, s[1] // 4).abs()}
+                    for _ in "ab"
+                ),
+            )
+            for s in shapes
+        ]
+        prompts[seed] = {"txt": draw(7, 32), "pooled": draw(32)}
+    batches = lambda seed: personalize.draw_batches(
+        crops[seed], prompts[seed], seed, args, device, torch.float32
+    )
+
+    together = load()
+    trained = personalize.prepare(together, args, stage_1, [5, 6])
+    assert [*personalize.train(together, trained, [batches(5), batches(6)], args, device)] == [1, 2, 3]
+    for slot, seed in enumerate((5, 6)):
+        alone = load()
+        own = personalize.prepare(alone, args, stage_1, [seed])
+        optimiser = torch.optim.AdamW(own, 1e-2, weight_decay=0.01)
+        for batch in batches(seed):
+            for p, grad in zip(own, torch.autograd.grad(flow_loss(alone, **batch, guidance=1.0), own)):
+                p.grad = grad
+            torch.nn.utils.clip_grad_norm_(own, 1.0)
+            optimiser.step()
+        for ours, theirs in zip(trained, own):
+            torch.testing.assert_close(ours[slot], theirs[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_longer_training_begins_as_a_shorter_one(photo):
+    device, posterior = torch.device("cpu"), {"mean": torch.zeros(4, 4, 4), "std": torch.ones(4, 4, 4)}
+    crops = [((16 + 8 * k, 16), posterior, posterior) for k in range(7)]
+    prompt = {"txt": torch.zeros(7, 32), "pooled": torch.zeros(32)}
+    for draws in ("independent", "spread"):
+        short, long = (
+            [*personalize.draw_batches(crops, prompt, 3, args, device, torch.float32)]
+            for steps in ("5", "40")
+            for args in [personalize.parse_arguments(["x.jpg", "--steps", steps, "--draws", draws])]
+        )
+        assert (len(short), len(long)) == (5, 40)
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(short, long) for name in a)
 
 
 # --- Draws -------------------------------------------------------------------------------------------------

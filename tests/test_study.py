@@ -280,7 +280,7 @@ def test_the_interval_agrees_with_resampled_participants():
         (["--questions", "0"], "--questions 0 must be 4, 8"),
         (
             ["--questions", "400"],
-            "--questions 400: 100 of each kind need more pictures; they make 48 with 1 seed",
+            "--questions 400: 100 of each kind need more pictures; of one they make 48 with 1 seed",
         ),
         (["--style-prompts", "2-9"], "--style-prompts 2-9: the list ends with number 3"),
         (["--style-prompts", "last"], "--style-prompts last: should read like 10-19"),
@@ -319,16 +319,22 @@ def test_pictures_that_a_system_lacks_are_left_out(tmp_path, capsys):
 def test_few_photos(tmp_path, capsys):
     write_world(tmp_path, photos=3)
     _, key = make(tmp_path)
-    assert "fewer than 3 photos besides the reference, all are shown: man_boris 2," in capsys.readouterr().out
+    assert "none of that kind: man_boris 2," in capsys.readouterr().out
     several = [q for q in key["questions"].values() if q["kind"] == "multi-reference"]
     assert {len(question["references"]) for question in several} == {2}
     for photo in ("1.png", "2.png"):
         (tmp_path / "photos" / "man_dan" / photo).unlink()
-    with pytest.raises(ValueError, match="two photos each are needed, man_dan has 1$"):
-        make(tmp_path, out="other")
+    _, key = make(tmp_path, out="other")
+    several = {q["person"] for q in key["questions"].values() if q["kind"] == "multi-reference"}
+    assert "man_dan" not in several
+    assert "man_dan" in {question["person"] for question in key["questions"].values()}
+    for photo in (tmp_path / "photos").glob("*/[12].png"):
+        photo.unlink()
+    with pytest.raises(ValueError, match="nobody has a second photo"):
+        make(tmp_path, out="third")
     shutil.rmtree(tmp_path / "photos" / "man_dan")
-    with pytest.raises(ValueError, match="two photos each are needed, man_dan has 0$"):
-        make(tmp_path, out="other")
+    with pytest.raises(ValueError, match="has no photo of man_dan$"):
+        make(tmp_path, out="third")
 
 
 def test_references_and_styles_as_named(tmp_path):

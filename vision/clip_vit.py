@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch import Tensor, nn
 
 from flux.clip import CLIPSizes, Layer, TextModel
-from flux.loading import check_sha256, load
+from flux.loading import check_sha256, hub_file, load
 
 REPOSITORY = "openai/clip-vit-base-patch32"
 # The repository's main branch has the pickled file only; the other is its conversion by the hub, refs/pr/15.
@@ -166,10 +166,10 @@ def _from_hub() -> Path:
     name = (cached or list(WEIGHTS))[0]
     revision, sha256 = WEIGHTS[name]
     try:
-        file, *_ = [Path(hf_hub_download(REPOSITORY, x, revision=revision)) for x in (name, *BESIDE)]
+        file, *_ = [hub_file(REPOSITORY, x, revision) for x in (name, *BESIDE)]
     except OSError as error:
         raise OSError(
-            f"could not download CLIP ViT-B/32 ({type(error).__name__}). "
+            f"could not download CLIP ViT-B/32 ({error}).\n"
             f"Fetch {', '.join((name, *BESIDE))} from\n"
             f"  https://huggingface.co/{REPOSITORY}/tree/{revision}\n"
             "into a folder and pass it as --clip FOLDER"

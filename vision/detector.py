@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from flux.loading import check_sha256
+from flux.loading import check_sha256, hub_file
 
 if TYPE_CHECKING:
     import cv2
@@ -153,13 +153,11 @@ def _overlap(a: Face, b: Face) -> float:
 
 def _download() -> Path:
     """Return the network's file from the hub's cache, or download it."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(REPOSITORY, FILE, revision=REVISION))
+        return hub_file(REPOSITORY, FILE, REVISION)
     except OSError as error:
         raise OSError(
-            f"could not download the face detector ({type(error).__name__}). Fetch {FILE} (0.2 MB) from\n"
+            f"could not download the face detector ({error}).\nFetch {FILE} (0.2 MB) from\n"
             f"  https://huggingface.co/{REPOSITORY}/resolve/{REVISION}/{FILE}\n"
-            "and pass it as --detector FILE, or go without by giving the face yourself: --face x0,y0,x1,y1"
+            "and pass it as --detector FILE; personalize.py can do without: --face x0,y0,x1,y1"
         ) from error
