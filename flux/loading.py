@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -365,6 +366,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
     """Run a script's main; what its user can mend ends with one message instead of a traceback."""
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # a line, without the code that warns
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
