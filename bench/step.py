@@ -1,0 +1,194 @@
+"""How long does a step take beside diffusers + peft? Both run in turns in one process; ratios count.
+
+    python bench/step.py                    # a minute or two on two cores
+    python bench/step.py --device cuda --hidden-size 3072 --depth 2 --depth-single 4 --dtype bf16
+
+Same sizes, batch and checkpointing on both sides; random weights. peft adapts the same layers, with one LoRA
+for the whole batch; ours has another identity in each sample. Below 1 is faster than they are.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
+
+from flux.memory import checkpoint_blocks
+from flux.model import Flux, FluxSizes
+from flux.sampling import position_ids
+from metalora import collapse, export_lora, factors, inject, linear_names, load_lora, use_slots
+from report import markdown
+
+
+def our_model(args: argparse.Namespace) -> Flux:
+    sizes = FluxSizes(
+        in_channels=64,
+        out_channels=64,
+        pooled_size=768,
+        txt_size=args.txt_size,
+        hidden_size=args.hidden_size,
+        mlp_size=4 * args.hidden_size,
+        num_heads=args.hidden_size // 128,
+        depth=args.depth,
+        depth_single=args.depth_single,
+        guidance=True,
+        axes=(16, 56, 56),
+        theta=10_000,
+    )
+    torch.manual_seed(0)
+    return Flux(sizes).to(args.device, args.dtype).requires_grad_(False)
+
+
+def their_model(args: argparse.Namespace, rank: int = 0) -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=args.depth,
+        num_single_layers=args.depth_single,
+        attention_head_dim=128,
+        num_attention_heads=args.hidden_size // 128,
+        joint_attention_dim=args.txt_size,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 56, 56),
+    )
+    model = model.to(args.device, args.dtype).requires_grad_(False)
+    if rank:
+        names = [part for _, parts in linear_names(our_model(args)) for part in parts]
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
+    return model
+
+
+def inputs(args: argparse.Namespace) -> dict[str, Tensor]:
+    """Return what both models take, under our names: square pictures of `args.tokens` tokens."""
+    b, side = args.batch, round(args.tokens**0.5)
+    draw = lambda *shape: torch.randn(shape, device=args.device, dtype=args.dtype)
+    img_ids, txt_ids = position_ids(b, 2 * side, 2 * side, args.txt_tokens, args.device)
+    given = {"img": draw(b, side**2, 64), "img_ids": img_ids, "txt": draw(b, args.txt_tokens, args.txt_size)}
+    given |= {"txt_ids": txt_ids, "t": torch.rand(b, device=args.device), "pooled": draw(b, 768)}
+    return given | {"guidance": torch.ones(b, device=args.device)}
+
+
+def their_forward(model: FluxTransformer2DModel, given: dict[str, Tensor]) -> Tensor:
+    return model(
+        hidden_states=given["img"],
+        encoder_hidden_states=given["txt"],
+        pooled_projections=given["pooled"],
+        timestep=given["t"],
+        img_ids=given["img_ids"][0],
+        txt_ids=given["txt_ids"][0],
+        guidance=given["guidance"],
+        return_dict=False,
+    )[0]
+
+
+def ours_training(args: argparse.Namespace, r1: int) -> Callable:
+    """Return a step of stage 1, after the warm-up, with another identity in each sample."""
+    model, given = our_model(args), inputs(args)
+    inject(model, r1, 1, args.batch)
+    for up in factors(model, "up"):
+        up.data.normal_(std=1e-3)
+    checkpoint_blocks(model)
+    use_slots(model, torch.arange(args.batch, device=args.device))
+    trained = factors(model, "meta_down", "mid", "up")
+    return lambda: torch.autograd.grad(model(**given).float().square().mean(), trained)
+
+
+def theirs_training(args: argparse.Namespace, rank: int) -> Callable:
+    model, given = their_model(args, rank), inputs(args)
+    model.enable_gradient_checkpointing()
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return lambda: torch.autograd.grad(their_forward(model, given).float().square().mean(), trained)
+
+
+def floor(args: argparse.Namespace) -> Callable:
+    """Return a step that computes no gradient but that of the input, which any training needs on the way."""
+    model, given = our_model(args), inputs(args)
+    checkpoint_blocks(model)
+    given["img"].requires_grad_()
+    return lambda: torch.autograd.grad(model(**given).float().square().mean(), given["img"])
+
+
+def ours_denoising(args: argparse.Namespace) -> Callable:
+    """Return a denoising step with a LoRA that `load_lora` merged."""
+    trained = inject(our_model(args), None, 16, 1)
+    for up in factors(trained, "up"):
+        up.data.normal_(std=1e-3)
+    assert collapse(trained)
+    file = args.work / "bench.safetensors"
+    export_lora(trained, file, {})
+    model, given = our_model(args), inputs(args)
+    load_lora(model, file)
+    return torch.inference_mode()(lambda: model(**given))
+
+
+def theirs_denoising(args: argparse.Namespace) -> Callable:
+    model, given = their_model(args, 16).eval(), inputs(args)
+    return torch.inference_mode()(lambda: their_forward(model, given))
+
+
+def measure(cases: dict[str, Callable], rounds: int, device: str) -> dict[str, list[float]]:
+    """Time all cases in turns, in seconds; the first round is thrown away."""
+    seconds = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, step in cases.items():
+            began = time.perf_counter()
+            step()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 128")
+    parser.add_argument("--depth", type=int, default=4, help="double blocks")
+    parser.add_argument("--depth-single", type=int, default=8, help="single blocks")
+    parser.add_argument("--tokens", type=int, default=256, help="of the picture, a square number")
+    parser.add_argument("--txt-tokens", type=int, default=64)
+    parser.add_argument("--txt-size", type=int, default=256, help="width of the text's embeddings")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=15, help="times that everything is timed")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--work", type=Path, default=Path("out"), help="folder for a LoRA file")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+
+    cases = {
+        "ours, r1 128": ours_training(args, 128),
+        "peft, rank 1": theirs_training(args, 1),
+        "peft, rank 128": theirs_training(args, 128),
+        "floor": floor(args),
+        "ours, denoising": ours_denoising(args),
+        "peft, denoising": theirs_denoising(args),
+    }
+    seconds = measure(cases, args.rounds, args.device)
+    pairs = [
+        ("training step, r1 128, against peft rank 1", "ours, r1 128", "peft, rank 1"),
+        ("training step, r1 128, against peft rank 128", "ours, r1 128", "peft, rank 128"),
+        ("training step, r1 128, against input gradients alone", "ours, r1 128", "floor"),
+        ("denoising step, LoRA merged, against peft unmerged", "ours, denoising", "peft, denoising"),
+    ]
+    lines = [["what", "ratio (median)", "from", "to (80 % of rounds)"]]
+    for title, ours, theirs in pairs:
+        ratios = torch.tensor(seconds[ours]) / torch.tensor(seconds[theirs])
+        lines.append([title, *(f"{x:.2f}" for x in ratios.quantile(torch.tensor([0.5, 0.1, 0.9])).tolist())])
+    print(f"python {' '.join(sys.argv)}\n\n{markdown(lines)}")
+
+
+if __name__ == "__main__":
+    main()
