@@ -200,14 +200,14 @@ class Benchmark:
             grid = {"method": run.method, "rank": run.rank, "lr": run.lr}
             self.systems |= {run.system(step): {**grid, "steps": step} for step in run.steps}
         self.device, self.dtype = choose_device(args)
-        self.folder = flux.find_model(args.model)
-        self.transformer = flux.find_transformer(self.folder)
-        self.side = args.resolution or native_size(self.folder)
+        self.files = flux.find_files(args)
+        self.transformer = self.files.transformer
+        self.side = args.resolution or native_size(self.files.folder)
         self.meta = None
         for run in self.runs:  # does the stage-1 file fit? reads no weights
             own = self.settings(run)
             if own.method == "meta-lora":
-                self.meta = self.meta or personalize.find_meta(self.folder, own)
+                self.meta = self.meta or personalize.find_meta(self.files.folder, own)
             personalize.prepare(flux.load_flux(self.transformer, "meta"), own, self.meta_of(run), [0])
 
     def settings(self, run: Run) -> argparse.Namespace:
@@ -267,21 +267,21 @@ class Benchmark:
     def encode(self) -> None:
         """Encode the reference photos and all prompts; the encoders are gone when this returns."""
         memory, self.crops = MemoryCache(), {}
-        autoencoder = flux.load_autoencoder(self.folder / "ae.safetensors", self.device, self.dtype)
+        autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
         for (augment, subject), boxes in tqdm(self.boxes.items(), "photos", disable=len(self.boxes) < 10):
             crops = [(subject.photos[0], box) for box in boxes]
             own = personalize.encode_crops(crops, autoencoder, self.side, augment, memory)
             self.crops[augment, subject] = own
         del autoencoder
         release(self.device)
-        conditioner = flux.load_conditioner(self.folder, self.device, self.dtype, self.args.t5_length)
+        conditioner = flux.load_conditioner(self.files, self.device, self.dtype, self.args.t5_length)
         texts = list(dict.fromkeys(text for s in self.subjects for text in (s.caption, *s.prompts)))
         self.texts = {t: memory[key] for t, key in zip(texts, encode_prompts(texts, conditioner, "", memory))}
         del conditioner
         release(self.device)
 
     def load(self) -> None:
-        self.autoencoder = flux.load_autoencoder(self.folder / "ae.safetensors", self.device, self.dtype)
+        self.autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
         self.model = flux.load_flux(self.transformer, self.device, self.dtype)
         if not self.args.no_checkpointing:
             checkpoint_blocks(self.model)
@@ -353,7 +353,7 @@ class Benchmark:
                     torch.stack([self.texts[text][part] for text in texts]) for part in ("txt", "pooled")
                 ]
                 seeds = [int(x.seed) for x in samples]
-                size = (native_size(self.folder),) * 2
+                size = (native_size(self.files.folder),) * 2
                 steps, guidance = self.args.sample_steps, self.args.guidance
                 pictures = generate(
                     self.model, self.autoencoder, prompt, seeds, size, steps=steps, guidance=guidance

@@ -8,16 +8,20 @@ import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +34,7 @@ Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, half open
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_PIXELS = 200_000_000
+MAX_CAPTION = 2**16  # bytes
 
 ASPECT_RATIOS = ((16, 9), (4, 3), (1, 1), (3, 4), (9, 16))  # width : height; paper, appendix D
 COMMON_RATIOS = (*ASPECT_RATIOS, (3, 2), (2, 3), (5, 4), (4, 5))  # of photos
@@ -48,20 +53,38 @@ def read_photo(path: Path) -> Image.Image:
     more than MAX_PIXELS.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such photo")
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None  # PIL warns at 89 megapixels and stops at 179; phones make 200
+        raise FileNotFoundError(f"{printable(path)}: no such photo")
     try:
-        with Image.open(path, formats=PHOTO_FORMATS) as image:
+        return decode_photo(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{printable(path)} is no photo that can be read: {error}. Accepted are whole JPEG, "
+            f"PNG, WebP, TIFF, BMP and GIF files of up to {MAX_PIXELS // 10**6} megapixels."
+        ) from error
+
+
+def decode_photo(path: Path) -> Image.Image:
+    """Do the work of `read_photo`; its ValueError says what is wrong with the file, not where it is."""
+    try:
+        with any_size(), Image.open(path, formats=PHOTO_FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels")
             return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what PIL raises on damaged files
-        raise ValueError(
-            f"{path} is no photo that can be read: {_describe(path)} ({error}). Accepted are whole JPEG, "
-            f"PNG, WebP, TIFF, BMP and GIF files of up to {MAX_PIXELS // 10**6} megapixels."
-        ) from error
+    except (
+        Exception
+    ) as error:  # PIL raises a dozen types on damaged files, struct.error and TypeError among them
+        # Its own "cannot identify image file" repeats the path, which the caller names.
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else printable(error)
+        raise ValueError(f"{_describe(path)} ({reason})") from error
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Lift PIL's own limits: it warns at 89 megapixels and stops at 179; phones make 200."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -72,7 +95,7 @@ def photo_size(path: Path) -> Size:
         with Image.open(path, formats=PHOTO_FORMATS) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) >= 5  # the EXIF orientations that swap the sides
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # of any type, as above
         return read_photo(path).size[::-1]  # which explains what is wrong
     return (width, height) if turned else (height, width)
 
@@ -91,8 +114,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _describe(path: Path) -> str:
     """Say what a file is by its first bytes, for an error message."""
-    with path.open("rb") as file:
-        head = file.read(32)
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+    except OSError as error:
+        return f"not to be opened: {error.strerror}"
     signatures = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WebP", b"GIF8": "GIF", b"%PDF": "PDF"}
     kind = next((name for start, name in signatures.items() if head.startswith(start)), None)
     if head[4:8] == b"ftyp":
@@ -102,10 +128,20 @@ def _describe(path: Path) -> str:
     return f"{kind or f'unknown, beginning with {head[:8]!r}'}, {path.stat().st_size} bytes"
 
 
-@dataclass(frozen=True)
+def printable(text: object) -> str:
+    """Escape what a terminal would obey instead of show: control, formatting and undecodable characters."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in str(text)
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Photo:
     path: Path
     caption: str | None  # None: the trainer says "a photo of a <class>"
+    size: Size | None = None  # of the upright photo; where nobody has looked yet, None
+    digest: str | None = None  # SHA-256 of the file
 
 
 @dataclass(frozen=True)
@@ -122,45 +158,72 @@ def scan_people(folder: Path, option: str = "--data") -> list[Person]:
     option: what the folder is called in messages.
     Raises FileNotFoundError or ValueError when the folder is laid out otherwise, or a person has no photo.
     """
+    folders = list_folders(folder, option)
+    people = [Person(pid, path.name, _list_photos(path)) for pid, path in enumerate(folders)]
+    if empty := [printable(person.name) for person in people if not person.photos]:
+        names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+        kinds = ", ".join(PHOTO_SUFFIXES)
+        raise ValueError(f"{len(empty)} of {len(people)} people in {folder} have no photo ({kinds}): {names}")
+    return people
+
+
+def list_folders(folder: Path, option: str = "--data") -> list[Path]:
+    """Return the people's folders, sorted by name.
+
+    Raises FileNotFoundError or ValueError when there are none, or the folder is a level too high or too low.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{option} {folder}: no such folder; it should hold one folder of photos per person"
         )
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    people = [Person(pid, path.name, _list_photos(path)) for pid, path in enumerate(folders)]
-    if empty := [person.name for person in people if not person.photos]:
-        below = sorted(path for path in folder.glob("*/*") if path.is_dir() and _list_photos(path))
-        if len(empty) == len(people) and below:
-            sample = below[0].relative_to(folder)
+    if folders and not any(photo_paths(path) for path in folders):
+        below = sorted(path for path in folder.glob("*/*") if path.is_dir() and photo_paths(path))
+        if below:
+            sample = printable(below[0].relative_to(folder))
             problem = f"is a level too high: a person's photos should not be in {sample}"
             raise ValueError(f"{option} {folder} {problem}")
-        names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        kinds = ", ".join(PHOTO_SUFFIXES)
-        raise ValueError(f"{len(empty)} of {len(people)} people in {folder} have no photo ({kinds}): {names}")
-    if not people and (photos := _list_photos(folder)):
+    if not folders and (photos := photo_paths(folder)):
         raise ValueError(
             f"{option} {folder} is a level too low: it holds {len(photos)} photos; give the folder above it"
         )
-    if not people:
+    if not folders:
         raise ValueError(f"{option} {folder} is empty; it should hold one folder of photos per person")
-    return people
+    return folders
+
+
+def photo_paths(folder: Path) -> list[Path]:
+    """Return what is called like a photo in a folder, sorted by name; hidden files are left out."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
+    return [path for path in paths if not path.name.startswith(".")]
 
 
 def _list_photos(folder: Path) -> tuple[Photo, ...]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
-    return tuple(Photo(path, _read_caption(path)) for path in paths if not path.name.startswith("."))
+    return tuple(Photo(path, read_caption(path)) for path in photo_paths(folder))
 
 
-def _read_caption(photo: Path) -> str | None:
+def read_caption(photo: Path) -> str | None:
+    """Return the text beside a photo, in one line and without control characters; None when there is none.
+
+    Raises ValueError when it is empty, very long, or not UTF-8.
+    """
     path = photo.with_suffix(".txt")
     if not path.is_file():
         return None
+    with path.open("rb") as file:
+        content = file.read(MAX_CAPTION + 1)
+    if len(content) > MAX_CAPTION:
+        raise ValueError(f"{printable(path)} is longer than a caption can be, {MAX_CAPTION} bytes")
     try:
-        caption = " ".join(path.read_text("utf-8-sig").split())
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+        raise ValueError(f"{printable(path)} is not UTF-8 text ({error})") from error
+    words = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text).split()
+    caption = " ".join(words)
     if not caption:
-        raise ValueError(f"{path} is empty: write a caption, or delete the file to use the default one")
+        raise ValueError(
+            f"{printable(path)} is empty: write a caption, or delete the file to use the default one"
+        )
     return caption
 
 
@@ -196,6 +259,7 @@ def fit_shape(size: Size, resolution: int, multiple: int) -> Size:
     return rows * multiple, columns * multiple
 
 
+@lru_cache
 def common_shape(size: Size, resolution: int, multiple: int) -> Size:
     """Return one of few shapes, so that photos of all sizes make whole batches.
 
@@ -292,6 +356,11 @@ def deal_batches(
     return [next(remaining[turns[turn]]) for turn in order]
 
 
+def count_batches(shapes: Sequence[Size], uses: int, batch: int) -> int:
+    """Return how many batches `deal_batches` deals."""
+    return sum(-(-count * uses // batch) for count in Counter(shapes).values())
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the choices where the paper is silent; the same in both stages."""
     group = parser.add_argument_group("choices where the paper is silent")
@@ -347,8 +416,9 @@ class TensorCache:
             return None
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         with atomic(self.folder / f"{key}.safetensors") as path:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+            path.write_bytes(content)  # and not save_file, whose error on a full disk is no OSError
 
 
 class MemoryCache(dict):
@@ -366,10 +436,11 @@ class Picture:
     shape: Size
     box: Box | None = None
     flip: bool = False
+    digest: str | None = None  # SHA-256 of the photo's file, if known
 
     def key(self, encoder: str) -> str:
         """Name its latents. encoder: whatever identifies the autoencoder."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        digest = self.digest or hashlib.sha256(self.path.read_bytes()).hexdigest()
         return content_key(CACHE_VERSION, digest, self.shape, self.box, self.flip, encoder)
 
 

@@ -1,20 +1,35 @@
 """Meta-LoRA: the layer (paper, eq. 1), where it goes in FLUX, its optimiser, and its files.
 
 While training there are three factors, meta_down shared, mid and up per identity; the exported file is an
-ordinary LoRA.
+ordinary LoRA. What LoRA files look like, ours and other programs', is in `lora_files.py`.
+
+python metalora.py info FILE       # what is it? Also: convert, merge
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
+from datetime import date
 from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flux.loading import atomic, read_tensors
+from flux.loading import read_tensors, run_script
+from lora_files import (
+    DOUBLE_BLOCK,
+    SINGLE_BLOCK,
+    Lora,
+    layer_of,
+    layer_updates,
+    linear_shapes,
+    merged,
+    name_tensors,
+    part_sizes,
+    read_lora,
+    refuse,
+    write_tensors,
+)
 
 
 class MetaLoRALinear(nn.Module):
@@ -78,24 +93,6 @@ def kaiming_(factor: nn.Parameter | Tensor, generator: torch.Generator | None = 
 
 # --- Where the layers go -----------------------------------------------------------------------------------
 
-# Adapted layers of a block -> the names of their parts in diffusers, in the order of the fused rows.
-DOUBLE_BLOCK = {
-    "img_mod.lin": ["norm1.linear"],
-    "txt_mod.lin": ["norm1_context.linear"],
-    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-    "img_attn.proj": ["attn.to_out.0"],
-    "txt_attn.proj": ["attn.to_add_out"],
-    "img_mlp.0": ["ff.net.0.proj"],
-    "img_mlp.2": ["ff.net.2"],
-    "txt_mlp.0": ["ff_context.net.0.proj"],
-    "txt_mlp.2": ["ff_context.net.2"],
-}
-SINGLE_BLOCK = {
-    "modulation.lin": ["norm.linear"],
-    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
-    "linear2": ["proj_out"],
-}
 TARGETS = {
     "all": lambda name: True,
     "no-modulation": lambda name: "mod" not in name,
@@ -116,12 +113,6 @@ def linear_names(model: nn.Module, targets: str = "all") -> Iterator[tuple[str, 
                     yield f"{ours}.{i}.{name}", [f"{theirs}.{i}.{part}" for part in parts]
 
 
-def part_sizes(model: nn.Module, count: int, d_out: int) -> list[int]:
-    """Return the output rows of each of `count` parts: q, k, v as wide as the model, then what is left."""
-    d = model.sizes.hidden_size
-    return [d_out] if count == 1 else [d, d, d, d_out - 3 * d][:count]
-
-
 def inject(
     model: nn.Module,
     r1: int | None,
@@ -139,7 +130,8 @@ def inject(
     model.requires_grad_(False)
     for name, parts in linear_names(model, targets):
         base = model.get_submodule(name)
-        layer = MetaLoRALinear(base, part_sizes(model, len(parts), base.out_features), r1, r2, slots)
+        sizes = part_sizes(len(parts), base.out_features, base.in_features)
+        layer = MetaLoRALinear(base, sizes, r1, r2, slots)
         if reset:
             layer.reset(generator)
         _replace(model, name, layer)
@@ -225,9 +217,11 @@ def clip_slots(params: list[nn.Parameter], most: float) -> None:
 
 # --- Files -------------------------------------------------------------------------------------------------
 
+VERSION = 1  # of what we write into a LoRA's header
+
 
 @torch.no_grad()
-def collapse(model: nn.Module, slot: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+def collapse(model: nn.Module, slot: int = 0) -> Lora:
     """Multiply one identity out to an ordinary LoRA (paper, section 3, end of stage 2).
 
     Returns by the diffusers name of the projection lora_A (r2, d_in) and lora_B (d_out, r2).
@@ -239,82 +233,74 @@ def collapse(model: nn.Module, slot: int = 0) -> dict[str, tuple[Tensor, Tensor]
     return lora
 
 
-def export_lora(model: nn.Module, path: Path, metadata: dict, slot: int = 0) -> None:
-    """Write one identity as the ordinary rank-r2 LoRA that diffusers and ComfyUI read, in float16, no alpha.
+def export_lora(model: nn.Module, path: Path, metadata: dict, slot: int = 0, form: str = "diffusers") -> None:
+    """Write one identity as an ordinary rank-r2 LoRA in float16, in the words of diffusers or kohya.
 
+    The header says what the file is: in our words, in those of `metadata`, and in those that others show.
     Raises ValueError when the weights are not finite: such a file would give black pictures elsewhere.
     """
-    tensors = {}
-    for part, (a, b) in collapse(model, slot).items():
-        tensors[f"transformer.{part}.lora_A.weight"] = a.half().contiguous().cpu()
-        tensors[f"transformer.{part}.lora_B.weight"] = b.half().contiguous().cpu()
-    write_tensors(tensors, path, metadata)
+    lora = {part: (a.half().cpu(), b.half().cpu()) for part, (a, b) in collapse(model, slot).items()}
+    layer = next(iter(adapters(model).values()))
+    r1 = {} if layer.meta_down is None else {"r1": layer.meta_down.shape[1]}
+    about = {"version": VERSION, **r1, "r2": layer.up.shape[-1], **metadata}
+    write_tensors(name_tensors(lora, form), path, {**about, **model_spec(model, about)})
+
+
+def model_spec(model: nn.Module, about: dict) -> dict[str, str]:
+    """Return the header's entries that other programs show: Stability AI's ModelSpec 1.0.0, kohya's base."""
+    kind = "flux-1-dev" if model.sizes.guidance else "flux-1-schnell"
+    caption = about.get("caption", "")
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{kind}/lora",
+        "implementation": "https://github.com/black-forest-labs/flux",
+        "title": f"{'Meta-LoRA' if 'r1' in about else 'LoRA'}: {caption}".rstrip(": "),
+        "date": date.today().isoformat(),
+        "trigger_phrase": caption,
+    }
+    return {"ss_base_model_version": "flux1", **{f"modelspec.{key}": value for key, value in spec.items()}}
 
 
 def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> dict[str, str]:
-    """Merge a LoRA file into the weights, W + strength B A in float32, rounded once; return its metadata.
+    """Merge a LoRA file of any origin into the weights and return its metadata.
 
     Raises ValueError as `read_lora`; the model is then as before.
     """
-    updates, metadata = read_lora(model, path)
-    for name, pairs in updates.items():
-        layer = model.get_submodule(name)
-        weight = layer.weight.to(torch.float32, copy=True)  # the old one may be mapped to the model's file
-        for rows, a, b in pairs:
-            weight[rows].addmm_(b.to(weight), a.to(weight), alpha=strength)
-        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    lora, metadata = read_lora(path, model)
+    merge_loras(model, [(lora, strength)])
     return metadata
+
+
+def merge_loras(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Merge LoRAs that `read_lora` found to fit, each with its strength: in float32, rounded once for all."""
+    for name, updates in layer_updates(loras, linear_shapes(model)).items():
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(merged(layer.weight, updates), requires_grad=False)
 
 
 def inject_loras(model: nn.Module, paths: Sequence[Path]) -> nn.Module:
     """Put LoRA files of one rank into the model unmerged, one to a slot; `eject` undoes it.
 
-    Raises ValueError as `read_lora`, and when the ranks differ.
+    Raises ValueError as `read_lora`, when the ranks differ, and for layers outside the blocks.
     """
-    files = [read_lora(model, path)[0] for path in paths]
-    ranks = {a.shape[0] for updates in files for pairs in updates.values() for _, a, _ in pairs}
+    files = [read_lora(path, model)[0] for path in paths]
+    ranks = {len(a) for lora in files for a, _ in lora.values()}
     if len(ranks) > 1:
         raise ValueError(f"{', '.join(map(str, paths))} have several ranks: {sorted(ranks)}")
+    known = dict(linear_names(model))
+    for path, lora in zip(paths, files):
+        refuse(path, [f"{part} is in no block" for part in lora if layer_of(part)[0] not in known])
     inject(model, None, ranks.pop(), len(paths), reset=False)
     for name, layer in adapters(model).items():
         layer.mid.data.zero_()  # where a file has nothing, the layer stays as it is
         layer.up.data.zero_()
-        ends = list(accumulate(layer.parts))
-        for slot, updates in enumerate(files):
-            for rows, a, b in updates.get(name, ()):
-                layer.mid.data[slot, ends.index(rows.stop)] = a
-                layer.up.data[slot, rows] = b
+        for k, (part, end) in enumerate(zip(known[name], accumulate(layer.parts))):
+            for slot, lora in enumerate(files):
+                if part in lora:
+                    a, b = lora[part]
+                    layer.mid.data[slot, k] = a
+                    layer.up.data[slot, end - len(b) : end] = b
     return model
-
-
-def read_lora(model: nn.Module, path: Path) -> tuple[dict[str, list[tuple[slice, Tensor, Tensor]]], dict]:
-    """Read a LoRA of any rank as `export_lora` writes it, and its metadata.
-
-    Returns by the name of the linear layer (rows of the output, lora_A, lora_B) of each adapted part.
-    Raises ValueError listing all that does not fit the model.
-    """
-    tensors, metadata = read_tensors(path)
-    if any(name.endswith(".meta_down") for name in tensors):
-        raise ValueError(f"{path} is stage 1's file; first python personalize.py PHOTO --meta {path}")
-    updates, problems = {}, []
-    for name, parts in linear_names(model):
-        d_out, d_in = model.get_submodule(name).weight.shape
-        sizes = part_sizes(model, len(parts), d_out)
-        for part, size, end in zip(parts, sizes, accumulate(sizes)):
-            a, b = (tensors.pop(f"transformer.{part}.lora_{letter}.weight", None) for letter in "AB")
-            if a is None and b is None:
-                continue
-            if a is None or b is None:
-                problems.append(f"{part} has only one of lora_A and lora_B")
-                continue
-            rank = a.numel() // d_in
-            if a.shape != (rank, d_in) or b.shape != (size, rank):
-                given = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
-                problems.append(f"{part} has {given}, must be (rank, {d_in}) and ({size}, rank)")
-            updates.setdefault(name, []).append((slice(end - size, end), a, b))
-    problems += [f"{key} is for no layer of this model" for key in sorted(tensors)]
-    refuse(path, problems if updates else problems or ["it holds no tensors"])
-    return updates, metadata
 
 
 def save_meta(model: nn.Module, path: Path, metadata: dict, meta_down: list[Tensor] | None = None) -> None:
@@ -354,17 +340,7 @@ def assign_meta(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> Non
         own.data.copy_(tensors[name])
 
 
-def refuse(path: Path, problems: list[str]) -> None:
-    """Raise ValueError if there are problems with a file, naming the first twenty."""
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(problems[:20] + more))
+if __name__ == "__main__":
+    from lora_files import main
 
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict) -> None:
-    """Write finite tensors with metadata: text as it is, any other value as JSON."""
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path} is not written: {len(broken)} tensors are not finite, such as {broken[0]}")
-    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **text})
+    run_script(main)

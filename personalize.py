@@ -39,11 +39,13 @@ from flux.loading import (
     atomic,
     check_writable,
     choose_device,
+    fingerprint,
     native_size,
     run_script,
 )
 from flux.memory import checkpoint_blocks, memory_in_use, release
 from flux.sampling import flow_loss, generate, spread_times
+from lora_files import FORMATS
 from metalora import (
     TARGETS,
     assign_meta,
@@ -109,6 +111,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--no-checkpointing", action="store_true", help="keep all activations: faster, more memory"
     )
     group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--format", choices=FORMATS, default="diffusers", help="names in the file")
     args = parser.parse_args(argv)
     args.out = args.out or Path(f"{args.photos[0].stem}.safetensors")
     args.steps = STEPS[args.method] if args.steps is None else args.steps
@@ -313,7 +316,8 @@ def describe(
 ) -> dict[str, object]:
     """Return what a LoRA file says of itself; photos and the stage-1 file by their hashes."""
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
-    about = {"base_model": transformer.name, "photos": [digest(path) for path in photos]}
+    about = {"base_model": transformer.name, "base_hash": fingerprint(transformer)}
+    about |= {"photos": [digest(path) for path in photos]}
     about |= {"stage_1": digest(meta[2])} if meta else {}
     return about | {key: getattr(args, key) for key in ("method", "rank", "steps", "lr", "caption", "seed")}
 
@@ -327,20 +331,20 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(args.out.parent, "--out")
     if args.show_crops:
         return show_crops(photos, list_crops(photos, args), beside(args.out, "_crops.png"))
-    folder = flux.find_model(args.model)
-    transformer = flux.find_transformer(folder)
-    meta = find_meta(folder, args)
+    files = flux.find_files(args)
+    transformer = files.transformer
+    meta = find_meta(files.folder, args)
     # Does the stage-1 file fit? This reads no weights.
     prepare(flux.load_flux(transformer, "meta"), args, meta, [args.seed])
     crops = list_crops(photos, args)
 
     # Everything that does not change is computed once; then the encoders leave.
-    autoencoder, cache = flux.load_autoencoder(folder / "ae.safetensors", device, dtype), MemoryCache()
-    side, multiple = args.resolution or native_size(folder), 2 * autoencoder.sizes.reduction
+    autoencoder, cache = flux.load_autoencoder(files.autoencoder, device, dtype), MemoryCache()
+    side, multiple = args.resolution or native_size(files.folder), 2 * autoencoder.sizes.reduction
     encoded = encode_crops(crops, autoencoder, side, not args.no_augment, cache)
     del autoencoder
     release(device)
-    conditioner = flux.load_conditioner(folder, device, dtype, args.t5_length)
+    conditioner = flux.load_conditioner(files, device, dtype, args.t5_length)
     texts = [args.caption, *(f"a photo of a {args.class_word} {scene}" for scene in SCENES)]
     texts = texts[: max(1, args.samples)]
     prompts = {text: cache[key] for text, key in zip(texts, encode_prompts(texts, conditioner, "", cache))}
@@ -356,10 +360,10 @@ def main(argv: list[str] | None = None) -> None:
         pass  # nothing to do between the updates
     use_slots(model, None)
 
-    export_lora(model, args.out, describe(args, transformer, meta, args.photos))
+    export_lora(model, args.out, describe(args, transformer, meta, args.photos), form=args.format)
     print(f"{args.out}: rank {args.rank}, {args.out.stat().st_size / 1e6:.1f} MB")
     if args.samples:
-        autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
+        autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
         row, size = [photos[args.photos[0]]], fit_shape((side, side), side, multiple)
         for text in tqdm(texts, "sampling"):
             prompt = prompts[text]["txt"][None], prompts[text]["pooled"][None]

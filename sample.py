@@ -1,9 +1,12 @@
 """Prompt to pictures, with a LoRA of a person or without.
 
 python sample.py --lora out.safetensors --prompt "a photo of a woman at the beach"
+python sample.py --lora out.safetensors style.safetensors --strength 1 0.6 --prompt "a photo of a woman"
 """
 
 import argparse
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from data import contact_sheet
 from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size, run_script
 from flux.memory import release
 from flux.sampling import generate
-from metalora import load_lora
+from lora_files import pair_strengths, read_header, read_lora
+from metalora import merge_loras
 
 MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
 
@@ -24,8 +28,20 @@ MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--prompt", nargs="+", required=True, help="what to show; several make a row each")
-    parser.add_argument("--lora", type=Path, help="LoRA file; default: the base model alone")
-    parser.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA's update")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="LoRA files, of this program, diffusers, kohya or ai-toolkit; default: the base model alone",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="factor on the update, for all LoRAs or for each",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/samples"), help="folder for the pictures")
     parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
@@ -48,6 +64,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--n {args.n}, --steps {args.steps}: both must be at least 1")
     if args.negative and args.cfg <= 1:
         parser.error(f"--negative does nothing at --cfg {args.cfg}: give --cfg above 1, such as 2")
+    try:
+        args.lora = pair_strengths(args.lora, args.strength) if args.lora else []
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -56,6 +76,37 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024 or 1024x768")
     return int(match[2] or match[1]), int(match[1])
+
+
+def hash_weights(path: Path) -> str:
+    """Return what A1111 and Civitai know a LoRA by: SHA-256 of the file without its header, 12 digits."""
+    with path.open("rb") as file:
+        file.seek(read_header(path)[1])
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, float, str]]) -> str:
+    """Write settings as AUTOMATIC1111 and Forge do, for programs that read them from a picture.
+
+    loras: name, strength and hash of each.
+    """
+    tags = [f" <lora:{name}:{strength:g}>" for name, strength, _ in loras]
+    lines = [prompt + "".join(tags)]
+    lines += [f"Negative prompt: {settings['negative']}"] if "negative" in settings else []
+    values = {
+        "Steps": settings["steps"],
+        "Sampler": "Euler",
+        "CFG scale": f"{settings['cfg']:g}",
+        "Distilled CFG Scale": f"{settings['guidance']:g}",
+        "Seed": seed,
+        "Size": settings["size"],
+        "Model": Path(settings["model"]).stem,
+    }
+    if loras:
+        values["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, _, digest in loras)
+    quoted = lambda text: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
+    lines.append(", ".join(f"{key}: {quoted(str(value))}" for key, value in values.items()))
+    return "\n".join(lines)
 
 
 def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
@@ -70,31 +121,32 @@ def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
-    if args.lora and not args.lora.is_file():
-        raise FileNotFoundError(f"--lora {args.lora}: no such file")
-    folder = flux.find_model(args.model)
-    transformer = flux.find_transformer(folder)
-    if args.lora:
-        load_lora(flux.load_flux(transformer, "meta"), args.lora)  # does it fit? reads no weights
-    size = args.size or (native_size(folder),) * 2
-    autoencoder = flux.load_autoencoder(folder / "ae.safetensors", device, dtype)
+    files = flux.find_files(args)
+    transformer = files.transformer
+    # Do they fit? That reads no weights of the model.
+    empty = flux.load_flux(transformer, "meta") if args.lora else None
+    loras = [(read_lora(path, empty)[0], strength) for path, strength in args.lora]
+    hashes = [(path.stem, strength, hash_weights(path)) for path, strength in args.lora]
+    size = args.size or (native_size(files.folder),) * 2
+    autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
     check_size(size, 2 * autoencoder.sizes.reduction)
     args.out.mkdir(parents=True, exist_ok=True)
 
     # The text encoders come first and go before the transformer is there: together they would not fit 24 GB.
-    conditioner = flux.load_conditioner(folder, device, dtype, args.t5_length)
+    conditioner = flux.load_conditioner(files, device, dtype, args.t5_length)
     prompts = [conditioner.encode([prompt]) for prompt in args.prompt]
     negative = conditioner.encode([args.negative]) if args.cfg > 1 else None
     del conditioner
     release(device)
 
     model = flux.load_flux(transformer, device, dtype)
-    if args.lora:
-        load_lora(model, args.lora, args.strength)
+    merge_loras(model, loras)
     sampler = {"steps": args.steps, "guidance": args.guidance, "cfg": args.cfg}
     settings = {**sampler, "size": f"{size[1]}x{size[0]}", "model": transformer.name}
     if args.lora:
-        settings |= {"lora": args.lora.name, "strength": args.strength}
+        names, strengths = zip(*((path.name, f"{strength:g}") for path, strength in args.lora))
+        settings |= {"lora": ", ".join(names), "strength": ", ".join(strengths)}
+        settings |= {"lora_hashes": ", ".join(f"{name}: {digest}" for name, _, digest in hashes)}
     if args.negative:
         settings |= {"negative": args.negative}
 
@@ -114,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
                 **sampler,
             )
             path = args.out / f"{number:02d}_{slug(text)}_{seed}.png"
-            save_picture(picture, path, {"prompt": text, "seed": seed, **settings})
+            told = {"prompt": text, "seed": seed, **settings}
+            save_picture(picture, path, {**told, "parameters": parameters(text, seed, settings, hashes)})
             rows[-1].append(picture)
     bar.close()
     if len(prompts) * args.n > 1:

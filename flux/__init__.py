@@ -7,6 +7,8 @@ from flux.autoencoder import AutoEncoder
 from flux.clip import CLIPText
 from flux.conditioner import Conditioner, load_tokenizers
 from flux.loading import (
+    ModelFiles,
+    find_files,
     find_model,
     find_transformer,
     load_autoencoder,
@@ -23,7 +25,9 @@ __all__ = [
     "CLIPText",
     "Conditioner",
     "Flux",
+    "ModelFiles",
     "T5",
+    "find_files",
     "find_model",
     "find_transformer",
     "load_autoencoder",

@@ -43,10 +43,11 @@ class AutoEncoderSizes:
         Raises ValueError when the tensor names are not those of `ae.safetensors`.
         """
 
-        def count(pattern: str) -> int:
-            return next(i for i in range(len(shapes) + 1) if pattern.format(i) not in shapes)
+        def count(prefix: str) -> int:
+            rests = (name.removeprefix(prefix) for name in shapes if name.startswith(prefix))
+            return len({rest.split(".")[0] for rest in rests})
 
-        levels = count("decoder.up.{}.block.0.conv1.weight")  # not the encoder's, which may have no blocks
+        levels = count("decoder.up.")  # not the encoder's, which may have no blocks
         if levels == 0 or "encoder.conv_in.weight" not in shapes:
             raise ValueError("not a FLUX autoencoder: encoder.conv_in or decoder.up.0.block.0 is missing")
         ch, in_channels = shapes["encoder.conv_in.weight"][:2]
@@ -54,8 +55,8 @@ class AutoEncoderSizes:
             in_channels=in_channels,
             ch=ch,
             ch_mult=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)),
-            encoder_blocks=count("encoder.down.0.block.{}.conv1.weight"),
-            decoder_blocks=count("decoder.up.0.block.{}.conv1.weight"),
+            encoder_blocks=count("encoder.down.0.block."),
+            decoder_blocks=count("decoder.up.0.block."),
             z_channels=shapes["decoder.conv_in.weight"][1],
             scale_factor=config.get("scaling_factor", cls.scale_factor),  # diffusers' spelling
             shift_factor=config.get("shift_factor", cls.shift_factor),

@@ -1,239 +1,314 @@
-"""Find the files of a model and load them exactly: header first, then memory-mapped, assigned, strict.
+"""Find the files of a model, and load each part.
 
-A model is a folder in the layout of black-forest-labs/FLUX.1-dev: `flux1-*.safetensors`, `ae.safetensors`,
-`text_encoder/`, `text_encoder_2/` (sharded or not), `tokenizer/`, `tokenizer_2/`.
+A model is a folder, here or on the hub, in diffusers' layout (`transformer/`, `vae/`, `text_encoder/`,
+`text_encoder_2/`, `tokenizer/`, `tokenizer_2/`) or in black-forest-labs', whose `flux1-*.safetensors` and
+`ae.safetensors` stand for the first two; or it is a transformer's file, and the other parts are elsewhere.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Self
 
 import torch
 from huggingface_hub import (
+    HfApi,
+    constants,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
-    snapshot_download,
     try_to_load_from_cache,
 )
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
+from flux.checkpoint import load, opened, shards
 from flux.clip import CLIPSizes, CLIPText
 from flux.conditioner import Conditioner, load_tokenizers
+from flux.formats import kinds_inside
 from flux.model import Flux, FluxSizes
 from flux.t5 import T5, T5Sizes
 
-HUB_MODELS = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors")}
+HUB_MODELS = {
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+    "flux-krea-dev": "black-forest-labs/FLUX.1-Krea-dev",
+}
 LOCAL_MODELS = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
-PARTS = ("ae.safetensors", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # and a transformer
-PICKLED = (".bin", ".pt", ".pth")
-HUB_FILES = (
-    "ae.safetensors",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "text_encoder_2/config.json",
-    "text_encoder_2/model-00001-of-00002.safetensors",
-    "text_encoder_2/model-00002-of-00002.safetensors",
-    "tokenizer/vocab.json",
-    "tokenizer/merges.txt",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer_2/spiece.model",
-    "tokenizer_2/tokenizer.json",
-    "tokenizer_2/tokenizer_config.json",
-)
+# Where a part lies in a model's folder, ours first; a name without a suffix is a folder, of shards perhaps.
+PLACES = {
+    "transformer": ("flux1-*.safetensors", "flux1-*.sft", "transformer", "flux*.safetensors"),
+    "autoencoder": ("ae.safetensors", "ae.sft", "vae"),
+    "clip": ("text_encoder",),
+    "t5": ("text_encoder_2",),
+    "tokenizers": ("tokenizer", "tokenizer_2"),  # both
+}
+TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json")
+TOKENIZER_2_FILES = ("tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model")  # either, and the config
+TOKENIZER_2_CONFIG = "tokenizer_2/tokenizer_config.json"
+HUB_WEIGHTS = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json"
+OPTIONS = {"autoencoder": "--ae", "clip": "--clip-l", "t5": "--t5", "tokenizers": "--tokenizers"}
+VARIABLES = {
+    "autoencoder": "FLUX_AE",
+    "clip": "FLUX_CLIP_L",
+    "t5": "FLUX_T5",
+    "tokenizers": "FLUX_TOKENIZERS",
+}
+SHARED = ("autoencoder", "clip", "t5")  # the same in all HUB_MODELS
+TIMEOUT = 10  # seconds for the hub's first answer
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the parts of a model are; weights are a file or a folder of shards."""
+
+    transformer: Path
+    autoencoder: Path
+    clip: Path
+    t5: Path
+    tokenizers: Path  # holds tokenizer/ and tokenizer_2/
+
+    @property
+    def folder(self) -> Path:
+        """Where other files of the model lie: config.json, meta.safetensors, judges."""
+        return self.transformer.parent
+
+
+def find_files(args: argparse.Namespace) -> ModelFiles:
+    """Find every part of the model that the options of `add_model_arguments` name; read only headers.
+
+    A part is looked for in this order: its option, what --model names on disk, its environment variable, the
+    hub's cache, the hub. What the model itself lacks is taken from FLUX.1-dev. Raises FileNotFoundError that
+    says what to do, and ValueError when a file does not fit its part, or the parts not each other.
+    """
+    found = given_parts(args)
+    path, repo = find_named(args.model)
+    if path:
+        found = local_parts(path) | found
+    for part, variable in VARIABLES.items():
+        if part not in found and (place := os.environ.get(variable)):
+            found[part] = existing(Path(place), variable)
+
+    lacking = lambda parts=tuple(PLACES): [part for part in parts if part not in found]
+    if repo:
+        found |= cached_parts(repo, lacking())
+        if repo in HUB_MODELS.values():
+            for other in HUB_MODELS.values():
+                found |= cached_parts(other, lacking(SHARED))
+        found = parts_inside(found) | found
+        if lacking():
+            found |= download_parts(repo, lacking())
+            found = parts_inside(found) | found
+    for other in HUB_MODELS.values():
+        found |= cached_parts(other, lacking())
+    if lacking():
+        found |= download_parts(HUB_MODELS["flux-dev"], lacking())
+    files = ModelFiles(**found)
+    check_parts(files)
+    return files
+
+
+def find_named(name: str) -> tuple[Path | None, str | None]:
+    """Return the file or folder that --model means, or else the repository on the hub."""
+    variable = name.upper().replace("-", "_")
+    if name in HUB_MODELS:
+        place = os.environ.get(variable)  # FLUX_DEV, as black-forest-labs' own code
+        return (existing(Path(place), variable), None) if place else (None, HUB_MODELS[name])
+    path = LOCAL_MODELS.get(name, Path(name))
+    if path.exists():
+        return path, None
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix not in (".safetensors", ".sft"):
+        return None, name
+    known = ", ".join([*HUB_MODELS, *LOCAL_MODELS])
+    raise FileNotFoundError(
+        f"--model {name}: neither a folder nor a file nor one of the known models ({known})"
+    )
+
+
+def existing(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{what} {path}: no such file or folder")
+    return path
+
+
+def given_parts(args: argparse.Namespace) -> dict[str, Path]:
+    """Return the parts that have an option of their own."""
+    values = {part: getattr(args, option[2:].replace("-", "_"), None) for part, option in OPTIONS.items()}
+    return {part: existing(Path(x), OPTIONS[part]) for part, x in values.items() if x}
+
+
+def local_parts(path: Path) -> dict[str, Path]:
+    """Return the parts in a model's folder, or in a transformer's file and beside it."""
+    if path.is_dir():
+        parts = {part: place for part in PLACES if (place := part_in(path, part))}
+        if "transformer" not in parts:
+            raise FileNotFoundError(
+                f"{path} must hold exactly one flux1-*.safetensors, or a transformer/; found none"
+            )
+        return parts
+    beside = {part: place for part in OPTIONS if (place := part_in(path.parent, part))}
+    return beside | parts_inside({"transformer": path}) | {"transformer": path}
+
+
+def part_in(folder: Path, part: str) -> Path | None:
+    """Return where a part lies in a model's folder; FileNotFoundError when it is not whole."""
+    if part == "tokenizers":
+        has = lambda file: (folder / file).is_file()
+        whole = all(map(has, (*TOKENIZER_FILES, TOKENIZER_2_CONFIG))) and any(map(has, TOKENIZER_2_FILES))
+        return folder if whole else None
+    for pattern in PLACES[part]:
+        places = sorted(folder.glob(pattern))
+        if len(places) > 1:
+            names = ", ".join(place.name for place in places)
+            raise FileNotFoundError(f"{folder} must hold exactly one {pattern}; found {names}")
+        if places:
+            shards(places[0])
+            return places[0]
+    return None
+
+
+def parts_inside(found: dict[str, Path]) -> dict[str, Path]:
+    """Return the other parts that a ComfyUI checkpoint holds beside the transformer."""
+    if not (file := found.get("transformer")) or file.is_dir():
+        return {}
+    with opened(file) as f:
+        kinds = kinds_inside(list(f.keys()))
+    return {part: file for part, kind in KINDS.items() if kind in kinds}
+
+
+def cached_parts(repo: str, parts: list[str]) -> dict[str, Path]:
+    """Return those of the parts that are whole in the hub's cache, in any snapshot, the latest first."""
+    storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    main = storage / "refs" / "main"
+    latest = main.read_text() if main.is_file() else ""
+    snapshots = sorted(storage.glob("snapshots/*"), key=lambda folder: folder.name != latest)
+    found = {}
+    for part in parts:
+        for snapshot in snapshots:
+            with suppress(FileNotFoundError):  # half of it: it will be downloaded
+                if part not in found and (place := part_in(snapshot, part)):
+                    found[part] = place
+    return found
+
+
+def download_parts(repo: str, parts: list[str]) -> dict[str, Path]:
+    """Download those of the parts that a repository on the hub has; FileNotFoundError says what to do."""
+    try:
+        names = [file.rfilename for file in HfApi().model_info(repo, timeout=TIMEOUT).siblings]
+        files = [file for part in parts for file in hub_names(repo, names, part)]
+        folders = {hub_file(repo, file).parents[file.count("/")] for file in files}
+    except ValueError:  # a wrong hash, or several models
+        raise
+    except Exception as error:  # the network's errors have other types in every version of huggingface_hub
+        if "transformer" not in parts and repo not in HUB_MODELS.values():
+            print(f"cannot ask {repo} for {', '.join(parts)} ({type(error).__name__})")
+            return {}
+        raise FileNotFoundError(refusal(repo, parts, error)) from error
+    found = {part: place for x in folders for part in parts if (place := part_in(x, part))}
+    if "transformer" in parts and "transformer" not in found:
+        raise FileNotFoundError(f"https://huggingface.co/{repo} has no FLUX.1 transformer in safetensors")
+    return found
+
+
+def hub_names(repo: str, names: list[str], part: str) -> list[str]:
+    """Choose the files of a part from all of a repository's."""
+    if part == "tokenizers":
+        wanted = (*TOKENIZER_FILES, TOKENIZER_2_CONFIG, *TOKENIZER_2_FILES)
+        return [name for name in names if name in wanted]
+    for place in PLACES[part]:
+        if "." in place:
+            chosen = [name for name in names if fnmatch(name, place) and "/" not in name]
+            if len(chosen) > 1:
+                raise ValueError(
+                    f"{repo} has several models, {', '.join(chosen)}: download one, then --model FILE"
+                )
+        else:
+            chosen = [name for name in names if re.fullmatch(f"{place}/({HUB_WEIGHTS})", name)]
+        if chosen:
+            return chosen
+    return []
+
+
+def refusal(repo: str, parts: list[str], error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"{repo} is not whole in the hub cache and cannot be downloaded ({type(error).__name__}: {reason}).\n"
+        f"Wanted: {', '.join(parts)}. "
+        f"Accept its licence at https://huggingface.co/{repo}, then run `hf auth login` with a read token or "
+        "set HF_TOKEN;\nor point at files that are there already: --model FILE or FOLDER, "
+        f"{', '.join(OPTIONS.values())} (see --help);\n"
+        "or try everything on the small model that comes along: --model tiny"
+    )
+
+
+def hub_file(repo: str, file: str, revision: str | None = None) -> Path:
+    """Return a file from the hub's cache, or download it.
+
+    Raises OSError within seconds when there is no network, and ValueError when the hub has another hash for
+    what came; that file is not kept.
+    """
+    found = try_to_load_from_cache(repo, file, revision=revision)
+    if isinstance(found, str):
+        return Path(found)
+    try:
+        # Asked first because a download would keep trying.
+        metadata = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), timeout=TIMEOUT)
+        print(f"downloading {file} of {repo}, {(metadata.size or 0) / 1e6:,.1f} MB")
+        path = Path(hf_hub_download(repo, file, revision=revision))
+    except Exception as error:  # the network's errors have other types in every version of huggingface_hub
+        raise OSError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+    if re.fullmatch("[0-9a-f]{64}", metadata.etag or ""):  # of large files it is the SHA-256
+        try:
+            check_sha256(path, metadata.etag)
+        except ValueError:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def check_parts(files: ModelFiles) -> None:
+    """Raise ValueError when a part's header is not what its model needs, or the parts belong to several."""
+    sizes = {part: loader(getattr(files, part), "meta").sizes for part, loader in LOADERS.items()}
+    flux, autoencoder, clip, t5 = sizes.values()
+    problems = [
+        f"{theirs} has {number} {what}, {files.transformer} wants {wanted}"
+        for theirs, number, what, wanted in (
+            (files.autoencoder, 4 * autoencoder.z_channels, "channels in 2 x 2 latents", flux.in_channels),
+            (files.clip, clip.hidden_size, "channels", flux.pooled_size),
+            (files.t5, t5.hidden_size, "channels", flux.txt_size),
+        )
+        if number != wanted
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def find_model(name: str) -> Path:
-    """Return the folder of a model: a name from the tables above, or a folder on disk.
+    """Return the folder of a model that has all its parts in black-forest-labs' layout."""
+    return find_files(argparse.Namespace(model=name)).folder
 
-    Hub models are taken from the hub's cache, and what is missing there is downloaded. Raises
-    FileNotFoundError, saying what to do, when the folder is no model or the hub refuses.
-    """
-    if name in HUB_MODELS:
-        repo, transformer = HUB_MODELS[name]
-        return _from_hub(repo, [transformer, *HUB_FILES])
-    folder = local_folder(name)
-    find_transformer(folder)
-    if missing := [part for part in PARTS if not (folder / part).exists()]:
-        raise FileNotFoundError(f"{folder} is not a whole FLUX.1 model: it lacks {', '.join(missing)}")
-    return folder
+
+def find_transformer(folder: Path) -> Path:
+    """Return the transformer in a model's folder; FileNotFoundError when there is not just one."""
+    return local_parts(folder)["transformer"]
 
 
 def local_folder(name: str) -> Path:
     """Return the folder of a model that is not the hub's; FileNotFoundError when there is none."""
-    folder = LOCAL_MODELS.get(name, Path(name))
-    if not folder.is_dir():
-        known = ", ".join([*HUB_MODELS, *LOCAL_MODELS])
-        raise FileNotFoundError(f"--model {name}: neither a folder nor one of the known models ({known})")
-    return folder
-
-
-def find_transformer(folder: Path) -> Path:
-    """Return the one `flux1-*.safetensors` of a model folder; FileNotFoundError when not just one."""
-    files = sorted(folder.glob("flux1-*.safetensors"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise FileNotFoundError(f"{folder} must hold exactly one flux1-*.safetensors; found {found}")
-    return files[0]
-
-
-def _from_hub(repo: str, files: list[str]) -> Path:
-    """Return the folder of the hub's cache that holds the files, downloaded if one is missing."""
-    cached = {file: try_to_load_from_cache(repo, file) for file in files}
-    # Not a path is None, or a mark for "the hub has no such file".
-    missing = [file for file, path in cached.items() if not isinstance(path, str)]
-    if not missing:
-        return Path(cached[files[0]]).parent
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, missing[0]))  # fails within 10 s; a download would keep trying
-        return Path(snapshot_download(repo, allow_patterns=files))
-    except Exception as error:  # the network's errors have other types in every version of huggingface_hub
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"{repo} is not whole in the hub cache and cannot be downloaded "
-            f"({type(error).__name__}: {reason}).\n"
-            f"Accept its licence at https://huggingface.co/{repo}, then run `hf auth login` with a read "
-            "token or set HF_TOKEN;\nor name a folder that holds the files already: --model FOLDER "
-            f"({files[0]}, {', '.join(PARTS)});\n"
-            "or try everything on the small model that comes along: --model tiny"
-        ) from error
-
-
-def hub_file(repo: str, file: str, revision: str) -> Path:
-    """Return a file from the hub's cache, or download it; OSError within seconds when there is no network."""
-    found = try_to_load_from_cache(repo, file, revision=revision)
-    try:
-        if not isinstance(found, str):
-            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))  # a download would keep trying
-            found = hf_hub_download(repo, file, revision=revision)
-    except Exception as error:  # the network's errors have other types in every version of huggingface_hub
-        raise OSError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
-    return Path(found)
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[safe_open]:
-    """Open a safetensors file; ValueError names it when it is damaged or of another kind."""
-    try:
-        with safe_open(file, "pt") as f:
-            yield f
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error})") from error
-
-
-def unpickle(file: Path) -> dict[str, Tensor]:
-    """Read a state dict that `torch.save` wrote, running none of its code; ValueError when it is none."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # from six modules: damaged, cut short, of another kind, or with code in it
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{file} is not a whole PyTorch file of weights ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{file} holds something else than a dictionary of tensors")
-    return state
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The headers of one or several safetensors files, read as one; or a state dict of `torch.save`."""
-
-    path: Path
-    file_of: dict[str, Path]
-    shapes: dict[str, tuple[int, ...]]
-    unpickled: dict[str, Tensor] = field(default_factory=dict)  # such a file has no header to read first
-
-    @classmethod
-    def open(cls, path: Path | str) -> Self:
-        """Read the headers of a file, or of all shards in a folder; ValueError names a damaged file."""
-        path = Path(path)
-        if path.suffix in PICKLED and path.is_file():
-            state = unpickle(path)
-            shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-            return cls(path, dict.fromkeys(state, path), shapes, state)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not files or not files[0].is_file():
-            raise FileNotFoundError(f"{path}: no such safetensors file, or a folder without any")
-        file_of, shapes = {}, {}
-        for file in files:
-            with opened(file) as f:
-                for name in f.keys():
-                    if name in file_of:
-                        raise ValueError(f"{path}: {name} is in {file_of[name].name} and in {file.name}")
-                    file_of[name] = file
-                    shapes[name] = tuple(f.get_slice(name).get_shape())
-        return cls(path, file_of, shapes)
-
-    @property
-    def config(self) -> dict:
-        """The `config.json` beside the weights, empty when there is none."""
-        file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        try:
-            return json.loads(file.read_text()) if file.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON ({error})") from error
-
-    def read(self, names: list[str], device: str | torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Read tensors; on the CPU and in the file's own dtype they stay mapped to the file, uncopied.
-
-        Integers, BatchNorm's counters for one, keep their dtype.
-        """
-        if self.unpickled:
-            return {name: cast(self.unpickled[name], device, dtype) for name in names}
-        tensors = {}
-        for file in dict.fromkeys(self.file_of[name] for name in names):
-            with opened(file) as f:
-                for name in names:
-                    if self.file_of[name] == file:
-                        tensors[name] = cast(f.get_tensor(name), device, dtype)
-        return tensors
-
-
-def cast(tensor: Tensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-
-
-def load(
-    kind: type[nn.Module], sizes_kind: type, path: Path | str, device="cpu", dtype=torch.bfloat16
-) -> nn.Module:
-    """Build `kind` on the meta device with the sizes the header tells, then assign the weights.
-
-    Raises ValueError that lists every missing, unexpected and misshapen tensor and names the file.
-    """
-    checkpoint, ignored = Checkpoint.open(path), getattr(kind, "IGNORED", ())
-    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in ignored}
-    config = checkpoint.config
-    try:
-        sizes = sizes_kind.from_shapes(shapes, config)
-        with torch.device("meta"):
-            model = kind(sizes)
-    except (KeyError, ValueError, IndexError) as error:
-        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else error
-        some = ", ".join(sorted(shapes)[:3]) or "no tensor"
-        message = f"{path} is not a {kind.__name__} checkpoint: {reason}; it begins with {some}"
-        raise ValueError(message) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
-    problems += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected]
-    problems += [
-        f"{name} is {shapes[name]}, must be {shape}"
-        for name, shape in expected.items()
-        if shapes.get(name, shape) != shape
-    ]
-    if problems:
-        raise ValueError(f"{path} does not fit {sizes}:\n  " + "\n  ".join(problems))
-    model.load_state_dict(checkpoint.read(list(expected), device, dtype), assign=True, strict=True)
-    return model.requires_grad_(False).eval()
+    path, _ = find_named(name)
+    if path is None:
+        raise FileNotFoundError(f"--model {name}: no such folder")
+    return path if path.is_dir() else path.parent
 
 
 def load_flux(path: Path | str, device="cpu", dtype=torch.bfloat16) -> Flux:
@@ -257,12 +332,19 @@ def load_clip(path: Path | str, device="cpu", dtype=torch.bfloat16) -> CLIPText:
 
 
 def load_conditioner(
-    folder: Path, device="cpu", dtype=torch.bfloat16, t5_length: int | None = None
+    files: ModelFiles | Path, device="cpu", dtype=torch.bfloat16, t5_length: int | None = None
 ) -> Conditioner:
-    """Load both text encoders of a model folder and their tokenizers."""
-    t5 = load_t5(folder / "text_encoder_2", device, dtype)
-    clip = load_clip(folder / "text_encoder", device, dtype)
-    return Conditioner(t5, clip, load_tokenizers(folder, t5_length))
+    """Load both text encoders and their tokenizers, of a model's files or folder."""
+    if isinstance(files, Path):
+        places = files / "text_encoder_2", files / "text_encoder", files
+    else:
+        places = files.t5, files.clip, files.tokenizers
+    t5, clip = load_t5(places[0], device, dtype), load_clip(places[1], device, dtype)
+    return Conditioner(t5, clip, load_tokenizers(places[2], t5_length))
+
+
+KINDS = {"autoencoder": AutoEncoder, "clip": CLIPText, "t5": T5}  # what ComfyUI puts beside a transformer
+LOADERS = {"transformer": load_flux, "autoencoder": load_autoencoder, "clip": load_clip, "t5": load_t5}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -318,7 +400,7 @@ def fingerprint(*paths: Path) -> str:
     """Tell weights apart without reading gigabytes: a hash of each file's size, first and last MiB."""
     digest = hashlib.sha256()
     for path in paths:
-        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        for file in shards(path):
             with file.open("rb") as f:
                 size = f.seek(0, os.SEEK_END)
                 f.seek(0)
@@ -344,8 +426,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model runs, where and in which precision; the same in every script."""
     group = parser.add_argument_group("model")
     known = ", ".join([*HUB_MODELS, *LOCAL_MODELS])
+    place = {"type": Path, "metavar": "PATH"}
     group.add_argument(
-        "--model", default="flux-dev", help=f"{known}, or a folder laid out like FLUX.1-dev's on the hub"
+        "--model",
+        default="flux-dev",
+        help=f"{known}, a repository on the hub (owner/name), a folder laid out like one of them, or a "
+        "transformer's file, also ComfyUI's; FLUX_DEV and the like may hold a path",
+    )
+    group.add_argument("--ae", **place, help="autoencoder; else FLUX_AE, else as --model")
+    group.add_argument(
+        "--clip-l", **place, help="CLIP's text encoder, file or folder; else FLUX_CLIP_L, else as --model"
+    )
+    group.add_argument("--t5", **place, help="T5 encoder, file or folder; else FLUX_T5, else as --model")
+    group.add_argument(
+        "--tokenizers",
+        **place,
+        help="folder with tokenizer/ and tokenizer_2/; else FLUX_TOKENIZERS, else as --model",
     )
     group.add_argument("--device", help="cuda, cuda:1, mps, cpu; default: a GPU if there is one")
     group.add_argument(

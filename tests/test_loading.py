@@ -1,29 +1,29 @@
 """Loading: exact weights, mapped and not copied, and one clear message for every file that does not fit."""
 
+import argparse
 import json
 import re
+import shutil
 import socket
 import sys
 import time
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 from zipfile import ZipFile
 
-import huggingface_hub
 import pytest
 import test_autoencoder
 import test_model
 import test_text
 import torch
 from compare import randomize
-from huggingface_hub.errors import GatedRepoError
-from safetensors.torch import save_file
+from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flux
-from flux import T5, AutoEncoder, CLIPText, Flux, find_model, loading
-from flux.loading import HUB_FILES, HUB_MODELS
+from flux import T5, AutoEncoder, CLIPText, Flux, find_model, find_transformer, loading
+from flux.loading import HUB_MODELS, ModelFiles, find_files
 
 SIZES = test_model.DEV
 KINDS = {
@@ -32,7 +32,7 @@ KINDS = {
     "t5": (flux.load_t5, T5(test_text.T5_SIZES)),
     "clip": (flux.load_clip, CLIPText(test_text.CLIP_SIZES)),
 }
-REPO, TRANSFORMER = HUB_MODELS["flux-dev"]
+REPO = HUB_MODELS["flux-dev"]
 
 
 def state_of(model: nn.Module, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -145,12 +145,40 @@ def header_longer_than_the_file(path: Path):
     path.write_bytes((1000).to_bytes(8, "little") + b"{}")
 
 
-@pytest.mark.parametrize(
-    "damage", [truncated, cut_in_the_header, zipped, text, empty, header_longer_than_the_file]
-)
-def test_a_damaged_file_is_named(damage, path):
+def longer_than_the_header_tells(path: Path):
+    path.write_bytes(path.read_bytes() + b"0")
+
+
+def gguf(path: Path):
+    path.write_bytes(b"GGUF" + bytes(100))
+
+
+def pointer(path: Path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 23802932552\n")
+
+
+def not_json(path: Path):
+    path.write_bytes((8).to_bytes(8, "little") + b"not json")
+
+
+DAMAGES = {
+    truncated: r"it has (\d+) bytes, its header tells of (\d+)",
+    cut_in_the_header: r"it has 100 bytes, and begins as if its header alone had \d+",
+    header_longer_than_the_file: r"it has 10 bytes, and begins as if its header alone had 1000",
+    longer_than_the_header_tells: r"it has (\d+) bytes, its header tells of (\d+)",
+    zipped: "it is a zip",
+    gguf: "it is a GGUF file",
+    text: "it is a web page",
+    pointer: "it only says where .* run `git lfs pull`",
+    empty: "it has 0 bytes",
+    not_json: ".",
+}
+
+
+@pytest.mark.parametrize("damage, reason", DAMAGES.items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_a_damaged_file_is_named(damage, reason, path):
     damage(path)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a whole safetensors file: {reason}"):
         flux.load_flux(path)
 
 
@@ -160,22 +188,30 @@ def test_no_file(tmp_path):
             flux.load_flux(path)
 
 
-def test_other_models_are_refused(path, state):
-    """Chroma has neither time_in nor modulation; diffusers' names and no name at all are the other cases."""
-    chroma = {name: tensor for name, tensor in state.items() if "_in.in" not in name and "mod" not in name}
-    chroma["distilled_guidance_layer.in_proj.weight"] = torch.zeros(2, 2)
-    save_file(chroma, path)
-    message = (
-        "not a Flux checkpoint: it lacks vector_in.in_layer.weight; it begins with distilled_guidance_layer"
-    )
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is {message}"):
-        flux.load_flux(path)
-    save_file(test_model.to_diffusers({name: x.clone() for name, x in state.items()}, 96), path)
-    with pytest.raises(ValueError, match="lacks img_in.weight; it begins with context_embedder.bias"):
-        flux.load_flux(path)
-    save_file({}, path)
-    with pytest.raises(ValueError, match="not a AutoEncoder checkpoint.*begins with no tensor"):
+def test_files_of_other_kinds_are_refused(path, state):
+    with pytest.raises(ValueError, match="not a AutoEncoder checkpoint.*begins with double_blocks"):
         flux.load_autoencoder(path)
+    save_file({}, path)
+    with pytest.raises(ValueError, match="not a Flux checkpoint: it lacks img_in.*begins with no tensor"):
+        flux.load_flux(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_are_not_finite_are_refused(dtype, path, state):
+    state["img_in.weight"][-1, -1] = torch.nan
+    state["single_blocks.1.linear2.bias"][0] = torch.inf
+    save_file(state, path)
+    message = "is damaged: NaN or infinity in img_in.weight, single_blocks.1.linear2.bias$"
+    with pytest.raises(ValueError, match=re.escape(str(path)) + " " + message):
+        flux.load_flux(path, dtype=dtype)
+    assert flux.load_flux(path, "meta").img_in.weight.is_meta
+
+
+def test_a_wrong_dtype_is_refused(path, state):
+    state["img_in.bias"] = torch.zeros(96, dtype=torch.int8)
+    save_file(state, path)
+    with pytest.raises(ValueError, match="img_in.bias is I8, must be F64, F32, F16, BF16, F8_E4M3, F8_E5M2"):
+        flux.load_flux(path)
 
 
 def test_config_beside_the_file(path):
@@ -192,98 +228,272 @@ def test_config_beside_the_file(path):
         flux.load_flux(path)
 
 
-def whole_model(folder: Path, transformer: str = "flux1-small.safetensors") -> Path:
-    for file in (transformer, *HUB_FILES):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).touch()
-    return folder
+# --- Finding the parts -------------------------------------------------------------------------------------
 
 
-def test_find_model_on_disk(tmp_path, monkeypatch):
-    folder = whole_model(tmp_path)
-    assert find_model(str(folder)) == folder
-    monkeypatch.setitem(loading.LOCAL_MODELS, "small", folder)
-    assert find_model("small") == folder
+def arguments(model, *options: str):
+    parser = argparse.ArgumentParser()
+    loading.add_model_arguments(parser)
+    return parser.parse_args(["--model", str(model), *map(str, options)])
 
 
-def test_find_model_says_what_is_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match="flux-dve: neither a folder nor one.*flux-dev, tiny"):
-        find_model("flux-dve")
-    with pytest.raises(FileNotFoundError, match="exactly one flux1-.*; found none"):
-        find_model(str(tmp_path))
-    (tmp_path / "flux1-a.safetensors").touch()
-    with pytest.raises(FileNotFoundError, match="lacks ae.safetensors, text_encoder, .*, tokenizer_2"):
-        find_model(str(tmp_path))
-    (tmp_path / "flux1-b.safetensors").touch()
-    with pytest.raises(FileNotFoundError, match="found flux1-a.safetensors, flux1-b.safetensors"):
-        find_model(str(tmp_path))
+def ours(folder: Path) -> ModelFiles:
+    """Where the parts lie in black-forest-labs' layout."""
+    parts = "flux1-random.safetensors", "ae.safetensors", "text_encoder", "text_encoder_2", ""
+    return ModelFiles(*(folder / part for part in parts))
+
+
+@pytest.fixture
+def copy(model, tmp_path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "copy"))
 
 
 @pytest.fixture
 def snapshot(tmp_path, monkeypatch) -> Path:
-    """Return an empty snapshot of FLUX.1-dev in an offline hub cache."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    repo = tmp_path / f"models--{REPO.replace('/', '--')}"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
-    return repo / "snapshots" / ("0" * 40)
+    """Return where a snapshot of FLUX.1-dev would be in an empty hub cache; there is no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in (*loading.VARIABLES.values(), "FLUX_DEV", "FLUX_SCHNELL", "FLUX_KREA_DEV"):
+        monkeypatch.delenv(name, raising=False)
+    return snapshot_of("flux-dev", tmp_path / "hub")
 
 
-def test_the_hubs_cache_is_used_without_asking(snapshot, monkeypatch):
-    whole_model(snapshot, TRANSFORMER)
-    monkeypatch.setattr(loading, "get_hf_file_metadata", Mock(side_effect=AssertionError("asked")))
-    assert find_model("flux-dev") == snapshot
+def snapshot_of(name: str, hub: Path, commit: str = "0" * 40) -> Path:
+    repo = hub / f"models--{HUB_MODELS.get(name, name).replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True, exist_ok=True)
+    (repo / "refs" / "main").write_text(commit)
+    return repo / "snapshots" / commit
 
 
-def assert_refused(*parts: str):
-    with pytest.raises(FileNotFoundError) as error:
-        find_model("flux-dev")
-    for part in (REPO, "hf auth login", "--model FOLDER", "--model tiny", *parts):
-        assert part in str(error.value)
+def in_diffusers_layout(folder: Path) -> Path:
+    """Rename and move; the names inside the files may be either's."""
+    for file, place in (
+        ("flux1-random.safetensors", "transformer/diffusion_pytorch_model.safetensors"),
+        ("ae.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+    ):
+        (folder / place).parent.mkdir()
+        (folder / file).rename(folder / place)
+    shutil.copy(folder / "config.json", folder / "transformer" / "config.json")
+    return folder
 
 
-def test_offline_with_an_empty_cache(snapshot):
-    assert_refused(TRANSFORMER, "offline")
+def test_a_folder(model, snapshot, monkeypatch):
+    assert find_files(arguments(model)) == ours(model)
+    assert find_files(arguments(model)).folder == model
+    assert find_model(str(model)) == model and find_transformer(model) == ours(model).transformer
+    monkeypatch.setitem(loading.LOCAL_MODELS, "small", model)
+    assert find_files(arguments("small")) == ours(model)
+    assert loading.local_folder("small") == model
 
 
-def test_offline_with_half_a_cache(snapshot):
-    (whole_model(snapshot, TRANSFORMER) / "ae.safetensors").unlink()
-    assert_refused("ae.safetensors")
+def test_a_folder_in_diffusers_layout(copy, snapshot):
+    files = find_files(arguments(in_diffusers_layout(copy)))
+    assert files == replace(ours(copy), transformer=copy / "transformer", autoencoder=copy / "vae")
+    assert flux.load_flux(files.transformer).sizes.theta == 100  # of its config
 
 
-def test_a_file_the_hub_once_did_not_have_is_not_taken_for_cached(snapshot):
-    (whole_model(snapshot, TRANSFORMER) / "ae.safetensors").unlink()
-    mark = snapshot.parents[1] / ".no_exist" / snapshot.name / "ae.safetensors"
-    mark.parent.mkdir(parents=True)
-    mark.touch()
-    assert_refused("ae.safetensors")
+def test_a_file_and_options(copy, model, snapshot):
+    """A folder of single files, as ComfyUI's, and the tokenizers elsewhere."""
+    comfy = copy.parent / "comfy"
+    comfy.mkdir()
+    for part in ("text_encoder", "text_encoder_2"):
+        (copy / part / "model.safetensors").rename(comfy / f"{part}.safetensors")
+    (copy / "text_encoder" / "config.json").rename(comfy / "config.json")
+    (copy / "ae.safetensors").rename(comfy / "vae.safetensors")
+    (copy / "flux1-random.safetensors").rename(comfy / "unet.safetensors")
+    unet, vae, clip, t5 = (
+        comfy / f"{name}.safetensors" for name in ("unet", "vae", "text_encoder", "text_encoder_2")
+    )
+    options = ("--ae", vae, "--clip-l", clip, "--t5", t5, "--tokenizers", copy)
+    files = find_files(arguments(unet, *options))
+    assert files == ModelFiles(unet, vae, clip, t5, copy)
+    assert files.folder == comfy
+    shutil.copy(model / "config.json", comfy / "text.json")
+    prompts = ["a photo of a woman"]
+    expected = flux.load_conditioner(model).encode(prompts)
+    for x, y in zip(flux.load_conditioner(files).encode(prompts), expected):
+        assert torch.equal(x, y)
 
 
-def test_without_a_licence(snapshot, monkeypatch):
-    gated = GatedRepoError("401 Client Error.\nAccess to model is restricted.", response=Mock())
-    monkeypatch.setattr(loading, "get_hf_file_metadata", Mock(side_effect=gated))
-    assert_refused("GatedRepoError: 401 Client Error.")
+def test_options_come_before_the_folder_and_the_folder_before_the_environment(
+    model, copy, snapshot, monkeypatch
+):
+    monkeypatch.setenv("FLUX_AE", str(copy / "ae.safetensors"))
+    assert find_files(arguments(model)).autoencoder == model / "ae.safetensors"
+    given = find_files(arguments(model, "--ae", copy / "ae.safetensors", "--t5", copy / "text_encoder_2"))
+    assert given == replace(ours(model), autoencoder=copy / "ae.safetensors", t5=copy / "text_encoder_2")
 
 
-def test_what_is_missing_is_downloaded(snapshot, monkeypatch):
-    download = Mock(side_effect=lambda repo, allow_patterns: str(whole_model(snapshot, TRANSFORMER)))
-    monkeypatch.setattr(loading, "get_hf_file_metadata", Mock())
-    monkeypatch.setattr(loading, "snapshot_download", download)
-    assert find_model("flux-dev") == snapshot
-    download.assert_called_once_with(REPO, allow_patterns=[TRANSFORMER, *HUB_FILES])
+def test_the_environment_comes_before_the_cache(model, copy, snapshot, monkeypatch):
+    shutil.copytree(model, snapshot)
+    assert find_files(arguments("flux-dev")) == ours(snapshot)
+    monkeypatch.setenv("FLUX_CLIP_L", str(copy / "text_encoder"))
+    assert find_files(arguments("flux-dev")) == replace(ours(snapshot), clip=copy / "text_encoder")
+    monkeypatch.setenv("FLUX_DEV", str(copy))
+    assert find_files(arguments("flux-dev")) == ours(copy)
+    monkeypatch.setenv("FLUX_DEV", "nowhere")
+    with pytest.raises(FileNotFoundError, match="FLUX_DEV nowhere: no such file or folder"):
+        find_files(arguments("flux-dev"))
+
+
+@pytest.fixture
+def all_in_one(model, tmp_path) -> Path:
+    """Write the weights of a model as one ComfyUI checkpoint."""
+    prefixes = {
+        "transformer": "model.diffusion_model.",
+        "autoencoder": "vae.",
+        "clip": "text_encoders.clip_l.transformer.",
+        "t5": "text_encoders.t5xxl.transformer.",
+    }
+    state = {}
+    for part, prefix in prefixes.items():
+        for file in loading.shards(getattr(ours(model), part)):
+            state |= {prefix + name: tensor for name, tensor in load_file(file).items()}
+    file = tmp_path / "one" / "flux1-all.safetensors"
+    file.parent.mkdir()
+    save_file(state, file)
+    config = json.loads((model / "text_encoder" / "config.json").read_text())
+    file.with_name("config.json").write_text(json.dumps(config | {"theta": 100}))
+    return file
+
+
+def test_an_all_in_one_checkpoint(all_in_one, model, snapshot):
+    files = find_files(arguments(all_in_one, "--tokenizers", model))
+    assert files == ModelFiles(*[all_in_one] * 4, model)
+    for part, load in loading.LOADERS.items():
+        assert_holds(load(all_in_one), load(getattr(ours(model), part)).state_dict())
+
+
+def test_an_all_in_one_checkpoint_of_the_hub(all_in_one, model, snapshot, capsys):
+    """Its own parts come before those of FLUX.1-dev, which are cached too."""
+    shutil.copytree(model, snapshot)
+    folder = snapshot_of("somebody/flux", snapshot.parents[2])
+    shutil.copytree(all_in_one.parent, folder)
+    files = find_files(arguments("somebody/flux"))
+    assert files == ModelFiles(*[folder / all_in_one.name] * 4, snapshot)
+    assert "cannot ask somebody/flux for tokenizers (" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_together_is_refused(model, snapshot, tmp_path):
+    state = load_file(model / "ae.safetensors")
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"][:, :2].clone()
+    state["encoder.conv_out.weight"] = state["encoder.conv_out.weight"][:4].clone()
+    state["encoder.conv_out.bias"] = state["encoder.conv_out.bias"][:4].clone()
+    save_file(state, tmp_path / "ae.safetensors")
+    message = "ae.safetensors has 8 channels in 2 x 2 latents, .*flux1-random.safetensors wants 16"
+    with pytest.raises(ValueError, match=message):
+        find_files(arguments(model, "--ae", tmp_path / "ae.safetensors"))
+    with pytest.raises(ValueError, match="text_encoder_2 is not a CLIPText checkpoint"):
+        find_files(arguments(model, "--clip-l", model / "text_encoder_2"))
+
+
+def test_what_is_wrong_is_said(copy, snapshot):
+    def refused(match: str, *args):
+        with pytest.raises(FileNotFoundError, match=match):
+            find_files(arguments(*args))
+
+    refused(
+        "flux-dve: neither a folder nor a file nor .*flux-dev, flux-schnell, flux-krea-dev, tiny", "flux-dve"
+    )
+    refused("models/flux1.safetensors: neither a folder", "models/flux1.safetensors")
+    refused("--ae nothing.safetensors: no such file or folder", copy, "--ae", "nothing.safetensors")
+    refused("exactly one flux1-.*; found none", copy / "tokenizer")
+    shutil.rmtree(copy / "tokenizer")
+    refused("Wanted: tokenizers(.|\n)*--tokenizers", copy)
+    shutil.copy(copy / "flux1-random.safetensors", copy / "flux1-b.safetensors")
+    refused("found flux1-b.safetensors, flux1-random.safetensors", copy)
+
+
+def test_a_missing_shard_is_told(copy, snapshot):
+    folder, state = copy / "text_encoder_2", load_file(copy / "text_encoder_2" / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards(state, folder)
+    assert find_files(arguments(copy)).t5 == folder
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    message = "text_encoder_2 lacks model-00002-of-00002.safetensors, of 2 files that belong together"
+    with pytest.raises(FileNotFoundError, match=message):
+        find_files(arguments(copy))
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(FileNotFoundError, match=message):
+        find_files(arguments(copy))
+
+
+def test_variants_in_16_bit_are_left_alone(copy, snapshot):
+    in_diffusers_layout(copy)
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, copy / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    assert find_files(arguments(copy)).autoencoder == copy / "vae"
+
+
+# --- The hub's cache ---------------------------------------------------------------------------------------
+
+
+def test_parts_come_from_any_snapshot_and_layout(model, copy, snapshot):
+    """The hub renewed its read-me: the transformer is in an older snapshot than the rest."""
+    shutil.copytree(copy, snapshot)
+    older = snapshot.with_name("1" * 40)
+    (older / "transformer").mkdir(parents=True)
+    (snapshot / "flux1-random.safetensors").rename(older / "transformer" / "model.safetensors")
+    shutil.copy(model / "config.json", older / "transformer")
+    assert find_files(arguments("flux-dev")) == replace(ours(snapshot), transformer=older / "transformer")
+
+
+@pytest.mark.parametrize("latest", ["0" * 40, "1" * 40])
+def test_the_latest_snapshot_comes_first(latest, model, snapshot):
+    for commit in ("0" * 40, "1" * 40):
+        shutil.copytree(model, snapshot.with_name(commit))
+    snapshot_of("flux-dev", snapshot.parents[2], latest)
+    assert find_files(arguments("flux-dev")) == ours(snapshot.with_name(latest))
+
+
+def test_what_all_models_share_is_taken_from_any_of_them(model, snapshot):
+    shutil.copytree(model, snapshot)
+    krea = snapshot_of("flux-krea-dev", snapshot.parents[2])
+    for name in ("flux1-random.safetensors", "config.json"):
+        krea.mkdir(parents=True, exist_ok=True)
+        shutil.copy(model / name, krea / name)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(model / name, krea / name)
+    files = find_files(arguments("flux-krea-dev"))
+    assert files == replace(ours(snapshot), transformer=krea / "flux1-random.safetensors", tokenizers=krea)
+
+
+def test_another_repository(model, snapshot, capsys):
+    """One that holds only a transformer; the rest is FLUX.1-dev's, also without a network."""
+    shutil.copytree(model, snapshot)
+    mini = snapshot_of("somebody/flux-mini", snapshot.parents[2])
+    mini.mkdir(parents=True)
+    shutil.copy(model / "config.json", mini)
+    shutil.copy(model / "flux1-random.safetensors", mini / "flux-mini.safetensors")
+    files = find_files(arguments("somebody/flux-mini"))
+    assert files == replace(ours(snapshot), transformer=mini / "flux-mini.safetensors")
+    assert "cannot ask somebody/flux-mini for autoencoder" in capsys.readouterr().out
+
+
+def test_offline_with_an_empty_or_half_a_cache(model, snapshot):
+    def refused(*parts: str):
+        with pytest.raises(FileNotFoundError) as error:
+            find_files(arguments("flux-dev"))
+        for part in (REPO, "ffline", "hf auth login", "HF_TOKEN", "--model FILE", "--model tiny", *parts):
+            assert part in str(error.value)
+
+    refused("Wanted: transformer, autoencoder, clip, t5, tokenizers")
+    shutil.copytree(model, snapshot)
+    (snapshot / "ae.safetensors").unlink()
+    (snapshot / "tokenizer_2" / "spiece.model").unlink()
+    refused("Wanted: autoencoder, tokenizers")
 
 
 def test_a_silent_hub_is_given_up_soon(snapshot, monkeypatch):
     """One request, not huggingface_hub's five retries nor its download without a time limit."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(
-            loading, "hf_hub_url", lambda *_: f"http://127.0.0.1:{server.getsockname()[1]}/file"
-        )
-        metadata = partial(loading.get_hf_file_metadata, timeout=0.2)  # 10 s by default
-        monkeypatch.setattr(loading, "get_hf_file_metadata", metadata)
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(loading, "HfApi", lambda: HfApi(endpoint=endpoint))
+        monkeypatch.setattr(loading, "TIMEOUT", 0.2)
         start = time.monotonic()
-        assert_refused("imeout")
+        with pytest.raises(FileNotFoundError, match="imeout"):
+            find_files(arguments("flux-dev"))
         assert time.monotonic() - start < 10

@@ -1,22 +1,27 @@
 """The Meta-LoRA layer against the paper's product, its optimizer against torch's, its files in diffusers."""
 
 import functools
+import inspect
 import re
 from dataclasses import replace
+from datetime import date
 
 import pytest
 import torch
 from compare import difference, header, randomize
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.loaders import lora_conversion_utils, lora_pipeline
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import DEV, REAL, inputs, pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import metalora
+import lora_files
 from flux import load_flux
 from flux.model import Flux
+from lora_files import read_lora
 from metalora import (
     MetaLoRALinear,
     SlotAdamW,
@@ -31,6 +36,7 @@ from metalora import (
     inject_loras,
     load_lora,
     load_meta,
+    merge_loras,
     save_meta,
     use_slots,
 )
@@ -229,9 +235,14 @@ def test_every_slot_has_an_adamw_of_its_own():
 def test_exported_file(tmp_path):
     path = tmp_path / "person.safetensors"
     model = adapted(r2=2)
-    export_lora(model, path, {"prompt": "ä photo", "steps": 375}, slot=1)
+    export_lora(model, path, {"caption": "ä photo", "steps": 375}, slot=1)
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt", "prompt": "ä photo", "steps": "375"}
+        metadata = file.metadata()
+    expected = {"format": "pt", "caption": "ä photo", "steps": "375", "version": "1", "r1": "6", "r2": "2"}
+    expected |= {"modelspec.architecture": "flux-1-dev/lora", "modelspec.title": "Meta-LoRA: ä photo"}
+    expected |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.trigger_phrase": "ä photo"}
+    assert expected.items() <= metadata.items()
+    assert date.fromisoformat(metadata["modelspec.date"]) <= date.today()
     tensors = load_file(path)
     modules = {f"transformer.{name}" for name in collapse(model)}
     assert {*tensors} == {f"{name}.lora_{letter}.weight" for name in modules for letter in "AB"}
@@ -259,19 +270,40 @@ def their_velocity(theirs: FluxTransformer2DModel) -> Tensor:
     ).sample
 
 
+def pipeline_of(theirs: FluxTransformer2DModel) -> FluxPipeline:
+    parts = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"]
+    return FluxPipeline(transformer=theirs, **dict.fromkeys(parts))
+
+
+@pytest.fixture
+def reader_for_our_width(monkeypatch):
+    """Give diffusers' reader of kohya's names the test model's widths: it knows FLUX.1-dev's alone."""
+    name = "_convert_kohya_flux_lora_to_diffusers"
+    source, d = inspect.getsource(getattr(lora_conversion_utils, name)), DEV.hidden_size
+    assert source.count("[3072, 3072, 3072, 12288]") == 1
+    module = dict(vars(lora_conversion_utils))
+    exec(source.replace("[3072, 3072, 3072, 12288]", str([d, d, d, DEV.mlp_size])), module)
+    monkeypatch.setattr(lora_pipeline, name, module[name])
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
 @pytest.mark.parametrize("r2", [1, 4])
-def test_diffusers_reads_the_exported_file(r2, tmp_path):
+def test_diffusers_reads_the_exported_file(r2, form, tmp_path, reader_for_our_width):
     path = tmp_path / "person.safetensors"
     ours, theirs = pair(DEV)
     base = ours(**inputs(DEV))
-    export_lora(adapted(r2), path, META, slot=2)
+    export_lora(adapted(r2), path, META, slot=2, form=form)
     load_lora(ours, path)
-    missing = dict.fromkeys(
-        ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"]
-    )
-    pipeline = FluxPipeline(transformer=theirs, **missing)
-    pipeline.load_lora_weights(path)
+    pipeline = pipeline_of(theirs)
+    pipeline.load_lora_weights(path, adapter_name="her")
+    layers = [layer for layer in theirs.modules() if isinstance(layer, LoraLayer)]
+    assert len(layers) == 2 * 14 + 3 * 6
+    assert {(layer.r["her"], layer.lora_alpha["her"], layer.scaling["her"]) for layer in layers} == {
+        (r2, r2, 1)
+    }
+    config = theirs.peft_config["her"]
+    assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (r2, r2, {}, {})
     expected = their_velocity(theirs)
     assert difference(ours(**inputs(DEV)), expected) < 1e-5
     assert difference(base, expected) > 0.01
@@ -288,7 +320,7 @@ def test_a_loaded_lora_equals_the_live_adapter(tmp_path):
     expected, base = live(**inputs(DEV)), randomize(Flux(DEV))
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
 
-    assert load_lora(base, path, strength=0) == {"format": "pt", "r1": "6", "targets": "all"}
+    assert load_lora(base, path, strength=0)["r1"] == "6"
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     load_lora(base, path)
     assert difference(base(**inputs(DEV)), expected) < 2e-3  # the file has 11 bits
@@ -316,13 +348,19 @@ def test_merging_leaves_the_models_file_and_its_map_alone(tmp_path):
 
 
 def test_merging_rounds_once_to_the_weights_own_dtype(tmp_path):
-    path = tmp_path / "person.safetensors"
-    export_lora(adapted(), path, META)
-    exact, half = randomize(Flux(DEV)).bfloat16().float(), randomize(Flux(DEV)).bfloat16()
-    load_lora(exact, path)
-    load_lora(half, path)
+    """Also when there are several: one after the other would round as often."""
+    exact, half, twice = (randomize(Flux(DEV)).bfloat16() for _ in range(3))
+    exact, loras = exact.float(), []
+    for seed in range(2):
+        path = tmp_path / f"{seed}.safetensors"
+        export_lora(adapted(seed=seed), path, META)
+        loras.append((read_lora(path, exact)[0], 0.7 - seed))
+        load_lora(twice, path, 0.7 - seed)
+    merge_loras(exact, loras)
+    merge_loras(half, loras)
     for ours, expected in zip(half.parameters(), exact.parameters()):
         assert torch.equal(ours, expected.bfloat16())
+    assert not all(map(torch.equal, twice.parameters(), half.parameters()))
 
 
 def test_a_lora_that_does_not_fit_is_refused_in_one_error(tmp_path):
@@ -342,13 +380,13 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_error(tmp_path):
         load_lora(model, path)
     assert str(error.value).splitlines() == [
         f"{path} does not fit this model:",
-        "  transformer_blocks.0.attn.to_q has only one of lora_A and lora_B",
+        "  single_blocks.0.linear1 lacks lora_A and lora_B",
+        "  transformer_blocks.0.attn.to_q lacks lora_A",
+        "  transformer_blocks.0.ff.net.2 has lora_A (2, 384) and lora_B (96, 1), "
+        "must be (rank, inputs) and (outputs, rank)",
         "  transformer_blocks.0.attn.to_k has lora_A (1, 96) and lora_B (95, 1), "
         "must be (rank, 96) and (96, rank)",
-        "  transformer_blocks.0.ff.net.2 has lora_A (2, 384) and lora_B (96, 1), "
-        "must be (rank, 384) and (96, rank)",
-        "  lora_unet_single_blocks_0_linear1.alpha is for no layer of this model",
-        f"  {first}ff.net.7.lora_A.weight is for no layer of this model",
+        f"  {first}ff.net.7.lora_A.weight is for no layer of FLUX.1",
     ]
     assert torch.equal(model.double_blocks[0].img_mod.lin.weight, before)
 
@@ -429,7 +467,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         temporary.write_bytes(before[:99])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metalora, "save_file", crash)
+    monkeypatch.setattr(lora_files, "save_file", crash)
     with pytest.raises(KeyboardInterrupt):
         export_lora(adapted(seed=1), path, META)
     assert list(tmp_path.iterdir()) == [path]

@@ -142,7 +142,11 @@ def test_a_faultless_folder_passes(folder, capsys):
 @pytest.mark.parametrize(
     "name, spoil, reason",
     [
-        ("0", lambda path: path.write_bytes(b"\xff\xd8\xff nonsense"), "no photo that can be read (cannot"),
+        (
+            "0",
+            lambda path: path.write_bytes(b"\xff\xd8\xff nonsense"),
+            "no photo that can be read (JPEG, 12 bytes",
+        ),
         ("1", lambda path: photo(path, faces=0), "no face found"),
         ("1", lambda path: photo(path, faces=3), "3 faces, must be one"),
         ("2", lambda path: photo(path, size=(719, 4000)), "719 x 4000 pixels, the short side must be 720 or"),

@@ -1,5 +1,8 @@
 """Prompt to picture: what is in the files, same seed same picture, and names that stay in their folder."""
 
+import hashlib
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from PIL import Image
 import flux
 import sample
 from metalora import export_lora, factors, inject
+from metaphd import written_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
 PROMPT = "a photo of a woman at the beach"
@@ -28,10 +32,10 @@ def run(model, tmp_path):
     return call
 
 
-def write_lora(model: Path, path: Path) -> Path:
+def write_lora(model: Path, path: Path, seed: int = 0) -> Path:
     """Write a LoRA with large random factors."""
     transformer = inject(flux.load_flux(flux.find_transformer(model), dtype=torch.float32), 4, 2, slots=1)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for up in factors(transformer, "up"):
         up.data.normal_(std=0.5, generator=generator)
     export_lora(transformer, path, {})
@@ -49,9 +53,53 @@ def test_settings_are_in_the_file(run, model, tmp_path):
     ((name, picture),) = run("--prompt", text, *flags).items()
     expected = {"prompt": text, "seed": "7", "steps": "2", "guidance": "3.5", "cfg": "2.0", "size": "32x32"}
     expected |= {"lora": "someone.safetensors", "strength": "0.5", "negative": "hat"}
-    assert picture.text == {**expected, "model": "flux1-random.safetensors"}
+    digest = addnet_hash(lora)
+    expected |= {"lora_hashes": f"someone: {digest}", "model": "flux1-random.safetensors"}
+    told = picture.text.pop("parameters")
+    assert picture.text == expected
+    assert told.splitlines() == [
+        f"{text} <lora:someone:0.5>",
+        "Negative prompt: hat",
+        "Steps: 2, Sampler: Euler, CFG scale: 2, Distilled CFG Scale: 3.5, Seed: 7, Size: 32x32, "
+        f'Model: flux1-random, Lora hashes: "someone: {digest}"',
+    ]
     assert name == "00_a-photo-ein-bild_7.png"
     assert "lora" not in run("--prompt", text, out="base").popitem()[1].text
+
+
+def addnet_hash(path: Path) -> str:
+    """Hash as AUTOMATIC1111 does: what follows the header, whose length is in the first eight bytes."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()[:12]
+
+
+def settings_of(told: str) -> dict[str, str]:
+    """Read the last line of AUTOMATIC1111's `parameters`; values with commas are quoted."""
+    values = re.findall(r'([^:,]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)', told.splitlines()[-1])
+    return {key: json.loads(value) if value.startswith('"') else value for key, value in values}
+
+
+def test_other_programs_can_read_the_settings(run, model, tmp_path):
+    """Also with names that need quotes; and the `prompt` that is checked stays the prompt alone."""
+    loras = [write_lora(model, tmp_path / f"{name}.safetensors") for name in ('a, "b": c', "d")]
+    ((_, picture),) = run("--prompt", PROMPT, "--lora", *loras, "--strength", 0.5, -0.25, "--seed", 3).items()
+    told = settings_of(picture.text["parameters"])
+    assert told["Lora hashes"] == ", ".join(f"{path.stem}: {addnet_hash(path)}" for path in loras)
+    some = {"Seed": "3", "Size": "32x32", "Steps": "2", "Model": "flux1-random", "Distilled CFG Scale": "3.5"}
+    assert some.items() <= told.items()
+    assert "<lora:d:-0.25>" in picture.text["parameters"].splitlines()[0]
+    assert written_prompt(Path(picture.filename)) == PROMPT
+
+
+def test_several_loras_each_with_its_strength(run, model, tmp_path):
+    a, b = (write_lora(model, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate("ab"))
+    draw = lambda out, *argv: run("--prompt", PROMPT, "--lora", *argv, out=out).popitem()[1]
+    both = draw("both", a, b, "--strength", 1, 0.5)
+    swapped, other = draw("swapped", b, a, "--strength", 0.5, 1), draw("other", a, b, "--strength", 0.5, 1)
+    far = lambda picture: np.abs(np.asarray(both, int) - np.asarray(picture, int)).max()
+    assert far(swapped) <= 1 and far(other) > 20
+    assert same(draw("alone", b, "--strength", 0.5), draw("off", a, b, "--strength", 0, 0.5))
+    assert same(draw("all", a, b, "--strength", 2), draw("each", a, b, "--strength", 2, 2))
 
 
 def test_same_seed_same_picture(run, tmp_path):
@@ -132,6 +180,12 @@ def test_impossible_settings(flags, message, capsys):
     with pytest.raises(SystemExit):
         sample.parse_arguments(["--prompt", PROMPT, *(f"{flags[0]}={flags[1]}",)])
     assert message in capsys.readouterr().err
+
+
+def test_strengths_must_be_as_many_as_loras(capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_arguments(["--prompt", PROMPT, "--lora", "a", "b", "c", "--strength", "1", "2"])
+    assert "--strength has 2 numbers for 3 LoRAs" in capsys.readouterr().err
 
 
 def test_without_weights_it_says_what_to_do(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import encoding
 import metalora
 import train_meta
 from data import deal_batches
 from flux.loading import read_tensors
 from flux.memory import checkpoint_blocks
+from runs import Checkpoints, read_state
 from train_meta import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
 
 # Five people of four photos in two buckets, of 3 and 2: q_bucket is 12 * 2 / 2 = 12 and 8, q_warmup 5 and 3.
 SETTINGS = ["--r1", "4", "--bucket-ids", "3", "--uses-per-image", "2", "--batch", "2", "--lr", "1e-2"]
-SETTINGS += ["--save-every", "5", "--sample-every", "0", "--resolution", "32", "--no-checkpointing"]
+SETTINGS += ["--save-every", "5", "--sample-every", "0", "--resolution", "32"]
+SETTINGS += ["--keep-buckets", "--no-checkpointing"]
 BUCKETS = [0] * 12 + [1] * 8 + [0] * 12 + [1] * 2
 WARM_UP = [True] * 5 + [False] * 7 + [True] * 3 + [False] * 5 + [True] * 5 + [False] * 7 + [True] * 2
 STEPS = len(BUCKETS)
@@ -56,8 +60,10 @@ def log_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def bank(out: Path, bucket: int) -> dict:
-    return torch.load(out / "buckets" / f"{bucket}.pt", weights_only=True)
+def state_of(out: Path) -> dict:
+    """Return all that a run has left to go on from: its newest checkpoint, and the buckets by file name."""
+    newest = Checkpoints(out / "checkpoints").files()[0]
+    return {file.name: read_state(file) for file in (newest, *sorted((out / "buckets").iterdir()))}
 
 
 def assert_same(a, b) -> None:
@@ -94,7 +100,7 @@ def test_warm_up_and_order_of_the_buckets(undisturbed):
     log = log_of(undisturbed)
     assert [line["step"] for line in log] == list(range(1, STEPS + 1))
     assert [line["bucket"] for line in log] == BUCKETS
-    assert [line["warm_up"] for line in log] == WARM_UP
+    assert [line["phase"] == "warm-up" for line in log] == WARM_UP
     assert all(math.isfinite(line["loss"]) and line["loss"] > 0 for line in log)
 
 
@@ -124,12 +130,13 @@ def test_what_moves_in_a_step(run, tmp_path, monkeypatch):
 def test_a_bucket_goes_on_where_it_was(run, tmp_path, monkeypatch):
     states, turns, close, open_bucket = {}, [], Trainer.close_bucket, Trainer.open_bucket
 
-    def closed(self, bucket):
+    def closed(self, returns):
+        bucket = self.visit % 2
         states[bucket] = [p.detach().clone() for p in self.personal], self.optimiser.count.clone()
-        close(self, bucket)
+        close(self, returns)
 
-    def opened(self, bucket, first_turn):
-        open_bucket(self, bucket, first_turn)
+    def opened(self, bucket):
+        open_bucket(self, bucket)
         mids, ups, count = self.personal[::2], self.personal[1::2], self.optimiser.count
         if bucket in states:
             turns.append(bucket)
@@ -198,10 +205,10 @@ def test_killed_while_a_bucket_is_stored(run, undisturbed, tmp_path, monkeypatch
     """
     close = Trainer.close_bucket
 
-    def dies(self, bucket):
+    def dies(self, returns):
         second_turn = self.visit == 2
         if stored or not second_turn:
-            close(self, bucket)
+            close(self, returns)
         if second_turn:
             raise Killed
 
@@ -222,21 +229,25 @@ def test_more_steps_later(run, undisturbed, tmp_path, first):
 
 def assert_equals_undisturbed(ours: dict, out: Path, undisturbed: Path) -> None:
     assert_same(ours, load_file(undisturbed / "meta.safetensors"))
-    for bucket in (0, 1):
-        assert_same(bank(out, bucket), bank(undisturbed, bucket))
-    logs = [[{**line, "time": 0} for line in log_of(folder)] for folder in (out, undisturbed)]
+    states = state_of(out), state_of(undisturbed)
+    assert_same(*states)
+    assert len(states[0]) >= 3
+    vary = ("time", "memory", "images_per_second")
+    logs = [[{**line, **dict.fromkeys(vary, 0)} for line in log_of(folder)] for folder in (out, undisturbed)]
     assert logs[0] == logs[1]  # each step once
 
 
 def test_a_finished_run_changes_nothing(run, undisturbed):
-    before = (undisturbed / "checkpoint.pt").stat().st_mtime_ns
-    assert_same(load_file(undisturbed / "meta.safetensors"), run(undisturbed))
-    assert (undisturbed / "checkpoint.pt").stat().st_mtime_ns == before
+    before, tensors = state_of(undisturbed), load_file(undisturbed / "meta.safetensors")
+    times = [file.stat().st_mtime_ns for file in (undisturbed / "checkpoints").iterdir()]
+    assert_same(tensors, run(undisturbed))
+    assert_same(before, state_of(undisturbed))
+    assert times == [file.stat().st_mtime_ns for file in (undisturbed / "checkpoints").iterdir()]
 
 
 def test_what_is_left_without_a_checkpoint_is_not_used(run, undisturbed, tmp_path):
     run(tmp_path, "--seed", 1)
-    (tmp_path / "checkpoint.pt").unlink()
+    shutil.rmtree(tmp_path / "checkpoints")
     assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
 
 
@@ -249,7 +260,7 @@ def test_other_settings_are_refused(run, undisturbed, people, tmp_path):
     fewer.mkdir()
     for person in sorted(people.glob("*_*"))[:4]:
         (fewer / person.name).symlink_to(person)
-    with pytest.raises(ValueError, match=r"photos of \w+_\d+: 4 -> None$"):
+    with pytest.raises(ValueError, match=r"photos of \w+_\d+: 4 \(\w+\) -> None$"):
         run(undisturbed, data=fewer)
     run(undisturbed, "--save-every", 7, "--sample-every", 50)  # these are free
 
@@ -267,11 +278,14 @@ def test_metadata_and_settings(undisturbed, model):
     settings = json.loads((undisturbed / "settings.json").read_text())
     assert settings["model"] == str(model) and settings["resolution"] == 32
     assert sorted(path.name for path in undisturbed.iterdir()) == [
+        ".lock",
         "buckets",
         "cache",
-        "checkpoint.pt",
+        "checkpoints",
         "log.jsonl",
+        "loss.png",
         "meta.safetensors",
+        "people.jsonl",
         "settings.json",
     ]
 
@@ -297,21 +311,22 @@ def test_average(run, tmp_path):
 
 
 def test_captions_come_from_text_files(run, people, tmp_path, monkeypatch):
-    prompts, encode = [], train_meta.encode_prompts
+    prompts, encode = [], encoding.encode_prompts
     monkeypatch.setattr(
-        train_meta, "encode_prompts", lambda texts, *rest: prompts.append(texts) or encode(texts, *rest)
+        encoding, "encode_prompts", lambda texts, *rest: prompts.extend(texts) or encode(texts, *rest)
     )
     run(tmp_path / "out", "--class", "woman", steps=1)
     texts = {path.read_text() for path in people.glob("*/*.txt")}
-    assert set(prompts[0]) - texts <= {"a photo of a woman", "a photo of a woman smiling at the beach"}
-    assert texts < set(prompts[0]) and len(texts) > 5
+    assert set(prompts) - texts <= {"a photo of a woman", "a photo of a woman smiling at the beach"}
+    assert texts < set(prompts) and len(texts) > 5
+    prompts.clear()
 
     bare = tmp_path / "ids" / "someone"
     bare.mkdir(parents=True)
     for picture in sorted(people.glob("*_000/*.png")):
         (bare / picture.name).write_bytes(picture.read_bytes())
     run(tmp_path / "bare", "--class", "man", data=tmp_path / "ids", steps=1)
-    assert prompts[1] == ["a photo of a man", "a photo of a man smiling at the beach"]
+    assert set(prompts) == {"a photo of a man", "a photo of a man smiling at the beach"}
 
 
 def test_sample_grids(run, undisturbed, tmp_path):
@@ -336,6 +351,23 @@ def test_broken_weights_are_not_saved(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not finite"):
         run(tmp_path, steps=1)
     assert not (tmp_path / "meta.safetensors").exists()
+
+
+def test_nothing_is_looked_at_or_encoded_twice(run, undisturbed, tmp_path, monkeypatch):
+    """A cache of other settings is not used: every part of the recipe changes the keys it matters to."""
+    shutil.copytree(undisturbed, tmp_path / "out")
+    for name in ("load_conditioner", "load_autoencoder"):
+        loader = getattr(encoding.flux, name)
+        refuse = lambda *args, loader=loader: (
+            loader(*args) if "meta" in args else pytest.fail(loader.__name__)
+        )
+        monkeypatch.setattr(encoding.flux, name, refuse)
+    monkeypatch.setattr("survey.examine", lambda path: pytest.fail(f"{path} is read again"))
+    assert_same(run(tmp_path / "out", steps=STEPS + 1), run(tmp_path / "out", steps=STEPS + 1))
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    for flag, value in {"--resolution": 40, "--dtype": "bf16", "--t5-length": 9}.items():
+        with pytest.raises(pytest.fail.Exception, match="load_"):
+            run(tmp_path / "out", flag, value, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def run(*command: object) -> None:
 def draw_curve(log: Path, path: Path, height: int = 200, width: int = 480) -> None:
     """Draw the loss of a meta-training run, each step and its running mean."""
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]  # a skipped step has none
     low, high = min(losses), max(losses)
     image = Image.new("RGB", (width, height), "white")
     draw, points, mean = ImageDraw.Draw(image), [], losses[0]

@@ -1,0 +1,243 @@
+"""The names under which other programs store FLUX.1's weights, and the models that are taken for FLUX.1.
+
+Our modules carry the names of the original files. Here stand, in one table per model, the names of diffusers
+where they differ; besides ComfyUI's prefixes and its scaled fp8. `translate` reads headers only, no weights.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from flux.autoencoder import AutoEncoder
+from flux.clip import CLIPText
+from flux.model import Flux
+from flux.t5 import T5
+
+Shape = tuple[int, ...]
+Header = dict[str, tuple[Shape, str]]  # of a safetensors file: shape and dtype, such as "BF16", of each name
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FP8 = ("F8_E4M3", "F8_E5M2")
+
+# Ours to diffusers'. {} is a number, and .weight or .bias follows; several are ours from top to bottom.
+# Names that are not here are the same in both.
+EMBEDDERS = {"time": "timestep", "vector": "text", "guidance": "guidance"}
+LAYERS = {"in": "1", "out": "2"}
+FLUX = {
+    **{
+        f"{ours}_in.{layer}_layer": (f"time_text_embed.{theirs}_embedder.linear_{number}",)
+        for ours, theirs in EMBEDDERS.items()
+        for layer, number in LAYERS.items()
+    },
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "double_blocks.{}.img_mod.lin": ("transformer_blocks.{}.norm1.linear",),
+    "double_blocks.{}.txt_mod.lin": ("transformer_blocks.{}.norm1_context.linear",),
+    "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"),
+    "double_blocks.{}.txt_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"),
+    "double_blocks.{}.img_attn.norm.query_norm.scale": ("transformer_blocks.{}.attn.norm_q",),
+    "double_blocks.{}.img_attn.norm.key_norm.scale": ("transformer_blocks.{}.attn.norm_k",),
+    "double_blocks.{}.txt_attn.norm.query_norm.scale": ("transformer_blocks.{}.attn.norm_added_q",),
+    "double_blocks.{}.txt_attn.norm.key_norm.scale": ("transformer_blocks.{}.attn.norm_added_k",),
+    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+    "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+    "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.net.0.proj",),
+    "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.net.2",),
+    "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.net.0.proj",),
+    "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.net.2",),
+    "single_blocks.{}.modulation.lin": ("single_transformer_blocks.{}.norm.linear",),
+    "single_blocks.{}.linear1": (
+        *(f"single_transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"),
+        "single_transformer_blocks.{}.proj_mlp",
+    ),
+    "single_blocks.{}.norm.query_norm.scale": ("single_transformer_blocks.{}.attn.norm_q",),
+    "single_blocks.{}.norm.key_norm.scale": ("single_transformer_blocks.{}.attn.norm_k",),
+    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+SWAPPED = "final_layer.adaLN_modulation.1"  # shift above scale in ours, scale above shift in theirs
+
+RES_BLOCKS = {
+    "encoder.down.{}.block.{}": "encoder.down_blocks.{}.resnets.{}",
+    "decoder.up.{}.block.{}": "decoder.up_blocks.{}.resnets.{}",
+    "encoder.mid.block_1": "encoder.mid_block.resnets.0",
+    "encoder.mid.block_2": "encoder.mid_block.resnets.1",
+    "decoder.mid.block_1": "decoder.mid_block.resnets.0",
+    "decoder.mid.block_2": "decoder.mid_block.resnets.1",
+}
+RES_BLOCK = {x: x for x in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+AUTOENCODER = {
+    **{f"{a}.{x}": (f"{b}.{y}",) for a, b in RES_BLOCKS.items() for x, y in RES_BLOCK.items()},
+    **{
+        f"{half}.mid.attn_1.{x}": (f"{half}.mid_block.attentions.0.{y}",)
+        for half in ("encoder", "decoder")
+        for x, y in ATTENTION.items()
+    },
+    "encoder.down.{}.downsample.conv": ("encoder.down_blocks.{}.downsamplers.0.conv",),
+    "decoder.up.{}.upsample.conv": ("decoder.up_blocks.{}.upsamplers.0.conv",),
+    "encoder.norm_out": ("encoder.conv_norm_out",),
+    "decoder.norm_out": ("decoder.conv_norm_out",),
+}
+
+TABLES = {Flux: FLUX, AutoEncoder: AUTOENCODER}
+
+# Before the names of a part of a ComfyUI checkpoint; the longer one first.
+PREFIXES = {
+    Flux: ("model.diffusion_model.", "diffusion_model."),
+    AutoEncoder: ("vae.",),
+    CLIPText: ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
+    T5: ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
+}
+# FLUX has no use for them. The scales of fp8 inputs are for multiplying in fp8, which we do not.
+IGNORED = {CLIPText: ("logit_scale", "text_projection.weight"), T5: ("logit_scale",)}
+NO_WEIGHTS = re.compile(r"scaled_fp8|.+\.(scale_input|input_scale|comfy_quant)")
+SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")  # ComfyUI's older and its newer name
+
+ACCEPTED = (
+    "FLUX.1 dev, schnell, Krea-dev and Kontext-dev, FLUX.1-lite, flux-mini, and what was made from them"
+)
+OTHER_MODELS = {  # a name that FLUX.1 does not have
+    r"distilled_guidance_layer\.": "Chroma",
+    r"double_stream_modulation_img\.": "FLUX.2",
+    r"joint_blocks\.|pos_embed\.proj\.": "Stable Diffusion 3",
+    r"(input|down)_blocks\.": "Stable Diffusion 1, 2 or XL",
+    r"redux_": "FLUX.1-Redux, an image encoder",
+    r"controlnet_": "a ControlNet",
+    r"lora_unet_|.*\.lora_(A|B|down|up)\.": "a LoRA",
+}
+WIDER_INPUT = {  # of img_in as a multiple of the latents: what else goes in
+    2: "FLUX.1-Canny or FLUX.1-Depth, which want a control image",
+    6: "FLUX.1-Fill, which wants a masked image",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one of our tensors is made: tensors of the file below each other, scaled, then `change`d."""
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    scales: tuple[str | None, ...]  # factor on each of them, for weights in scaled fp8
+    change: str = ""  # "swap" the halves, or make a matrix a convolution: "1x1"
+
+    @property
+    def shape(self) -> Shape:
+        rows = sum(shape[0] for shape in self.shapes) if len(self.shapes) > 1 else None
+        shape = self.shapes[0] if rows is None else (rows, *self.shapes[0][1:])
+        return (*shape, 1, 1) if self.change == "1x1" else shape
+
+    @property
+    def fits_together(self) -> bool:
+        """Tell whether the pieces can be joined: q, k and v alike, and what is below them as wide."""
+        return len(set(self.shapes[:3])) == 1 and len({shape[1:] for shape in self.shapes}) == 1
+
+
+def kinds_inside(names: list[str]) -> set[type[nn.Module]]:
+    """Return the models of which a ComfyUI checkpoint holds the weights."""
+    return {kind for kind, prefixes in PREFIXES.items() if any(name.startswith(prefixes) for name in names)}
+
+
+def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source], list[str]]:
+    """Return how our tensors are made of a file's, and what is wrong with these.
+
+    Raises ValueError with the model's name when the file is of another one that is known.
+    """
+    ours = _own(kind, header)  # without prefix -> as in the file
+    if kind is Flux:
+        _refuse_others(ours, header)
+    ignored = (*getattr(kind, "IGNORED", ()), *IGNORED.get(kind, ()))
+    if kind is T5 and "shared.weight" not in ours and "encoder.embed_tokens.weight" in ours:
+        ours["shared.weight"] = ours.pop("encoder.embed_tokens.weight")  # two names of one table
+    scales = {f"{m[1]}.weight": ours[m[0]] for m in map(SCALE.fullmatch, ours) if m}
+    is_scaled = bool(scales) or "scaled_fp8" in ours
+    weights = [x for x in ours if x not in ignored and not SCALE.fullmatch(x) and not NO_WEIGHTS.fullmatch(x)]
+
+    sources, problems = {}, []
+    for weight in weights:
+        name, parts, change = _lookup(kind, weight, ours)
+        if weight != next(part for part in parts if part in ours):
+            continue  # it comes with the first of its parts
+        if name in sources:
+            problems.append(f"{name} is there twice, as {sources[name].names[0]} and as {ours[weight]}")
+            continue
+        if absent := [part for part in parts if part not in ours]:
+            prefix = ours[weight].removesuffix(weight)
+            problems += [f"missing {prefix}{part}, a part of {name}" for part in absent]
+            parts = tuple(part for part in parts if part in ours)
+        names = tuple(ours[part] for part in parts)
+        shapes, dtypes = zip(*(header[x] for x in names))
+        if change == "1x1" and len(shapes[0]) == 4:
+            change = ""
+        source = Source(names, shapes, dtypes, tuple(scales.pop(part, None) for part in parts), change)
+        if not absent and not source.fits_together:
+            listed = ", ".join(f"{x} {shape}" for x, shape in zip(names, shapes))
+            problems.append(f"{name} cannot be made of {listed}")
+        for x, shape, dtype, scale in zip(names, shapes, dtypes, source.scales):
+            if is_scaled and dtype in FP8 and len(shape) == 2 and scale is None:
+                problems.append(f"missing the scale of {x}, which is {dtype} in a file of scaled fp8")
+            if scale is not None and header[scale][0] not in ((), (1,)):
+                problems.append(f"{scale} is {header[scale][0]}, must be one number")
+        sources[name] = source
+    problems += [f"unexpected {scale}: it has no weight" for scale in scales.values()]
+    return sources, problems
+
+
+def _own(kind: type[nn.Module], header: Header) -> dict[str, str]:
+    """Return the names without the prefix of this kind's part, and each one's whole name.
+
+    Other parts of a ComfyUI checkpoint are left out. What belongs to no part stays, to be refused later.
+    """
+    own, others = PREFIXES.get(kind, ()), ()
+    if any(name.startswith(own) for name in header) and own:
+        others = tuple(prefix for other in PREFIXES.values() for prefix in other if prefix not in own)
+    result = {}
+    for name in header:
+        if others and name.startswith(others):
+            continue
+        short = next((name.removeprefix(prefix) for prefix in own if name.startswith(prefix)), name)
+        if kind is CLIPText and short.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+            short = f"text_model.{short}"  # transformers 5 leaves it out
+        result[short] = name
+    return result
+
+
+def _lookup(kind: type[nn.Module], name: str, names: dict[str, str]) -> tuple[str, tuple[str, ...], str]:
+    """Return our name for a tensor, all the tensors that ours is made of, and what is to be changed."""
+    for pattern, ours, parts in PATTERNS.get(kind, ()):
+        if match := pattern.fullmatch(name):
+            *numbers, suffix = match.groups()
+            parts = tuple(f"{part.format(*numbers)}.{suffix}" for part in parts)
+            if ours.startswith("decoder.up."):  # ours are stored from fine to coarse, theirs as they run
+                levels = len({x.split(".")[2] for x in names if x.startswith("decoder.up_blocks.")})
+                numbers[0] = levels - 1 - int(numbers[0])
+            change = "swap" if ours == SWAPPED else ""
+            if suffix == "weight" and ".attn_1." in ours and not ours.endswith("norm"):
+                change = "1x1"
+            ours = ours.format(*numbers)
+            return ours if ours.endswith(".scale") else f"{ours}.{suffix}", parts, change
+    return name, (name,), ""
+
+
+def _pattern(part: str) -> re.Pattern:
+    return re.compile(re.escape(part).replace(r"\{\}", r"(\d+)") + r"\.(weight|bias)")
+
+
+PATTERNS = {
+    kind: [(_pattern(part), ours, parts) for ours, parts in table.items() for part in parts]
+    for kind, table in TABLES.items()
+}
+
+
+def _refuse_others(ours: dict[str, str], header: Header) -> None:
+    for pattern, model in OTHER_MODELS.items():
+        if found := next((name for name in ours if re.match(pattern, name)), None):
+            raise ValueError(f"this is {model}: it has {ours[found]}; accepted are {ACCEPTED}")
+    shape = lambda *names: next((header[ours[name]][0] for name in names if name in ours), ())
+    img_in = shape("img_in.weight", "x_embedder.weight")
+    last = shape("final_layer.linear.weight", "proj_out.weight")
+    if len(img_in) == len(last) == 2 and (model := WIDER_INPUT.get(img_in[1] / max(1, last[0]))):
+        found = f"{img_in[1]} channels go in, {last[0]} come out"
+        raise ValueError(f"this is {model}: {found}; accepted are {ACCEPTED}")

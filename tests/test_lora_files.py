@@ -1,0 +1,500 @@
+"""LoRA files of every origin against diffusers and PEFT, both formats to and fro, merging, broken files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compare import difference, randomize
+from diffusers import FluxPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from test_metalora import META, adapted, pipeline_of, reader_for_our_width, their_velocity  # noqa: F401
+from test_model import DEV, inputs, pair
+from torch import Tensor
+
+import lora_files
+from flux.model import Flux
+from lora_files import Lora, main, name_tensors, read_lora, split_fused
+from metalora import collapse, eject, export_lora, inject_loras, linear_names, load_lora, save_meta
+
+OUTSIDE = ["x_embedder", "context_embedder", "proj_out", "norm_out.linear"]
+OUTSIDE += [
+    f"time_text_embed.{kind}_embedder.linear_{n}" for kind in ("timestep", "text", "guidance") for n in (1, 2)
+]
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "person.safetensors"
+
+
+def run(*argv: object) -> None:
+    main([str(word) for word in argv])
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 4
+
+
+def updates(lora: Lora) -> dict[str, Tensor]:
+    return {part: b.double() @ a.double() for part, (a, b) in lora.items()}
+
+
+def assert_same_updates(ours: Lora, theirs: Lora) -> None:
+    ours, theirs = updates(ours), updates(theirs)
+    assert ours.keys() == theirs.keys()
+    for part, update in theirs.items():
+        assert update.abs().max() > 0.01
+        assert difference(ours[part], update) < 1e-6 * update.abs().max(), part
+
+
+# --- Our own two formats -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r2", [1, 4])
+def test_three_factors_to_diffusers_to_kohya_and_back(r2, path, tmp_path):
+    kohya, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
+    model = adapted(r2)
+    export_lora(model, path, META, slot=1)
+    run("convert", path, kohya, "--format", "kohya")
+    run("convert", kohya, back, "--format", "diffusers")
+    exact = {part: (a.half(), b.half()) for part, (a, b) in collapse(model, 1).items()}
+    for file in (path, kohya, back):
+        assert_same_updates(read_lora(file)[0], exact)
+    assert load_file(path).keys() == load_file(back).keys()
+    export_lora(model, kohya, META, slot=1, form="kohya")
+    direct = load_file(kohya)
+    parts_of = dict(linear_names(model))
+    assert {key.split(".")[0] for key in direct} == {f"lora_unet_{n.replace('.', '_')}" for n in parts_of}
+    for name, parts in parts_of.items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        assert direct[f"{key}.alpha"] == len(direct[f"{key}.lora_down.weight"]) == r2 * len(parts)
+        assert direct[f"{key}.lora_up.weight"].shape[1] == r2 * len(parts)
+
+
+@pytest.mark.parametrize("r2", [1, 4])
+def test_diffusers_own_reader_takes_kohyas_names_at_full_width(r2, path):
+    """One block of each kind with FLUX.1-dev's sizes, through diffusers' code as it is."""
+    d, lora = 3072, {}
+    shapes = {f"single_transformer_blocks.7.attn.to_{x}": (d, d) for x in "qkv"}
+    shapes |= {f"transformer_blocks.3.attn.add_{x}_proj": (d, d) for x in "qkv"}
+    shapes |= {
+        "single_transformer_blocks.7.proj_mlp": (4 * d, d),
+        "transformer_blocks.3.ff.net.2": (d, 4 * d),
+    }
+    for seed, (part, (d_out, d_in)) in enumerate(shapes.items()):
+        lora[part] = noise(r2, d_in, seed=seed), noise(d_out, r2, seed=-seed - 1)
+    save_file(name_tensors(lora, "kohya"), path)
+    theirs = FluxPipeline.lora_state_dict(path)
+    assert theirs.keys() == name_tensors(lora, "diffusers").keys()
+    assert_same_updates(
+        {part: [theirs[f"transformer.{part}.lora_{x}.weight"] for x in "AB"] for part in lora}, lora
+    )
+
+
+def test_parts_left_alone_stay_alone(path):
+    """Fused layers of which only some parts are adapted, with ranks of their own."""
+    d, block = DEV.hidden_size, "single_transformer_blocks.2"
+    lora = {
+        f"{block}.attn.to_q": (noise(1, d), noise(d, 1)),
+        f"{block}.attn.to_v": (noise(2, d), noise(d, 2)),
+    }
+    save_file(name_tensors(lora, "kohya"), path)
+    assert load_file(path)["lora_unet_single_blocks_2_linear1.lora_up.weight"].shape == (7 * d, 3)
+    found = updates(read_lora(path, Flux(DEV))[0])
+    for part, update in updates(lora).items():
+        assert difference(found.pop(part), update) < 1e-6
+    assert not any(update.any() for update in found.values())
+
+
+# --- LoRAs made elsewhere ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha, rslora", [(4, False), (2, False), (3, True)])
+def test_a_lora_by_peft_saved_by_diffusers(alpha, rslora, tmp_path):
+    """Also layers outside the blocks, and alpha, which diffusers keeps in the header alone."""
+    ours, theirs = pair(DEV)
+    base, layers = ours(**inputs(DEV)), ["attn.to_k", "attn.add_v_proj", "proj_mlp", "ff.net.2", *OUTSIDE]
+    config = LoraConfig(
+        r=4, lora_alpha=alpha, use_rslora=rslora, target_modules=layers, alpha_pattern={"proj_mlp": 1}
+    )
+    theirs.add_adapter(config)
+    for seed, (name, p) in enumerate(theirs.named_parameters()):
+        if "lora_" in name:
+            p.copy_(noise(*p.shape, seed=seed) / 2)
+    FluxPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(theirs),
+        transformer_lora_adapter_metadata=json.loads(json.dumps(config.to_dict(), default=list)),
+    )
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    load_lora(ours, file)
+    expected = their_velocity(theirs)
+    assert difference(ours(**inputs(DEV)), expected) < 1e-5
+    assert difference(base, expected) > 0.01
+
+    for form in ("kohya", "diffusers"):  # alpha is multiplied in once and for all
+        run("convert", file, tmp_path / f"{form}.safetensors", "--format", form)
+        again = pair(DEV)[0]
+        load_lora(again, tmp_path / f"{form}.safetensors")
+        assert difference(again(**inputs(DEV)), expected) < 1e-5
+
+
+def test_pefts_own_folder(tmp_path):
+    file, d = tmp_path / "adapter_model.safetensors", DEV.hidden_size
+    part = "transformer_blocks.0.attn.to_q"
+    a, b = noise(4, d), noise(d, 4)
+    save_file({f"base_model.model.{part}.lora_{x}.weight": t for x, t in (("A", a), ("B", b))}, file)
+    for settings, factor in (({}, 1), ({"r": 4, "lora_alpha": 2}, 0.5)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        assert difference(updates(read_lora(file)[0])[part], factor * b.double() @ a.double()) < 1e-6
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": "many"}')
+    with pytest.raises(ValueError, match="PEFT's settings .* cannot be read"):
+        read_lora(file)
+
+
+def fused(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return updates by our own layer names in which q, k and v share lora_A, as kohya trains them."""
+    model = Flux(DEV)
+    shapes = {name: model.get_submodule(name).weight.shape for name, _ in linear_names(model)}
+    return {
+        name: (noise(rank, d_in, seed=k), noise(d_out, rank, seed=-k - 1))
+        for k, (name, (d_out, d_in)) in enumerate(shapes.items())
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [None, 1.0, 8.0])
+def test_kohyas_fused_layers_as_diffusers_reads_them(alpha, path, tmp_path, reader_for_our_width):  # noqa: F811
+    tensors = {}
+    for name, (a, b) in fused(4).items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors |= {f"{key}.lora_down.weight": a / 8, f"{key}.lora_up.weight": b}
+        tensors |= {f"{key}.alpha": torch.tensor(alpha)} if alpha else {}
+    save_file(tensors, path)
+    ours, theirs = pair(DEV)
+    base = ours(**inputs(DEV))
+    load_lora(ours, path)
+    pipeline_of(theirs).load_lora_weights(path)
+    assert (
+        difference(ours(**inputs(DEV)), their_velocity(theirs))
+        < 1e-5
+        < 0.01
+        < difference(ours(**inputs(DEV)), base)
+    )
+
+    run("convert", path, tmp_path / "split.safetensors", "--format", "diffusers")
+    assert_same_updates(read_lora(tmp_path / "split.safetensors")[0], read_lora(path)[0])
+
+
+SPELLINGS = {  # of one layer's lora_A and lora_B, and its alpha
+    "ai-toolkit": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", "transformer.{}.alpha"),
+    "old diffusers": ("transformer.{}.lora.down.weight", "transformer.{}.lora.up.weight", "{}.alpha"),
+    "peft": (
+        "base_model.model.{}.lora_A.default.weight",
+        "base_model.model.{}.lora_B.default.weight",
+        "{}.alpha",
+    ),
+    "comfyui": (
+        "diffusion_model.{}.lora_A.weight",
+        "diffusion_model.{}.lora_B.weight",
+        "diffusion_model.{}.alpha",
+    ),
+    "down and up": (
+        "transformer.{}.lora_down.weight",
+        "transformer.{}.lora_up.weight",
+        "transformer.{}.alpha",
+    ),
+    "bare": ("{}.lora_A.weight", "{}.lora_B.weight", "{}.alpha"),
+    "flat": (
+        "lora_transformer_{}.lora_down.weight",
+        "lora_transformer_{}.lora_up.weight",
+        "lora_transformer_{}.alpha",
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    "layer, part",
+    [
+        ("double_blocks.1.txt_attn.proj", "transformer_blocks.1.attn.to_add_out"),
+        ("final_layer.linear", "proj_out"),
+        ("img_in", "x_embedder"),
+    ],
+)
+def test_spellings(spelling, layer, part, path):
+    """Whoever named the layer, with alpha and without, the weight moves by alpha / rank B A."""
+    weight = Flux(DEV).get_submodule(layer).weight
+    a, b = noise(4, weight.shape[1]), noise(len(weight), 4)
+    for name in (layer, part):
+        name = name.replace(".", "_") if spelling == "flat" else name
+        for alpha in (None, 2.0):
+            values = dict(zip((key.format(name) for key in SPELLINGS[spelling]), (a, b)))
+            if alpha:
+                values[SPELLINGS[spelling][2].format(name)] = torch.tensor(alpha)
+            save_file(values, path)
+            model = randomize(Flux(DEV))
+            before = model.get_submodule(layer).weight.clone()
+            load_lora(model, path)
+            update = (alpha or 4) / 4 * b @ a
+            assert difference(model.get_submodule(layer).weight - before, update) < 1e-6
+
+
+def test_the_last_modulation_is_swapped_in_diffusers_alone(path):
+    """Under FLUX.1's own name the rows are added as they stand."""
+    d = DEV.hidden_size
+    a, b = noise(2, d), noise(2 * d, 2)
+    key = "lora_unet_final_layer_adaLN_modulation_1"
+    save_file({f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}, path)
+    model = randomize(Flux(DEV))
+    weight = model.final_layer.adaLN_modulation[1].weight.clone()
+    load_lora(model, path)
+    assert difference(model.final_layer.adaLN_modulation[1].weight - weight, b @ a) < 1e-6
+    tensors = name_tensors(read_lora(path)[0], "kohya")
+    assert torch.equal(tensors[f"{key}.lora_up.weight"], b)
+
+
+def test_a_fused_update_is_split_only_where_it_is_block_diagonal():
+    a, b = noise(4, 6), torch.block_diag(noise(6, 2), noise(9, 2))
+    for rows, ranks in ((b, [2, 2]), (b + 1, [4, 4]), (b[:, :3], [3, 3])):
+        parts = split_fused(a[: rows.shape[1]], rows, [6, 9])
+        assert [len(down) for down, _ in parts] == ranks
+        assert difference(torch.cat([up @ down for down, up in parts]), rows @ a[: rows.shape[1]]) < 1e-6
+
+
+# --- Merging into a file -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_merging_into_a_file_is_merging_into_the_model(prefix, path, tmp_path):
+    """Several LoRAs, one of them fused and outside the blocks; what they do not name stays as it is."""
+    checkpoint, other, out = (tmp_path / f"{name}.safetensors" for name in ("flux1-x", "other", "out"))
+    model = randomize(Flux(DEV)).bfloat16()
+    state = {prefix + name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    extra = {
+        "vae.conv.weight": noise(3, 2, 1, 1),
+        "step": torch.tensor(3),
+        "none": torch.zeros(0, dtype=torch.float8_e4m3fn),
+    }
+    save_file({**state, **extra}, checkpoint, {"about": "ä base"})
+    export_lora(adapted(), path, META)
+    tensors = {"lora_unet_img_in.lora_down.weight": noise(2, DEV.in_channels)}
+    save_file(tensors | {"lora_unet_img_in.lora_up.weight": noise(DEV.hidden_size, 2)}, other)
+    run("merge", checkpoint, out, "--lora", path, other, "--strength", 0.8, -1)
+
+    before, exact = checkpoint.read_bytes(), model.float()
+    load_lora(exact, path, 0.8)
+    load_lora(exact, other, -1)
+    found, kept = load_file(out), load_file(checkpoint)
+    assert list(found) == list(kept)
+    for name, tensor in exact.state_dict().items():
+        assert torch.equal(found[prefix + name], tensor.bfloat16()), name
+    assert all(
+        torch.equal(found[name].view(torch.uint8), kept[name].view(torch.uint8))
+        for name in ("vae.conv.weight", "none")
+    )
+    assert found["step"] == 3 and found["step"].dtype == torch.int64
+    assert not torch.equal(found[prefix + "img_in.weight"], kept[prefix + "img_in.weight"])
+    name, lora = "single_blocks.1.linear2.weight", read_lora(path)[0]
+    exact = kept[prefix + name].double() + 0.8 * updates(lora)["single_transformer_blocks.1.proj_out"]
+    assert (found[prefix + name] == exact.bfloat16()).float().mean() > 0.999  # what is rounded twice differs
+    _, metadata = lora_files.read_tensors(out)
+    assert metadata == {"about": "ä base", "modelspec.merged_from": "person, other"}
+    assert checkpoint.read_bytes() == before
+    with pytest.raises(FileExistsError, match="out.safetensors is there already"):
+        run("merge", checkpoint, out, "--lora", path)
+
+
+def test_what_cannot_be_merged_is_refused_and_leaves_nothing(path, tmp_path):
+    checkpoint, out = tmp_path / "flux1-x.safetensors", tmp_path / "out.safetensors"
+    state = randomize(Flux(DEV)).half().state_dict()
+    export_lora(adapted(), path, META)
+
+    def refused(message: str, **changed: Tensor) -> None:
+        save_file(
+            {**state, **{name.replace("__", "."): tensor for name, tensor in changed.items()}}, checkpoint
+        )
+        with pytest.raises(ValueError, match=message):
+            run("merge", checkpoint, out, "--lora", path)
+        assert not list(tmp_path.glob("*out*"))
+
+    refused(
+        "(?s)does not fit this model.*blocks.0.norm.linear has lora_A",
+        single_blocks__0__modulation__lin__weight=torch.zeros(5, 96),
+    )
+    refused("holds scaled 8-bit weights", single_blocks__0__linear1__scale_weight=torch.ones(()))
+    huge = torch.full_like(state["single_blocks.0.linear2.weight"], 65504)
+    tensors = load_file(path)
+    name = "transformer.single_transformer_blocks.0.proj_out.lora_{}.weight"
+    tensors |= {name.format(x): torch.ones_like(tensors[name.format(x)]) * 99 for x in "AB"}
+    save_file(tensors, path)
+    refused("linear2.weight has numbers too large for torch.float16", single_blocks__0__linear2__weight=huge)
+    state.clear()
+    refused("is no FLUX.1 file with the original names", x=torch.zeros(1))
+
+
+# --- What is wrong with a file -----------------------------------------------------------------------------
+
+
+def test_broken_files_each_get_a_clear_error(path, tmp_path):
+    export_lora(adapted(), path, META)
+    whole = path.read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # else mapped to the file
+    for content in (
+        whole[:-1],
+        whole[:99],
+        whole[:4],
+        b"",
+        b"PK\x03\x04" + whole,
+        (2**62).to_bytes(8, "little") + whole,
+    ):
+        path.write_bytes(content)
+        for command in (["info", path], ["convert", path, tmp_path / "out.safetensors", "--format", "kohya"]):
+            with pytest.raises(ValueError, match="person.safetensors is not a whole safetensors file"):
+                run(*command)
+    assert [file.name for file in tmp_path.iterdir()] == ["person.safetensors"]
+
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+
+    def refused(message: str, **changed: Tensor | None) -> None:
+        new = {**tensors, **changed}
+        save_file({name: tensor for name, tensor in new.items() if tensor is not None}, path)
+        with pytest.raises(ValueError, match=message):
+            read_lora(path)
+
+    short = key.removesuffix(".lora_A.weight")
+    for value in (torch.nan, torch.inf):
+        refused("0.attn.to_q has numbers that are not finite", **{key: tensors[key] * value})
+        refused("0.attn.to_q has numbers that are not finite", **{f"{short}.alpha": torch.tensor(value)})
+    refused("to_q has an alpha of shape", **{f"{short}.alpha": torch.ones(2)})
+    refused(
+        "0.attn.to_q has lora_A .96,., must be|0.attn.to_q has lora_A .96,. and", **{key: tensors[key][0]}
+    )
+    refused(
+        "to_q.lora_A.weight is what another tensor is already, perhaps of a second",
+        **{f"{short}.lora_A.other.weight": tensors[key].clone()},
+    )
+    refused(
+        "(?s)to_q lacks lora_A.*to_queue.lora_A.weight is for no layer",
+        **{key: None, key.replace("to_q", "to_queue"): tensors[key]},
+    )
+    for odd in (
+        "dora_scale",
+        "lora_mid.weight",
+        "lora_B.bias",
+        "hada_w1_a",
+        "diff_b",
+        "lora_magnitude_vector",
+    ):
+        refused(f"to_q.{odd} is for no layer", **{f"{short}.{odd}": torch.ones(1)})
+    for odd in ("double_blocks.#.img_in", "transformer_blocks.#.attn.to_q", "single_blocks.0", "", "a.b"):
+        refused("is for no layer", **{f"{odd}.lora_A.weight": torch.ones(1)})
+    fused = {
+        f"lora_unet_double_blocks_0_img_attn_qkv.lora_{x}.weight": noise(*shape)
+        for x, shape in (("down", (1, 96)), ("up", (288, 1)))
+    }
+    refused("0.attn.to_q is there twice, alone and fused", **fused)
+    save_meta(adapted(), path, META)
+    with pytest.raises(ValueError, match="is stage 1's file"):
+        read_lora(path)
+
+
+def test_a_lora_for_another_base_is_refused(path):
+    for layer, problem in (
+        ("single_blocks_3_linear2", "no single_blocks.3.linear2"),
+        ("guidance_in_in_layer", "must be"),
+    ):
+        d_in = {"g": 255, "s": 480}[layer[0]]
+        halves = {"lora_down": noise(1, d_in), "lora_up": noise(96, 1)}
+        save_file({f"lora_unet_{layer}.{x}.weight": half for x, half in halves.items()}, path)
+        with pytest.raises(ValueError, match=f"(?s)does not fit this model.*{problem}"):
+            load_lora(Flux(DEV), path)
+
+
+def test_a_lora_that_does_nothing_gets_a_warning(path, recwarn):
+    export_lora(adapted(), path, META)
+    tensors = load_file(path)
+    read_lora(path)
+    assert not recwarn
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}, path)
+    with pytest.warns(UserWarning, match="the LoRA is zero in every layer"):
+        read_lora(path)
+
+
+def test_text_encoders_are_left_out_in_one_line(path, recwarn):
+    export_lora(adapted(), path, META)
+    own, _ = read_lora(path)
+    texts = {f"lora_te1_layers_{k}_fc1.lora_down.weight": noise(2, 2) for k in range(9)}
+    save_file({**load_file(path), **texts, "text_encoder.x.lora_A.weight": noise(2)}, path)
+    assert read_lora(path)[0].keys() == own.keys()
+    assert ["10 tensors for text encoders are left out" in str(w.message) for w in recwarn] == [True]
+    save_file(texts, path)
+    with pytest.raises(ValueError, match="no tensors of the transformer"):
+        read_lora(path)
+
+
+@torch.no_grad()
+def test_layers_outside_the_blocks_have_no_slots(path):
+    export_lora(adapted(r2=2), path, META)
+    values = {"transformer.x_embedder.lora_A.weight": noise(2, DEV.in_channels)}
+    save_file({**load_file(path), **values, "transformer.x_embedder.lora_B.weight": noise(96, 2)}, path)
+    with pytest.raises(ValueError, match="x_embedder is in no block"):
+        inject_loras(randomize(Flux(DEV)), [path])
+
+
+# --- info --------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_a_file_is(path, tmp_path, capsys):
+    model = adapted(r2=2)
+    about = {"method": "meta-lora", "base_model": "flux1-x.safetensors", "steps": 375}
+    export_lora(model, path, about, slot=1)
+    kohya = tmp_path / "kohya.safetensors"
+    export_lora(model, kohya, about, slot=1, form="kohya")
+    for file, form in ((path, "diffusers"), (kohya, "kohya")):
+        run("info", file)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"{file}: meta-lora, {form} format, one adapter of 46 projections, ")
+        assert lines[1] == "rank 2; base flux1-x.safetensors"
+        assert "  r1: 6" in lines and "  steps: 375" in lines
+        norms = {name: float(norm) for _, norm, name in map(str.split, lines[-47:-1])}
+        expected = {part: update.norm().item() for part, update in updates(collapse(model, 1)).items()}
+        assert norms == pytest.approx(expected, rel=1e-2)
+        total = sum(norm**2 for norm in expected.values()) ** 0.5
+        assert float(lines[-1].split()[0]) == pytest.approx(total, rel=1e-2)
+    save_meta(eject(model) and adapted(), path, META)
+    run("info", path)
+    assert "stage 1 of Meta-LoRA, meta_down of 29 layers" in capsys.readouterr().out
+
+
+def test_nothing_from_a_file_reaches_the_terminal_raw(path, capsys):
+    evil = "\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e\u2028" + "x" * 9999
+    export_lora(adapted(), path, {"caption": evil, "method": evil, "base_model": evil, evil: "ä 写真"})
+    run("info", path)
+    out = capsys.readouterr().out
+    assert "ä 写真" in out and len(out) < 12_000
+    assert all(c.isprintable() or c == "\n" for c in out)
+    save_file({f"{evil}.lora_A.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError) as error:
+        run("info", path)
+    assert all(c.isprintable() or c == "\n" for c in str(error.value)) and len(str(error.value)) < 1000
+
+
+def test_python_metalora_runs_it(path):
+    export_lora(adapted(), path, META)
+    script = Path(lora_files.__file__).with_name("metalora.py")
+    done = subprocess.run([sys.executable, script, "info", path], capture_output=True, text=True, check=True)
+    assert "one adapter of 46 projections" in done.stdout
+    shutil.copy(script, path)
+    done = subprocess.run([sys.executable, script, "info", path], capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and done.stderr.count("\n") == 1
+        and "not a whole safetensors file" in done.stderr
+    )

@@ -1,0 +1,376 @@
+"""Memory against nothing done: the same numbers however weights are kept; copies and pages as promised."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from compare import randomize
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flux import T5, load_flux
+from flux.memory import FrozenLinear, Stream, arrange, blocks_of, checkpoint_blocks, quantize_rows, spread
+from flux.model import Flux, FluxSizes
+from flux.sampling import flow_loss
+from flux.t5 import T5Sizes
+from metalora import eject, factors, inject, use_slots
+
+SIZES = FluxSizes(
+    in_channels=16,
+    out_channels=16,
+    pooled_size=20,
+    txt_size=40,
+    hidden_size=64,
+    mlp_size=128,
+    num_heads=2,
+    depth=2,
+    depth_single=3,
+    guidance=True,
+    axes=(4, 14, 14),
+    theta=10_000,
+)
+BLOCKS = SIZES.depth + SIZES.depth_single
+
+
+def arranged(model: Flux, checkpoint="none", stream=0, fp8=False, copy=True) -> Flux:
+    """Arrange a model; copy: stream as if the CPU were a GPU, instead of walking the memory map."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stream, "COPY", copy)
+        return arrange(model, "cpu", checkpoint, stream, fp8)
+
+
+def adapted(dtype: torch.dtype = torch.float32) -> Flux:
+    """Return a model whose adapters of two identities are at work."""
+    model = inject(randomize(Flux(SIZES)).to(dtype), r1=6, r2=2, slots=3)
+    generator = torch.Generator().manual_seed(2)
+    for factor in factors(model, "meta_down", "mid", "up"):
+        factor.data = torch.randn(factor.shape, generator=generator) / 8
+    use_slots(model, torch.tensor([2, 0]))
+    return model
+
+
+def step(model: Flux, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Return the output without gradients, the loss, and the gradients of all factors."""
+    generator = torch.Generator().manual_seed(seed)
+    latents, noise = (torch.randn(2, 4, 6, 10, generator=generator) for _ in range(2))
+    txt = torch.randn(2, 7, SIZES.txt_size, generator=generator).to(dtype)
+    pooled = torch.randn(2, SIZES.pooled_size, generator=generator).to(dtype)
+    given = latents, noise, torch.tensor([0.7373, 0.11]), txt, pooled
+    with torch.inference_mode():
+        result = {"sampled": flow_loss(model, *given, guidance=3.5)}
+    loss = flow_loss(model, *given, guidance=3.5)
+    loss.backward()
+    for number, factor in enumerate(factors(model, "meta_down", "mid", "up")):
+        result[f"gradient {number}"], factor.grad = factor.grad, None
+    return result | {"loss": loss.detach()}
+
+
+def error(given: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest difference of two steps, relative to the largest value of each tensor."""
+    assert given.keys() == expected.keys()
+    return max(
+        ((given[name] - value).abs().max() / value.abs().max()).item() for name, value in expected.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Tensor]:
+    return step(adapted())
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "all", "attention", 2])
+@pytest.mark.parametrize("stream, copy", [(0, True), (BLOCKS, True), (BLOCKS, False), (3, True), (1, True)])
+def test_every_way_gives_the_same_numbers(plain, checkpoint, stream, copy):
+    model = arranged(adapted(), checkpoint, stream, copy=copy)
+    assert error(step(model), plain) <= 1e-6
+    step(model, seed=5)
+    assert error(step(model), plain) <= 1e-6  # whatever blocks the buffers hold at the start
+
+
+def test_the_factors_matter(plain):
+    """What the comparison above must notice: another loss, and a gradient that a factor alone can change."""
+    model = adapted()
+    model.single_blocks[2].linear2.up.data[0, 3, 1] += 1e-3
+    assert error(step(model), plain) > 1e-6
+
+
+def forget_the_direction(stream: Stream):
+    bring = stream._bring
+    stream._bring = lambda number, beside: bring(0, beside) if beside is not None else bring(number, beside)
+
+
+def trust_the_buffers(stream: Stream):
+    stream.use = lambda number: number % 2
+
+
+@pytest.mark.parametrize("broken, wrong", [(forget_the_direction, False), (trust_the_buffers, True)])
+def test_only_what_is_used_must_be_right(plain, broken, wrong):
+    """What is brought ahead is a matter of speed; what a buffer holds when it is read is not."""
+    model = arranged(adapted(), "all", BLOCKS)
+    broken(model.single_blocks[0].linear1.base.stream)
+    assert (not error(step(model), plain) <= 1e-6) == wrong  # what was never copied may be anything, even NaN
+
+
+def test_two_losses_may_be_summed_before_backward():
+    """The second forward pass leaves other blocks in the buffers than the first one's backward pass needs."""
+
+    def gradient(model: Flux) -> Tensor:
+        img, img_ids = torch.ones(1, 4, 16), torch.zeros(1, 4, 3)
+        txt, pooled, t = torch.ones(1, 3, 40), torch.ones(1, 20), torch.tensor([0.3])
+        use_slots(model, None)
+        call = lambda k: model(k * img, img_ids, txt, img_ids[:, :3], t, pooled, t).square().sum()
+        (call(1) + call(2)).backward()
+        return model.double_blocks[0].img_attn.qkv.mid.grad
+
+    expected = gradient(adapted())
+    for checkpoint in ("all", "none"):
+        given = gradient(arranged(adapted(), checkpoint, BLOCKS))
+        assert torch.allclose(given, expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
+
+
+def copies(model: Flux, monkeypatch, run) -> list[int]:
+    """Return which blocks are copied while `run` runs."""
+    stream, copied = blocks_of(model)[0].get_submodule("img_mod.lin.base").stream, []
+    bring = Stream._bring
+
+    def watched(self, number, beside):
+        copied.extend([number] * (number not in self.held))
+        bring(self, number, beside)
+
+    monkeypatch.setattr(Stream, "_bring", watched)
+    run()
+    assert stream.held.count(None) == 0
+    return copied
+
+
+def test_recomputation_and_backward_share_a_copy(monkeypatch):
+    model = arranged(adapted(), "all", BLOCKS)
+    step(model)
+    # Sampling starts with 0 and 1 there and goes round; then forward, and back without the two at the turn.
+    expected = [2, 3, 4, 0, 1, 2, 3, 4, 2, 1, 0]
+    assert copies(model, monkeypatch, lambda: step(model)) == expected
+
+
+def test_buffers_are_two_of_the_largest_block():
+    model = arranged(adapted(), "all", 3)
+    (stream,) = {layer.stream for layer in model.modules() if isinstance(layer, FrozenLinear)}
+    double = sum(p.numel() for p in Flux(SIZES).double_blocks[0].parameters() if p.dim() == 2)
+    assert sum(buffer.nbytes for buffer in stream.buffers) == 2 * 4 * double
+
+
+def saved(model: Flux) -> tuple[int, set[tuple[int, ...]]]:
+    """Return what a forward pass keeps for backward, in bytes and as shapes, parameters left out."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    img, ids, txt = torch.ones(2, 400, 16), torch.zeros(2, 400, 3), torch.ones(2, 8, 40)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(img, ids, txt, ids[:, :8], torch.ones(2), torch.ones(2, 20), torch.ones(2))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), {
+        tuple(tensor.shape) for tensor in kept.values()
+    }
+
+
+WEIGHTS = {tuple(p.shape) for block in blocks_of(Flux(SIZES)) for p in block.parameters() if p.dim() == 2}
+
+
+@pytest.mark.parametrize("ways", [{"fp8": True}, {"stream": BLOCKS, "copy": True}])
+def test_no_copy_of_a_weight_is_kept_for_backward(ways):
+    model = arranged(adapted(), **ways)
+    assert not saved(model)[1] & (WEIGHTS | {shape[::-1] for shape in WEIGHTS})
+
+
+def test_the_test_above_would_see_a_kept_copy(monkeypatch):
+    monkeypatch.setattr(
+        FrozenLinear, "forward", lambda self, x: nn.functional.linear(x, self.weight, self.bias)
+    )
+    model = arranged(adapted(), fp8=True)
+    assert saved(model)[1] & (WEIGHTS | {shape[::-1] for shape in WEIGHTS})
+
+
+def test_checkpointing_keeps_less():
+    sizes = {}
+    for what in ("none", "all", "attention", 3):
+        sizes[what] = saved(arranged(adapted(), what))[0]
+    # Checkpoints hold tensors outside of the hooks, so only what is not checkpointed shows here.
+    assert sizes["all"] < 0.1 * sizes["none"] and sizes["all"] < sizes[3] < sizes["none"]
+
+
+def count_calls(model: Flux, monkeypatch, name: str) -> int:
+    calls, original = [], getattr(nn.functional, name)
+    monkeypatch.setattr(nn.functional, name, lambda *args, **kw: calls.append(0) or original(*args, **kw))
+    step(model)
+    monkeypatch.undo()
+    return len(calls)
+
+
+@pytest.mark.parametrize("what, again", [("none", 0), ("all", BLOCKS), (2, 2), ("attention", BLOCKS)])
+def test_blocks_are_computed_again_as_asked(what, again, monkeypatch):
+    model = arranged(adapted(), "all")
+    checkpoint_blocks(model, what)  # replaces
+    calls = count_calls(model, monkeypatch, "scaled_dot_product_attention")
+    assert calls == 2 * BLOCKS + again
+
+
+@pytest.mark.parametrize("what, computed", [("none", BLOCKS), ("all", 2 * BLOCKS), ("attention", BLOCKS)])
+def test_kept_attention_is_not_computed_again(what, computed):
+    """The calls above are answered from what was kept: the kernel itself runs no second time.
+
+    Without gradients the operation has another name.
+    """
+    ran = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            ran.append(op.name())
+            return op(*args, **kwargs or {})
+
+    model = arranged(adapted(), what)
+    with Watch():
+        step(model)
+    assert sum(name.endswith("flash_attention_for_cpu") for name in ran) == computed
+
+
+@pytest.mark.parametrize("what", [6, -1, "some"])
+def test_wrong_choices_are_refused(what):
+    with pytest.raises(ValueError, match=f"checkpoint {what}: .*from 0 to 5"):
+        checkpoint_blocks(adapted(), what)
+    with pytest.raises(ValueError, match="stream 6: from 0 to 5"):
+        arranged(adapted(), stream=6)
+
+
+def test_streamed_blocks_are_spread():
+    assert spread(1, 5) == [2] and spread(2, 8) == [2, 6] and spread(5, 5) == [0, 1, 2, 3, 4]
+    assert all(len(set(spread(count, 57))) == count for count in range(1, 58))
+
+
+def test_adapters_come_and_go():
+    """A benchmark puts new adapters into the same streamed model for every person."""
+    model = arranged(eject(adapted()), "all", BLOCKS)
+    again = inject(model, r1=6, r2=2, slots=3)
+    for own, other in zip(
+        factors(again, "meta_down", "mid", "up"), factors(adapted(), "meta_down", "mid", "up")
+    ):
+        own.data = other.data
+    use_slots(again, torch.tensor([2, 0]))
+    assert error(step(again), step(adapted())) <= 1e-6
+
+
+def test_any_model_of_blocks_can_be_streamed():
+    """T5-XXL, 9 GiB in bfloat16, on a card of 8."""
+    t5 = randomize(T5(T5Sizes(vocab_size=90, hidden_size=32, head_dim=16, num_heads=2, mlp_size=64, depth=3)))
+    tokens = torch.arange(20).view(2, 10)
+    with torch.inference_mode():
+        expected = t5(tokens)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Stream, "COPY", True)
+            Stream(t5.requires_grad_(False).encoder.block, "cpu")
+        assert torch.equal(t5(tokens), expected)
+        assert torch.equal(t5(tokens), expected)
+
+
+# --- 8 bits ------------------------------------------------------------------------------------------------
+
+
+def round_to_e4m3(x: Tensor) -> Tensor:
+    """Round to the nearest finite float8_e4m3fn value; all are listed from the format's definition."""
+    positive = [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
+    positive = positive[:-1] + [m / 8 * 2.0**-6 for m in range(8)]  # the last would be NaN; then subnormals
+    values = torch.tensor(sorted({*positive, *(-value for value in positive)}))
+    assert values.max() == 448
+    right = torch.searchsorted(values, x.contiguous()).clamp(1, len(values) - 1)
+    below, above = values[right - 1], values[right]
+    return torch.where(x - below < above - x, below, above)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_is_not_worse_than_rounding_rows_to_nearest(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 512, generator=generator) * torch.logspace(-6, 2, 64)[:, None]
+    weight[3] = 0
+    weight[5, 1] *= 50  # an outlier
+    weight = weight.to(dtype)
+    stored, scale = quantize_rows(weight)
+    assert stored.dtype == torch.float8_e4m3fn and scale.dtype == dtype and scale.shape == (64, 1)
+    exact = weight.float()
+    steps = (exact.abs().amax(1, keepdim=True) / 448).clamp(min=1e-30)
+    best = (round_to_e4m3(exact / steps) * steps - exact).norm(dim=1)
+    ours = (stored.float() * scale.float() - exact).norm(dim=1)
+    assert (ours <= 1.03 * best + 1e-30).all() and ours.sum() <= 1.002 * best.sum()
+    # Without a scale per row, or rounded towards zero, it would not pass.
+    coarse = (exact / steps.max()).to(torch.float8_e4m3fn).float() * steps.max()
+    assert ((coarse - exact).norm(dim=1) > 1.1 * best).float().mean() > 0.4
+
+
+def test_fp8_error_of_gaussian_weights_is_as_stated():
+    weight = torch.randn(256, 3072, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored, scale = quantize_rows(weight)
+    error = (stored.to(scale.dtype) * scale - weight).float()
+    assert 0.024 < error.norm() / weight.float().norm() < 0.028
+    top = weight.float().abs().amax(1, keepdim=True)
+    assert (error.abs() <= (weight.float().abs() * 0.07).maximum(top * 2.0**-18.5)).all()
+
+
+@pytest.mark.parametrize("ways", [{}, {"stream": BLOCKS, "copy": True}, {"stream": 2, "copy": False}])
+@pytest.mark.parametrize("checkpoint", ["none", "all"])
+def test_fp8_computes_with_the_rounded_weights(ways, checkpoint):
+    expected = adapted()
+    for name, layer in expected.named_modules():
+        if isinstance(layer, nn.Linear) and "blocks" in name:
+            stored, scale = quantize_rows(layer.weight.data)
+            layer.weight.data = stored.float() * scale
+    model = arranged(adapted(), checkpoint, fp8=True, **ways)
+    assert error(step(model), step(expected)) <= 1e-6
+    assert error(step(model), step(adapted())) > 1e-3
+
+
+def test_merging_into_rounded_weights_is_refused():
+    model = arranged(eject(adapted()), fp8=True)
+    layer = model.single_blocks[0].linear1
+    with pytest.raises(KeyError):
+        layer.weight = nn.Parameter(layer.weight)
+
+
+# --- The memory map ----------------------------------------------------------------------------------------
+
+
+def resident(tensor: Tensor) -> float:
+    """Return the share of a tensor's pages that are in this process's memory."""
+    page, total = 4096, 0
+    first, last = tensor.data_ptr() // page + 1, (tensor.data_ptr() + tensor.nbytes) // page
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(first * 8)
+        entries = torch.frombuffer(bytearray(file.read((last - first) * 8)), dtype=torch.int64)
+    total = (entries < 0).sum().item()  # the topmost bit says that a page is there
+    return total / (last - first)
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux")
+def test_pages_are_dropped_behind(tmp_path, plain):
+    model = randomize(Flux(SIZES))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "f.safetensors"
+    )
+    mapped = load_flux(tmp_path / "f.safetensors", "cpu", torch.float32)
+    anonymous = blocks_of(mapped)[0].img_mlp[0]
+    anonymous.weight.data = anonymous.weight.data.clone()  # no file's: must never be dropped
+    before = anonymous.weight.data.clone()
+    inject(mapped, r1=6, r2=2, slots=3)
+    for own, other in zip(
+        factors(mapped, "meta_down", "mid", "up"), factors(adapted(), "meta_down", "mid", "up")
+    ):
+        own.data = other.data.clone()
+    use_slots(mapped, torch.tensor([2, 0]))
+    arranged(mapped, "all", BLOCKS, copy=False)
+    assert error(step(mapped), plain) <= 1e-6
+    shares = [resident(layer.base.stored) for layer in mapped.modules() if hasattr(layer, "base")]
+    now = mapped.double_blocks[0].img_mlp.get_submodule("0").base
+    assert torch.equal(now.stored, before)
+    assert sum(share > 0 for share in shares) <= 11  # the ten layers of the first block, and nothing behind
+    assert math.isclose(resident(now.stored), 1)

@@ -1,0 +1,178 @@
+"""The plan against FLUX.1's true sizes and peaks counted operation by operation; and what it chooses."""
+
+import argparse
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flux.memory import FrozenLinear, arrange, blocks_of
+from flux.model import Flux
+from flux.plan import (
+    FLUX_DEV,
+    GIB,
+    RESERVE,
+    Job,
+    Way,
+    adapter_bytes,
+    add_memory_arguments,
+    block_bytes,
+    choose,
+    cost,
+    kinds,
+    linear_sizes,
+    make_plan,
+    outer_parameters,
+    step_flops,
+)
+from metalora import factors, inject
+
+SHORT = replace(FLUX_DEV, depth=2, depth_single=3)  # at full width
+STAGE1 = Job("stage1", batch=4, identities=50)
+STAGE2 = Job("stage2")
+SAMPLE = Job("sample")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    path = Path(__file__).parents[1] / "bench" / "memory.py"
+    spec = importlib.util.spec_from_file_location("bench_memory", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sizes_are_those_of_the_model():
+    with torch.device("meta"):
+        model = inject(Flux(SHORT), 128, 2, 5, reset=False)
+    for kind, block in (("double", model.double_blocks[0]), ("single", model.single_blocks[0])):
+        own = [p for name, p in block.named_parameters() if not name.endswith(("meta_down", "mid", "up"))]
+        assert sum(block_bytes(SHORT, kind, fp8=False, width=2)) == 2 * sum(p.numel() for p in own)
+        layers = [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
+        shapes = [(layer.in_features, layer.out_features) for layer in layers]
+        assert sorted(shapes) == sorted(sizes[:2] for sizes in linear_sizes(SHORT, kind))
+        shared, personal, _ = adapter_bytes(Job("stage1", SHORT, r2=2, identities=5), kind)
+        assert shared == sum(p.nbytes for name, p in block.named_parameters() if name.endswith("meta_down"))
+        assert personal == sum(
+            p.nbytes for name, p in block.named_parameters() if name.endswith((".mid", ".up"))
+        )
+    outside = [p for name, p in model.named_parameters() if "blocks" not in name]
+    assert outer_parameters(SHORT) == sum(p.numel() for p in outside)
+    assert factors(model, "mid")
+
+
+def test_flux_dev_has_its_published_size():
+    blocks = kinds(FLUX_DEV)
+    parameters = sum(sum(block_bytes(FLUX_DEV, kind, fp8=False, width=1)) for kind in blocks)
+    assert parameters + outer_parameters(FLUX_DEV) == 11_901_408_320
+
+
+def test_8_bits_take_the_bytes_that_are_planned():
+    tiny = replace(FLUX_DEV, hidden_size=128, mlp_size=512, num_heads=1, depth=1, depth_single=1)
+    model = arrange(Flux(tiny).bfloat16().requires_grad_(False), "cpu", fp8=True)
+    for kind, block in zip(kinds(tiny), blocks_of(model)):
+        layers = [layer for layer in block.modules() if isinstance(layer, FrozenLinear)]
+        weights = sum(layer.stored.nbytes for layer in layers)
+        others = sum(tensor.nbytes for tensor in [*block.parameters(), *block.buffers()])
+        assert block_bytes(tiny, kind, fp8=True, width=2) == (weights, others)
+
+
+# At full width; each with another way, whose peak it must not be taken for.
+CASES = [
+    (STAGE1, Way("all"), Way("attention")),
+    (replace(STAGE1, batch=2, r2=8), Way("attention", 5), Way("none", 5)),
+    (replace(STAGE2, resolution=512), Way(2, fp8=True), Way("none", fp8=True)),
+    (SAMPLE, Way("none", 5), Way("none", 4)),
+]
+
+
+@pytest.mark.parametrize("job, way, other", CASES)
+def test_the_plan_predicts_the_simulated_peak(bench, job, way, other):
+    job = replace(job, sizes=SHORT)
+    simulated = bench.simulate(job, way)
+    assert abs(cost(job, way).peak / simulated - 1) < 0.02
+    assert abs(cost(job, other).peak / simulated - 1) > 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(13))
+def test_whole_model(bench, number):
+    job, way, limit = bench.ROWS[number]
+    simulated = bench.simulate(job, way)
+    assert abs(cost(job, way).peak / simulated - 1) < 0.03
+    assert limit is None or round(simulated / GIB, 1) <= limit
+
+
+@pytest.mark.parametrize("what, tera", [("all", 245.5), ("none", 171.1)])
+def test_flops_of_a_step_are_those_counted(what, tera):
+    assert abs(step_flops(STAGE2, what) / 1e12 - tera) < 0.2
+    assert abs(step_flops(SAMPLE, "none") / 1e12 - 74.4) < 0.1
+
+
+def test_flops_of_a_forward_pass_are_those_counted():
+    sizes = replace(FLUX_DEV, hidden_size=128, mlp_size=512, num_heads=1, depth=2, depth_single=3)
+    job = Job("sample", sizes, batch=2, resolution=128, t5_length=16)
+    img, ids, txt = torch.zeros(2, 64, 64), torch.zeros(2, 64, 3), torch.zeros(2, 16, 4096)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = Flux(sizes)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(img, ids, txt, ids[:, :16], torch.zeros(2), torch.zeros(2, 768), torch.zeros(2))
+    counts = counter.get_flop_counts()
+    counted = sum(
+        sum(counts[f"Flux.{name}_blocks.{k}"].values())
+        for name, n in (("double", 2), ("single", 3))
+        for k in range(n)
+    )
+    assert step_flops(job, "none") == counted
+
+
+# --- What is chosen ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [8, 12, 16, 24, 48, 80])
+def test_stage_2_is_exact_on_any_card_from_8_gb(budget):
+    way, some, line = choose(STAGE2, budget)
+    assert not way.fp8 and line.startswith("exact") and some.peak / GIB + RESERVE <= budget
+    assert budget < 80 or way == Way("none", 0)
+
+
+def test_stage_1_fits_48_gb_without_streaming():
+    way, some, line = choose(STAGE1, 48)
+    assert not way.fp8 and way.stream == 0 and some.peak / GIB + RESERVE <= 48
+
+
+def test_more_memory_is_never_slower():
+    seconds = [choose(STAGE2, budget)[1].seconds for budget in (7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 80)]
+    assert all(after <= 1.05 * before for before, after in zip(seconds, seconds[1:]))
+
+
+def test_weights_are_rounded_only_if_nothing_exact_fits_or_as_asked():
+    least = cost(STAGE2, Way("all", 57)).peak / GIB + RESERVE
+    way, _, line = choose(STAGE2, least - 0.1)
+    assert way.fp8 and "nothing exact fits" in line
+    with pytest.raises(ValueError, match=rf"needs {least:.1f} GiB, there are {least - 0.1:.3g}"):
+        choose(STAGE2, least - 0.1, base="bf16")
+    way, _, line = choose(STAGE2, 80, base="fp8")
+    assert way.fp8 and "as asked" in line
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_memory_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test_flags_override_each_choice(capsys):
+    way = make_plan(parse("--vram", "80", "--stream", "7", "--checkpoint", "12"), STAGE2, "cpu")
+    assert way == Way(12, 7, False)
+    assert "the first 12 of 57 blocks" in (text := capsys.readouterr().out) and "7 of 57 blocks" in text
+    assert make_plan(parse("--vram", "24", "--base-dtype", "fp8"), STAGE2, "cpu").fp8
+    assert "8 bits: as asked" in capsys.readouterr().out
+    for wrong in (["--checkpoint", "some"], ["--stream", "-1"], ["--stream", "all"]):
+        with pytest.raises(SystemExit):
+            parse(*wrong)
+    with pytest.raises(ValueError, match="--stream 58: from 0 to 57"):
+        make_plan(parse("--stream", "58"), STAGE2, "cpu")

@@ -1,0 +1,277 @@
+"""Data as people have them: every fault is found, named and survived, before anything expensive."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import survey as module
+from data import common_shape, printable
+from flux.loading import atomic
+from survey import Roster, survey
+
+NAMES = ("アンナ", "Ольга", "أمل", "Zoë", "a..\\..", "a b'c\"d;$(rm -rf x)", "line\nbreak", "esc\x1b[31m")
+NAMES += ("\udcff\udcfe",)  # bytes that are no UTF-8
+
+
+def noise(seed: int, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def make_person(folder: Path, photos: int = 3, seed: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    for k in range(photos):
+        noise(seed * 100 + k).save(folder / f"{k}.png")
+    return folder
+
+
+def look(folder: Path, out: Path | None = None, **options):
+    out = out or folder.parent / "out"
+    out.mkdir(exist_ok=True)
+    usable = lambda size: common_shape(size, 32, 8)
+    return survey(folder, out / "people.jsonl", usable, min_side=options.pop("min_side", 8), **options)
+
+
+def reasons(report) -> dict[str, list[str]]:
+    return {f"{verdict}: {reason}": cases for (verdict, reason), cases in report.found.items()}
+
+
+def test_clean_data_has_nothing_to_report(tmp_path):
+    for k, name in enumerate(("bea", "abe")):
+        (make_person(tmp_path / "ids" / name, seed=k) / "1.txt").write_text("a man\n in  Köln", "utf-8")
+    people, report = look(tmp_path / "ids")
+    assert (report.people, report.photos, report.table()) == (2, 6, "")
+    assert [person.name for person in people] == ["abe", "bea"] and [p.pid for p in people] == [0, 1]
+    photo = people[1].photos[1]
+    assert (photo.path, photo.size, photo.caption) == (tmp_path / "ids/bea/1.png", (48, 64), "a man in Köln")
+    assert people[1].photos[0].caption is None
+
+
+def messy(folder: Path) -> Path:
+    """Write one person with every fault there is, and one without."""
+    make_person(folder / "good", seed=1)
+    bad = make_person(folder / "messy")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise(10).save(bad / "turned.jpg", exif=turned)
+    noise(11, mode="CMYK").save(bad / "cmyk.jpg")
+    noise(12, mode="RGBA").save(bad / "clear.png")
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16).save(bad / "deep.png")
+    noise(13).save(bad / "moving.webp", save_all=True, append_images=[noise(14)], lossless=True)
+    content = (folder / "good" / "0.png").read_bytes()
+    (bad / "half.png").write_bytes(content[: len(content) // 2])
+    (bad / "empty.jpg").write_bytes(b"")
+    (bad / "text.jpg").write_text("hello")
+    noise(15, (7, 40)).save(bad / "thin.png")
+    noise(16, (4, 4)).save(bad / "tiny.png")
+    shutil.copy(bad / "1.png", bad / "1 copy.png")
+    (bad / "folder.jpg").mkdir()
+    (bad / "nowhere.png").symlink_to("missing.png")
+    (bad / "circle.png").symlink_to("circle.png")
+    os.mkfifo(bad / "pipe.png")
+    (bad / "phone.heic").write_bytes(b"0")
+    (bad / "0.txt").write_bytes(b"")
+    (bad / "2.txt").write_bytes("Köln".encode("latin-1"))
+    (bad / "turned.txt").write_text("a \x1b[31mred\x00 man")
+    (bad / "loop").symlink_to("..")
+    return folder
+
+
+EXPECTED = {
+    "converted: turned upright by its EXIF data": {"turned.jpg"},
+    "converted: CMYK colours: converted to RGB": {"cmyk.jpg"},
+    "converted: transparent: put on white": {"clear.png"},
+    "converted: 16 bits a channel: reduced to 8": {"deep.png"},
+    "converted: animated: only the first frame is used": {"moving.webp"},
+    "converted: no caption that can be read: the default one is used": {"0.png", "2.png"},
+    "skipped: no photos that can be read": {
+        *("half.png", "empty.jpg", "text.jpg", "folder.jpg", "nowhere.png", "circle.png", "pipe.png")
+    },
+    "skipped: too small (--min-side 8) or too narrow": {"thin.png", "tiny.png"},
+    "skipped: the same as another of the same person": {"1.png"},
+    "skipped: not one of .jpg, .jpeg, .png, .webp": {"phone.heic"},
+}
+
+
+def test_every_fault_in_one_report(tmp_path):
+    people, report = look(messy(tmp_path / "ids"))
+    found = reasons(report)
+    named = {key: {case.split("/")[1].split(":")[0] for case in cases} for key, cases in found.items()}
+    assert named == EXPECTED
+    assert [len(person.photos) for person in people] == [3, 8]
+    captions = {photo.path.name: photo.caption for photo in people[1].photos}
+    assert captions["turned.jpg"] == "a [31mred man" and captions["0.png"] is captions["2.png"] is None
+    assert dict((photo.path.name, photo.size) for photo in people[1].photos)["turned.jpg"] == (64, 48)
+    table = report.table()
+    assert "7  no photos that can be read" in table and "and 4 more" in table
+
+
+def test_people_who_are_left_out(tmp_path):
+    ids = tmp_path / "ids"
+    make_person(ids / "anna", photos=3)
+    shutil.copytree(ids / "anna", ids / "anna again")
+    (ids / "linked").symlink_to("anna")
+    make_person(ids / "few", photos=1, seed=2)
+    make_person(ids / "none", photos=0)
+    shares = make_person(ids / "shares", photos=2, seed=3)
+    shutil.copy(ids / "anna" / "0.png", shares / "both.png")
+    people, report = look(ids, min_photos=2)
+    assert [person.name for person in people] == ["anna", "shares"]
+    assert reasons(report) == {
+        "left out: people with the photos of another": ["anna again: as anna", "linked: as anna"],
+        "left out: people with too few photos": [
+            f"{name}: {count}, at least 2 are needed" for name, count in (("few", 1), ("none", 0))
+        ],
+        "noted: people who share photos": ["shares: 1 with anna"],
+    }
+
+
+def test_nobody_left_and_wrong_levels(tmp_path):
+    make_person(tmp_path / "ids" / "anna", photos=1)
+    with pytest.raises(ValueError, match="has nobody to train on(.|\n)*anna: 1, at least 2"):
+        look(tmp_path / "ids", min_photos=2)
+    with pytest.raises(ValueError, match="a level too high"):
+        look(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="a level too low"):
+        look(tmp_path / "ids" / "anna", tmp_path)
+
+
+def test_names_in_any_script_reach_the_terminal_in_print(tmp_path, capsys):
+    for k, name in enumerate(NAMES):
+        (make_person(tmp_path / "ids" / name, seed=k) / "0.png").write_bytes(b"\x1b[31m")
+    people, report = look(tmp_path / "ids")
+    assert sorted(person.name for person in people) == sorted(NAMES)
+    assert all(person.photos[0].path.is_file() for person in people)
+    report.tell(tmp_path / "ids", tmp_path / "data.tsv", strict=False)
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "people.jsonl"]
+    written = (tmp_path / "data.tsv").read_text("utf-8")
+    assert written.count("\n") == len(NAMES) and "アンナ" in written
+    for text in (capsys.readouterr().out, written):
+        assert all(char.isprintable() or char in "\n\t" for char in text)
+
+
+@given(st.text())
+def test_printable(text):
+    assert printable(text).isprintable() and printable("Zoë アンナ") == "Zoë アンナ"
+
+
+def test_strict(tmp_path):
+    _, report = look(messy(tmp_path / "ids"))
+    with pytest.raises(ValueError, match="--strict(.|\n)*tiny.png(.|\n)*data.tsv"):
+        report.tell(tmp_path / "ids", tmp_path / "data.tsv", strict=True)
+    assert (tmp_path / "data.tsv").read_text().count("\n") == 18
+
+
+def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
+    read, examine = [], module.examine
+    monkeypatch.setattr(module, "examine", lambda path: read.append(path.name) or examine(path))
+    ids = messy(tmp_path / "ids")
+    people, report = look(ids)
+    first, contents = list(people), people.contents()
+    assert len(read) == 3 + 18
+    read.clear()
+    again = look(ids)
+    assert set(read) == EXPECTED["skipped: no photos that can be read"]  # they are tried again
+    assert again[1] == report and list(again[0]) == first
+    path = ids / "good" / "1.png"
+    old = path.stat()
+    content = path.read_bytes()
+    other = noise(99)
+    other.save(path)
+    path.write_bytes(path.read_bytes()[: len(content)].ljust(len(content), b"\0"))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))  # as long and as old as before
+    read.clear()
+    changed = look(ids)
+    assert "1.png" in read and len(read) == 8
+    assert changed[0].contents()["photos of good"] != contents["photos of good"]
+    assert changed[0].contents()["photos of messy"] == contents["photos of messy"]
+    (ids / "messy" / "3.txt").write_text("of no photo")
+    (ids / "good" / "2.txt").write_text("a new caption")
+    assert look(ids)[0][0].photos[2].caption == "a new caption"
+    assert len(read) == 15
+
+
+def test_a_memory_of_another_version_or_damaged_is_not_used(tmp_path, monkeypatch):
+    read, examine = [], module.examine
+    monkeypatch.setattr(module, "examine", lambda path: read.append(path.name) or examine(path))
+    for k in range(4):
+        make_person(tmp_path / "ids" / str(k), seed=k, photos=2)
+    file = tmp_path / "out" / "people.jsonl"
+    first = list(look(tmp_path / "ids")[0])
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'"digest": "', b'"digest": "0')
+    lines[2] = b"\xff\xfe\n"
+    read.clear()
+    file.write_bytes(b"".join(lines)[:-30])
+    assert list(look(tmp_path / "ids")[0]) == first and len(read) == 6
+    monkeypatch.setattr(module, "VERSION", 99)
+    assert list(look(tmp_path / "ids")[0]) == first and len(read) == 6 + 8
+
+
+def test_a_roster_takes_no_memory_for_photos(tmp_path):
+    for k in range(3):
+        make_person(tmp_path / "ids" / str(k), seed=k)
+    people, _ = look(tmp_path / "ids")
+    assert isinstance(people, Roster) and vars(people).keys() == {"file", "folder", "starts"}
+    assert len(people.starts) == 3 and all(isinstance(start, int) for start in people.starts)
+
+
+# --- Anything at all ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, bytes]:
+    folder = Path(os.environ.get("TMPDIR", "/tmp"))
+    contents = {}
+    for name, options in {
+        "a.png": {},
+        "a.jpg": {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"},
+        "a.webp": {"save_all": True, "append_images": [noise(2)]},
+    }.items():
+        with atomic(folder / f"survey-{os.getpid()}-{name}") as temporary:
+            noise(1).save(temporary, **options)
+            contents[name] = temporary.read_bytes()
+            temporary.write_bytes(b"")
+        (folder / f"survey-{os.getpid()}-{name}").unlink()
+    return contents
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["a.png", "a.jpg", "a.webp"]),
+    st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), max_size=6),
+    st.floats(0, 1),
+    st.binary(max_size=40) | st.none(),
+)
+def test_damaged_photos_and_captions(tmp_path, pictures, name, changes, end, caption):
+    """A photo is used or refused, with a reason; nothing is raised, and nothing written but the survey."""
+    ids, out = tmp_path / "ids", tmp_path / "out"
+    shutil.rmtree(ids, ignore_errors=True)
+    make_person(ids / "good", photos=1)
+    bad = make_person(ids / "bad", photos=0)
+    content = bytearray(pictures[name])
+    for place, junk in changes:
+        at = int(place * (len(content) - 1))
+        content[at : at + len(junk)] = junk
+    (bad / name).write_bytes(content[: int(end * len(content)) if changes else None])
+    if caption is not None:
+        (bad / "a.txt").write_bytes(caption)
+    before = {path: path.read_bytes() for path in ids.rglob("*") if path.is_file()}
+    people, report = look(ids, out)
+    assert report.photos == sum(len(person.photos) for person in people) in (1, 2)
+    assert report.photos == 2 or any(verdict == "skipped" for verdict, _ in report.found)
+    assert {path: path.read_bytes() for path in ids.rglob("*") if path.is_file()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"ids", "out"}
+    assert [path.name for path in out.iterdir()] == ["people.jsonl"]
+    assert report.table() == "" or all(line.isprintable() for line in report.table().split("\n"))
+    for person in people:
+        for photo in person.photos:
+            assert photo.caption is None or photo.caption.split()
+    json.dumps(people.contents())

@@ -1,0 +1,522 @@
+"""Runs that are killed, stopped, starved of disk or memory, or fed with nonsense, and end as if not."""
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import test_train_meta
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_train_meta import STEPS, Killed, assert_equals_undisturbed, assert_same, log_of, state_of
+from test_train_meta import run as run_fixture
+from test_train_meta import undisturbed as undisturbed_fixture
+
+import runs
+import train_meta
+from runs import Bank, Checkpoints, draw_curve, read_state
+from train_meta import Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")
+run, undisturbed = run_fixture, undisturbed_fixture
+
+
+# --- Killed ------------------------------------------------------------------------------------------------
+
+
+def child(argv: list[str]) -> None:
+    """Train in a process of its own; torch is loaded once, by the fork server."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    train_meta.main(argv)
+
+
+@pytest.fixture
+def start(model, people, monkeypatch):
+    """Start a child in a folder: start(out) returns the process. It saves often, to be hit at it."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_meta"])
+    argv = ["--data", people, "--model", model, "--steps", 34, "--r1", 4, "--bucket-ids", 3, "--batch", 2]
+    argv += ["--uses-per-image", 2, "--lr", 1e-2, "--save-every", 2, "--resolution", 32, "--sample-every", 0]
+    argv += ["--no-checkpointing", "--keep-buckets"]
+
+    def call(out: Path) -> multiprocessing.Process:
+        process = context.Process(target=child, args=([str(word) for word in (*argv, "--out", out)],))
+        process.start()
+        return process
+
+    return call
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(start, tmp_path, kills):
+    """The end is bit-identical, each time; half of the kills wait until something is being written."""
+    start(tmp_path / "warm").join()  # the fork server has now loaded everything
+    began = time.time()
+    calm = start(tmp_path / "calm")
+    calm.join()
+    assert calm.exitcode == 0
+    duration, draw = time.time() - began, random.Random(kills)
+    killed = writing = 0
+    while killed < kills:
+        out = tmp_path / str(killed)
+        for _ in range(draw.choice([1, 2, 3])):  # several deaths of one run
+            process, wait = start(out), draw.uniform(0.1, 0.9) * duration
+            process.join(wait)
+            if draw.random() < 0.5:
+                until = time.time() + duration
+                while process.is_alive() and not list(out.glob("*/.*.pt")) and time.time() < until:
+                    time.sleep(0.0002)
+            process.kill()
+            process.join()
+            killed += process.exitcode == -signal.SIGKILL
+            writing += bool(list(out.glob("*/.*.pt")))
+        process = start(out)
+        process.join()
+        assert process.exitcode == 0
+        assert_same(*(load_file(folder / "meta.safetensors") for folder in (out, tmp_path / "calm")))
+        assert_same(state_of(out), state_of(tmp_path / "calm"))
+        assert len(log_of(out)) == 34 and not list(out.rglob(".*.pt"))
+    assert writing or kills < 20  # the test has hit what it aims at
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [8, 19, 20])
+def test_a_signal_saves_and_says_how_to_go_on(run, undisturbed, tmp_path, monkeypatch, capsys, number, after):
+    update, before = Trainer.update, signal.getsignal(number)
+
+    def signalled(self, *batch):
+        if self.step == after:
+            os.kill(os.getpid(), number)
+        return update(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", signalled)
+        with pytest.raises(FileNotFoundError):  # the fixture looks for the result, which is not there yet
+            run(tmp_path)
+    text = capsys.readouterr().out
+    assert "python train_meta.py --data" in text and f"--out {tmp_path}" in text
+    assert Checkpoints(tmp_path / "checkpoints").files()[0].stem == f"{after + 1:06d}"
+    assert signal.getsignal(number) == before
+    assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
+
+
+def test_a_signal_before_the_first_step_and_a_second_one(run, tmp_path, monkeypatch, capsys):
+    interrupt = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr("encoding.encode_prompts", interrupt)
+        with pytest.raises(FileNotFoundError):
+            run(tmp_path)
+    assert "stopped; this goes on:" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", lambda *_: (interrupt(), interrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+
+
+def test_the_script_exits_with_zero(people, model, tmp_path):
+    """As a scheduler would do it."""
+    command = [sys.executable, train_meta.__file__, "--data", people, "--model", model, "--out", tmp_path]
+    command += ["--steps", 100_000, "--r1", 4, "--save-every", 100_000, "--resolution", 32]
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=-1, stderr=subprocess.DEVNULL, text=True
+    )
+    log, until = tmp_path / "log.jsonl", time.time() + 60
+    while not (log.exists() and log.stat().st_size) and time.time() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "this goes on:" in text
+    assert int(Checkpoints(tmp_path / "checkpoints").files()[0].stem) == len(log_of(tmp_path)) > 0
+
+
+def test_what_a_killed_run_was_writing_is_deleted(tmp_path):
+    keep = [".lock", "checkpoints/000005.pt", ".bashrc", ".a.tar.gz", "cache/.hidden"]
+    drop = [".people.77.jsonl", "checkpoints/.000005.1234.pt", "cache/.0af3.5.safetensors"]
+    for name in (*keep, *drop):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with runs.alone(tmp_path):
+        assert sorted(map(str, keep)) == sorted(
+            path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+        )
+
+
+def test_one_run_in_a_folder(run, tmp_path):
+    with runs.alone(tmp_path), pytest.raises(OSError, match="another run is writing"):
+        run(tmp_path)
+    assert not (tmp_path / "people.jsonl").exists()
+
+
+# --- Damaged -----------------------------------------------------------------------------------------------
+
+
+def kill_at(run, out: Path, monkeypatch, step: int, *flags, steps: int = STEPS) -> None:
+    update = Trainer.update
+
+    def dies(self, *batch):
+        if self.step == step:
+            raise Killed
+        return update(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", dies)
+        with pytest.raises(Killed):
+            run(out, *flags, steps=steps)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, lambda file: os.truncate(file, 1000)])
+@pytest.mark.parametrize("save_every, step", [(5, 12), (100, 33)])
+def test_the_checkpoint_before(run, undisturbed, tmp_path, monkeypatch, capsys, damage, save_every, step):
+    """Going on from there finds the buckets as they were then, though newer ones have been stored."""
+    kill_at(run, tmp_path, monkeypatch, step, "--save-every", save_every)
+    files = Checkpoints(tmp_path / "checkpoints").files()
+    assert [int(file.stem) for file in files] == ([12, 10] if save_every == 5 else [32, 20])
+    damage(files[0])
+    capsys.readouterr()
+    ours = run(tmp_path)
+    text = capsys.readouterr().out
+    assert f"going on from step {int(files[1].stem)}" in text and files[0].name in text
+    assert (files[0].with_suffix(".damaged")).exists()  # nothing is thrown away
+    assert_equals_undisturbed(ours, tmp_path, undisturbed)
+
+
+def test_no_whole_checkpoint_is_not_a_fresh_start(run, tmp_path, monkeypatch):
+    kill_at(run, tmp_path, monkeypatch, 12)
+    for file in Checkpoints(tmp_path / "checkpoints").files():
+        flip_a_bit(file)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no checkpoint is whole.*000012.damaged"):
+            run(tmp_path)
+    assert len(log_of(tmp_path)) == 12
+
+
+def test_a_damaged_bucket_is_named(run, tmp_path, monkeypatch):
+    kill_at(run, tmp_path, monkeypatch, 19)
+    (file,) = (tmp_path / "buckets").iterdir()
+    flip_a_bit(file)
+    with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+        run(tmp_path)
+
+
+def test_lost_settings(run, tmp_path):
+    run(tmp_path, steps=1)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings.json.*cannot be read"):
+        run(tmp_path, steps=2)
+
+
+# --- The bank ----------------------------------------------------------------------------------------------
+
+
+def test_buckets_that_do_not_come_back_are_not_stored(run, tmp_path, monkeypatch):
+    words = [word for word in test_train_meta.SETTINGS if word != "--keep-buckets"]
+    monkeypatch.setattr(test_train_meta, "SETTINGS", words)
+    names = lambda out: sorted(file.name for file in (out / "buckets").iterdir())
+    run(tmp_path / "once", steps=20)  # 12 of bucket 0, 8 of bucket 1
+    assert names(tmp_path / "once") == []
+    run(tmp_path / "first", steps=21)  # bucket 0 comes back for a step, bucket 1 does not
+    assert names(tmp_path / "first") == ["bucket0000_visit000000.pt"]
+    with pytest.raises(ValueError, match=r"bucket0001_visit000001.pt does not exist.*--keep-buckets"):
+        run(tmp_path / "first", steps=33)
+
+
+def test_one_file_per_bucket_and_one_more_at_most(run, tmp_path, monkeypatch):
+    counts, store = [], Bank.store
+
+    def counting(self, *args):
+        store(self, *args)
+        counts.append(len(list(self.folder.iterdir())))
+
+    monkeypatch.setattr(Bank, "store", counting)
+    run(tmp_path, steps=81)
+    assert len(counts) == 8 and max(counts) <= 3
+
+
+def test_reading_ahead_is_what_opens_the_next_bucket(run, undisturbed, tmp_path, monkeypatch):
+    """All returning buckets come from the thread, none from a second read."""
+    read = []
+    monkeypatch.setattr(runs, "read_state", lambda file: read.append(file.name) or read_state(file))
+    ours = run(tmp_path)
+    assert read == ["bucket0000_visit000000.pt", "bucket0001_visit000001.pt", "bucket0000_visit000002.pt"]
+    assert_equals_undisturbed(ours, tmp_path, undisturbed)
+
+
+def test_one_bucket_is_never_stored(run, tmp_path, monkeypatch):
+    flags = ["--bucket-ids", 5]
+    whole = run(tmp_path / "a", *flags, steps=45)
+    assert not list((tmp_path / "a" / "buckets").iterdir())
+    kill_at(run, tmp_path / "b", monkeypatch, 42, *flags, steps=45)
+    assert_same(whole, run(tmp_path / "b", *flags, steps=45))
+
+
+# --- Numbers, disk, memory ---------------------------------------------------------------------------------
+
+
+def break_steps(monkeypatch, broken, how: str = "loss") -> None:
+    """Make the loss, or only the gradient, of some steps infinite or NaN."""
+    update, loss = Trainer.update, train_meta.flow_loss
+
+    def breaks(self, *batch):
+        after = Explode.apply if how == "gradient" else lambda x: x * math.nan
+        with pytest.MonkeyPatch.context() as patch:
+            if self.step in broken:
+                patch.setattr(train_meta, "flow_loss", lambda *a, **k: after(loss(*a, **k)))
+            return update(self, *batch)
+
+    monkeypatch.setattr(Trainer, "update", breaks)
+
+
+class Explode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + math.inf
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_with_broken_numbers_moves_nothing(run, tmp_path, monkeypatch, capsys, how):
+    states, update = [], Trainer.update
+
+    def watched(self, *batch):
+        before = [p.detach().clone() for p in (*self.meta_down, *self.personal)]
+        result = update(self, *batch)
+        after = [p.detach() for p in (*self.meta_down, *self.personal)]
+        states.append(all(torch.equal(a, b) for a, b in zip(before, after)))
+        return result
+
+    monkeypatch.setattr(Trainer, "update", watched)
+    break_steps(monkeypatch, {3, 8}, how)
+    run(tmp_path, steps=12)
+    assert [step for step, same in enumerate(states) if same] == [3, 8]
+    broken = [line for line in log_of(tmp_path) if "photos" in line]
+    assert [line["step"] for line in broken] == [4, 9]
+    assert all(len(line["photos"]) == len(line["t"]) == 2 for line in broken)
+    assert all((line["loss"] is None) == (how == "loss") for line in broken)
+    text = capsys.readouterr().err
+    assert broken[0]["photos"][0] in text and f"t = {broken[0]['t'][0]:.4f}" in text
+
+
+def test_ten_in_a_row_stop_the_run(run, tmp_path, monkeypatch):
+    """What is saved are the weights before them; the same command again stops at the next one."""
+    run(tmp_path / "good", steps=8)
+    with monkeypatch.context() as patch:
+        break_steps(patch, range(8, 100))
+        for steps in (18, 19):
+            with pytest.raises(ValueError, match="steps in a row"):
+                run(tmp_path / "bad")
+            assert Checkpoints(tmp_path / "bad" / "checkpoints").files()[0].stem == f"{steps:06d}"
+    ours = read_state(tmp_path / "bad" / "checkpoints" / "000018.pt")
+    theirs = read_state(tmp_path / "good" / "checkpoints" / "000008.pt")
+    for part in ("meta_down", "meta_optimiser"):
+        assert_same(ours[part], theirs[part])
+    stored = read_state(tmp_path / "bad" / "buckets" / "bucket0000_visit000000.pt")
+    assert_same(stored, theirs["open_bucket"])
+    assert ours["skipped"] == 10
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "bucket", "log", "curve"])
+def test_a_full_disk_leaves_the_last_checkpoint(run, undisturbed, tmp_path, monkeypatch, what):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fails(*_):
+        raise full
+
+    with monkeypatch.context() as patch:
+        if what == "checkpoint":
+            save = Checkpoints.save
+
+            def save_on_a_full_disk(self, step, state):
+                if step == 15:
+                    patch.setattr(torch, "save", lambda state, file: file.write(b"PK half") and fails())
+                save(self, step, state)
+
+            patch.setattr(Checkpoints, "save", save_on_a_full_disk)
+        elif what == "bucket":
+            patch.setattr(Bank, "store", fails)
+        elif what == "log":
+            write = runs.Log.write
+            patch.setattr(
+                runs.Log, "write", lambda self, line: (fails if line["step"] == 14 else write)(self, line)
+            )
+        else:
+            patch.setattr(runs, "draw_curve", fails)
+        with pytest.raises(OSError) as error:
+            run(tmp_path)
+    if what == "checkpoint":
+        assert "step 15 cannot be saved (No space left on device)" in str(error.value)
+        assert "checkpoint of step 12 is whole" in str(error.value)
+    assert not list(tmp_path.rglob(".*.pt"))
+    assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A file system of 1 MB, where the tests may make one: torch's writer, no stand-in."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        checkpoints = Checkpoints(disk / "checkpoints")
+        checkpoints.save(1, {"a": torch.ones(100_000)})
+        with pytest.raises(OSError, match=r"step 2 cannot be saved \(No space.*step 1 is whole"):
+            checkpoints.save(2, {"a": torch.ones(200_000)})
+        assert torch.equal(checkpoints.load()["a"], torch.ones(100_000))
+        assert [file.name for file in checkpoints.folder.iterdir()] == ["000001.pt"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_out_of_gpu_memory_is_explained(run, tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB\nand more")
+
+    monkeypatch.setattr(Trainer, "update", fails)
+    with pytest.raises(ValueError) as error:
+        run(tmp_path)
+    text = str(error.value)
+    assert "Tried to allocate 20.00 MiB)" in text and "and more" not in text
+    for words in ("the frozen base", "mid and up of a bucket", "--batch 1", "--resolution", "--bucket-ids"):
+        assert words in text
+
+
+# --- The log -----------------------------------------------------------------------------------------------
+
+
+def test_the_log_holds_everything(undisturbed):
+    log = log_of(undisturbed)
+    for line in log:
+        assert {"step", "bucket", "phase", "loss", "lr", "memory", "images_per_second", "time"} <= line.keys()
+        assert line["grad_mid"] >= 0 and line["grad_up"] > 0
+        assert ("grad_meta_down" in line) == (line["phase"] == "all")
+    assert log[0]["grad_mid"] == 0 and max(line["grad_mid"] for line in log) > 0  # up is zero at first
+    assert (undisturbed / "loss.png").exists()
+
+
+def test_gradient_norms_are_those_of_the_parts(run, tmp_path, monkeypatch):
+    sizes, clip = [], train_meta.clip_grads_with_norm_
+
+    def watched(params, most, norm):
+        sizes.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in params)))
+        assert norm.item() == pytest.approx(sizes[-1], rel=1e-5)
+        clip(params, most, norm)
+        clipped = math.sqrt(sum(p.grad.double().square().sum().item() for p in params))
+        assert clipped == pytest.approx(min(most, sizes[-1]), rel=1e-4)
+
+    monkeypatch.setattr(train_meta, "clip_grads_with_norm_", watched)
+    run(tmp_path, "--clip-grad", 0.02, steps=8)
+    for line, size in zip(log_of(tmp_path), sizes, strict=True):
+        parts = [line.get(f"grad_{name}", 0) for name in ("meta_down", "mid", "up")]
+        assert math.hypot(*parts) == pytest.approx(size, rel=1e-4)
+    assert max(sizes) > 0.02
+
+
+def test_the_curve_survives_a_log_of_any_kind(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for content in (
+        b"",
+        b"\xff\n{}\n[1]\n",
+        b'{"loss": null}\n',
+        b'{"loss": 1}\n',
+        b'{"loss": 2.5}\n' * 50_000,
+    ):
+        log.write_bytes(content + b'{"lo')
+        draw_curve(log, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_sample_grids_show_the_average(run, tmp_path, monkeypatch):
+    seen, generate = [], train_meta.generate
+
+    def watched(model, *rest):
+        seen.append([p.detach().clone() for p in train_meta.factors(model, "meta_down")])
+        return generate(model, *rest)
+
+    monkeypatch.setattr(train_meta, "generate", watched)
+    run(tmp_path, "--ema", 0.9, "--sample-every", 8, steps=8)
+    state = read_state(tmp_path / "checkpoints" / "000008.pt")
+    assert_same(seen[0], state["average"])
+    assert not all(map(torch.equal, seen[0], state["meta_down"]))  # which is back in its place
+
+
+def test_help_is_complete(capsys):
+    with pytest.raises(SystemExit):
+        train_meta.parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for group in ("people:", "model:", "method", "choices where the paper is silent:", "run:"):
+        assert f"\n{group}" in text
+    options = text.partition("\npeople:")[2].split("\n  --")[1:]
+    assert len(options) > 35 and [option for option in options if len(option.split()) < 4] == []
+
+
+# --- Anything at all ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["flip", "cut", "fill", "insert", "other"]),
+    st.binary(max_size=64),
+)
+def test_damaged_checkpoints_fall_back(tmp_path, seed, how, junk):
+    """Whatever happens to the newest file: what is loaded is one of the two that were saved."""
+    folder, draw = tmp_path / str(seed) / how, random.Random(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoints = Checkpoints(folder)
+    for step in (1, 2):
+        checkpoints.save(step, {"step": step, "a": [torch.full((50,), float(step))], "b": {0: None}})
+    file = checkpoints.files()[0]
+    content = bytearray(file.read_bytes())
+    place = draw.randrange(len(content))
+    if how == "flip":
+        content[place] ^= 1 << draw.randrange(8)
+    elif how == "cut":
+        del content[place:]
+    elif how == "fill":
+        content[place : place + len(junk)] = junk[: len(content) - place]
+    elif how == "insert":
+        content[place:place] = junk
+    else:
+        content = junk
+    file.write_bytes(content)
+    state = checkpoints.load()
+    assert state["step"] in (1, 2)
+    assert torch.equal(state["a"][0], torch.full((50,), float(state["step"]))) and state["b"] == {0: None}
+    assert sorted(path.stem for path in folder.iterdir()) == ["000001", "000002"]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200), st.integers(0, 5))
+def test_a_damaged_log_is_cut_and_gone_on_with(tmp_path, content, step):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(content)
+    with runs.Log(file, step, steps=9) as log:
+        log.write({"step": step + 1, "loss": math.inf})
+    *before, last, end = file.read_bytes().split(b"\n")
+    assert len(before) <= step and json.loads(last)["loss"] is None and not end
+    assert before == content.split(b"\n")[:-1][:step]
+    draw_curve(file, tmp_path / "loss.png")
