@@ -35,7 +35,11 @@ STEPS = (10, 20, 30, 45, 60, 90, 120, 180)
 RATES = (4e-3, 8e-3, 2e-2, 4e-2)
 LEVELS = (0.4, 0.5, 0.6, 0.7)  # of R-FaceSim
 LIMIT = 0.03  # how much of the base model's prompt adherence may be lost
-PEOPLE = {"validation": (12, 200), "test": (30, 300)}  # how many, and the seed they are drawn from
+PEOPLE = {
+    "validation": (12, 200),
+    "test": (30, 300),
+    "quick": (8, 400),
+}  # how many, and the seed they are drawn from
 METRICS = ("r-facesim", "facesim", "clip-t")
 KEY = ("base", "prior", "targets", "method", "draws", "rank", "lr")  # what makes a cell
 PLACE = ("steps", "person", "seed")  # a line of a cell
@@ -65,7 +69,10 @@ class Group:
 def plan(bases: Sequence[str]) -> list[Group]:
     """List the whole study, what matters most first."""
     groups = []
-    for people in PEOPLE:  # the rates are looked at on validation people, and all reported on test people
+    for people in (
+        "validation",
+        "test",
+    ):  # the rates are looked at on validation people, and all reported on test people
         for targets in ("all", "no-modulation"):
             groups.append(Group("primary" if people == "test" else people, targets=targets, people=people))
     for base in bases:
