@@ -27,6 +27,7 @@ import benchmark
 import train_meta
 from flux.loading import LOCAL_MODELS, atomic
 from metalora import load_meta, write_tensors
+from report import markdown
 from tiny.people import write_people
 
 ROOT = Path(__file__).parents[1]
@@ -289,14 +290,18 @@ def ratio_table(cells: dict[tuple, Cell], resamples: int) -> str:
                     told = f"{limit}" if limit else "none"
                     ratio = f"{found['ratio']:.2f}"
                     lines.append([base, prior, name, told, f"{level}", *counts, ratio, ends])
-    return lay_out(lines)
+    return markdown(lines)
 
 
-def lay_out(lines: list[list[str]]) -> str:
-    """Lay out lines of text as a Markdown table, the first as its head."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+def mean_table(cells: dict[tuple, Cell]) -> str:
+    """Lay out R-FaceSim / adherence, percent, of every cell at each of its step counts."""
+    steps = sorted({n for cell in cells.values() for n in cell.steps})
+    lines = [[*KEY, *map(str, steps)]]
+    for key, cell in sorted(cells.items()):
+        similar, _, adherent = 100 * cell.scores.mean(axis=(1, 2)).T  # as METRICS
+        told = {n: f"{a:.1f} / {b:.1f}" for n, a, b in zip(cell.steps, similar, adherent)}
+        lines.append([*key, *(told.get(n, "") for n in steps)])
+    return markdown(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -324,9 +329,11 @@ def main(argv: list[str] | None = None) -> None:
     for group in [] if args.figures else groups:
         run(group, args.out)
         collect(groups, args.out, args.scores)
-    for part in dict.fromkeys(group.part for group in groups):
+    looked = ["looked"] if args.figures and "looked" in (args.parts or ["looked"]) else []
+    for part in dict.fromkeys([*looked, *(group.part for group in groups)]):
         if (file := args.scores / f"{part}.csv").exists():
-            print(f"\n{part}\n\n{ratio_table(read_scores(file), args.resamples)}")
+            cells = read_scores(file)
+            print(f"\n{part}\n\n{mean_table(cells)}\n\n{ratio_table(cells, args.resamples)}")
 
 
 if __name__ == "__main__":
