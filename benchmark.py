@@ -321,10 +321,10 @@ class Benchmark:
             # Everybody has a seed: else all would share the luck of one draw of noise.
             seeds = [args.seed + zlib.crc32(s.name.encode()) for s in group]
             trained = personalize.prepare(self.model, args, meta, seeds)
+            learned_from = [(self.crops[run.augment, s], self.texts[s.caption]) for s in group]
             people = [
-                personalize.draw_batches(crops, self.texts[s.caption], seed, args, self.device, self.dtype)
-                for s, seed in zip(group, seeds)
-                for crops in [self.crops[run.augment, s]]
+                personalize.draw_batches(*pair, seed, args, self.device, self.dtype)
+                for pair, seed in zip(learned_from, seeds)
             ]
             for step in personalize.train(self.model, trained, people, args, self.device):
                 for slot, subject in enumerate(group if step in run.steps else ()):
