@@ -43,6 +43,7 @@ from data import (
     read_photo,
     scan_people,
 )
+from flux.arguments import Parser
 from flux.loading import (
     Manual,
     add_model_arguments,
@@ -53,28 +54,21 @@ from flux.loading import (
     native_size,
     run_script,
 )
-from flux.memory import checkpoint_blocks, release
+from flux.memory import release
+from flux.plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
 from flux.sampling import generate
 from judges import Judges, add_judge_arguments, load_judges
+from lora_files import read_lora
 from metalora import eject, export_lora, inject_loras, use_slots
+from runs import command_line
 from sample import save_picture
 from vision.detector import load_detector
 
 METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug")
 # What may differ between two runs in one folder; anything else would mix numbers of different things. Of
 # files the content is compared, not the name.
-MAY_CHANGE = (
-    "people",
-    "out",
-    "method",
-    "ranks",
-    "lr",
-    "steps",
-    "seeds",
-    "at_once",
-    "no_checkpointing",
-    "device",
-)
+MAY_CHANGE = ("people", "out", "method", "ranks", "lr", "steps", "seeds", "at_once", "device")
+MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "plan")  # whether rounded to 8 bits is compared
 MAY_CHANGE += ("meta", "prompts", "references", "classes", "clip", "recognizer", "detector", "no_face")
 
 
@@ -107,7 +101,7 @@ class Run:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Manual)
+    parser = Parser(description=__doc__, formatter_class=Manual)
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
     parser.add_argument(
         "--people",
@@ -149,14 +143,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--at-once", type=int, default=1, help="people who learn side by side, and pictures in a batch"
     )
-    group.add_argument(
-        "--no-checkpointing", action="store_true", help="keep all activations: faster, more memory"
-    )
-    args = parser.parse_args(argv)
-    numbers = (*args.ranks, *(args.steps or ()), args.seeds, args.sample_steps, args.batch, args.at_once)
-    if min(numbers) < 1 or min(args.lr) <= 0:
-        parser.error("ranks, steps, seeds, batch and --at-once must be at least 1, and --lr above 0")
-    return args
+    add_memory_arguments(parser)
+    return parser.parse_args(argv)
 
 
 def find_subjects(args: argparse.Namespace) -> list[Subject]:
@@ -209,6 +197,7 @@ class Benchmark:
             if own.method == "meta-lora":
                 self.meta = self.meta or personalize.find_meta(self.files.folder, own)
             personalize.prepare(flux.load_flux(self.transformer, "meta"), own, self.meta_of(run), [0])
+        self.way = plan(args, self.device, self.dtype, self.files, self.meta)
 
     def settings(self, run: Run) -> argparse.Namespace:
         """Return what personalize.py's functions want to know."""
@@ -242,14 +231,21 @@ class Benchmark:
                 )
             return {}
         try:
-            return json.loads(self.file.read_text("utf-8"))
-        except ValueError as error:
+            before = json.loads(self.file.read_text("utf-8"))
+            for system in before["systems"].values():
+                keys = "method", "rank", "lr", "steps"
+                method, *numbers = (system[key] for key in keys)
+                if method not in METHODS or not all(isinstance(x, int | float) and x > 0 for x in numbers):
+                    raise ValueError(f"there is no such system, {system}")
+            return before
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.file} is damaged ({error}): take another --out") from error
 
     def record(self) -> None:
         """Save the settings beside the results; ValueError when results of other settings are there."""
         own = {key: value for key, value in vars(self.args).items() if key not in MAY_CHANGE}
         own |= {"dtype": str(self.dtype), "transformer": fingerprint(self.transformer)}
+        own |= {"fp8": self.way.fp8}
         own |= {"stage 1": hash_of(self.meta[2])} if self.meta else {}
         for s in self.subjects:
             own[f"prompts of {s.kind}"] = s.prompts
@@ -274,7 +270,8 @@ class Benchmark:
             self.crops[augment, subject] = own
         del autoencoder
         release(self.device)
-        conditioner = flux.load_conditioner(self.files, self.device, self.dtype, self.args.t5_length)
+        length, vram = self.args.t5_length, self.args.vram
+        conditioner = flux.load_conditioner(self.files, self.device, self.dtype, length, vram)
         texts = list(dict.fromkeys(text for s in self.subjects for text in (s.caption, *s.prompts)))
         self.texts = {t: memory[key] for t, key in zip(texts, encode_prompts(texts, conditioner, "", memory))}
         del conditioner
@@ -282,9 +279,7 @@ class Benchmark:
 
     def load(self) -> None:
         self.autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
-        self.model = flux.load_flux(self.transformer, self.device, self.dtype)
-        if not self.args.no_checkpointing:
-            checkpoint_blocks(self.model)
+        self.model = follow(flux.load_flux(self.transformer, "cpu", self.dtype), self.way, self.device)
 
     def unload(self) -> None:
         del self.model, self.autoencoder
@@ -343,7 +338,8 @@ class Benchmark:
         bar = tqdm(total=total, desc=system, unit="picture", dynamic_ncols=True, disable=not total)
         for group in chunks(missing, self.args.at_once):
             if system != "base":
-                inject_loras(self.model, [self.lora(system, subject) for subject, _ in group])
+                loras = [read_lora(self.lora(system, s), self.model)[0] for s, _ in group]
+                inject_loras(self.model, [[(lora, 1.0)] for lora in loras])
             todo = [(slot, s.prompts, x) for slot, (s, samples) in enumerate(group) for x in samples]
             for some in chunks(todo, self.args.at_once):
                 slots, prompts, samples = zip(*some)
@@ -383,9 +379,22 @@ class Benchmark:
 def find_face(path: Path, photo, detector) -> tuple[int, int, int, int]:
     """Return the face's box, as faces.json beside the photo tells it, else as detected."""
     file = path.with_name("faces.json")
-    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    known = metaphd.read_json(file, str(file)) if file.is_file() else {}
     advice = f"tell where it is in {file}, or take the -noaug methods"
-    return known.get(path.name) or personalize.find_face(path, photo, detector(), advice)
+    if path.name not in known:
+        return personalize.find_face(path, photo, detector(), advice)
+    box = known[path.name]
+    if not (isinstance(box, list | tuple) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
+        raise ValueError(f"{file}: {path.name} has {box!r}, must be [x0, y0, x1, y1] in pixels")
+    return box
+
+
+def plan(args: argparse.Namespace, device, dtype, files: flux.ModelFiles | None, meta: tuple | None) -> Way:
+    """Choose how the transformer fits while --at-once people learn side by side."""
+    r1 = int(meta[1]["r1"]) if meta else 128 if any(x.startswith("meta") for x in args.method) else None
+    people = {"r1": r1, "r2": max(args.ranks), "identities": args.at_once}
+    batch = args.at_once * args.batch
+    return make_plan(args, "stage2", device, dtype, files, args.resolution, batch=batch, **people)
 
 
 def hash_of(file: Path) -> str:
@@ -397,8 +406,19 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args, again = parse_arguments(argv), command_line(Path(__file__).name, argv)
+    if args.plan:
+        plan(args, *choose_device(args), files_to_plan(args), None)
+        return
     check_writable(args.out, "--out")
+    try:
+        measure(args)
+    except KeyboardInterrupt:
+        print(f"\nstopped; this goes on:\n  {again}")
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Make and score what is not there yet."""
     benchmark = Benchmark(args)
     benchmark.check()
     benchmark.record()
@@ -428,4 +448,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; the same command goes on where it was")
+    run_script(main)

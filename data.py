@@ -9,6 +9,7 @@ import json
 import math
 import textwrap
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
 from flux.loading import atomic
 from flux.sampling import draw_times
+from flux.terminal import printable
 
 Size = tuple[int, int]  # (height, width)
 Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, half open
@@ -41,6 +43,8 @@ COMMON_RATIOS = (*ASPECT_RATIOS, (3, 2), (2, 3), (5, 4), (4, 5))  # of photos
 SHORT_SIDES = (1.5, 2.0, 2.5, 3.5, 4.5)  # times the longer side of the face; paper, appendix D
 
 CACHE_VERSION = 1  # raise it whenever `to_tensor` changes a pixel: latents made before are then encoded anew
+CHECKSUM = "crc32"  # of an entry of the cache, in its header
+SEAL = f'"{CHECKSUM}":"'.encode()
 
 
 # Photos
@@ -128,14 +132,6 @@ def _describe(path: Path) -> str:
     return f"{kind or f'unknown, beginning with {head[:8]!r}'}, {path.stat().st_size} bytes"
 
 
-def printable(text: object) -> str:
-    """Escape what a terminal would obey instead of show: control, formatting and undecodable characters."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in str(text)
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Photo:
     path: Path
@@ -164,6 +160,10 @@ def scan_people(folder: Path, option: str = "--data") -> list[Person]:
         names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
         kinds = ", ".join(PHOTO_SUFFIXES)
         raise ValueError(f"{len(empty)} of {len(people)} people in {folder} have no photo ({kinds}): {names}")
+    names = [f"{person.name}/{photo.path.name}" for person in people for photo in person.photos]
+    if odd := [printable(name) for name in names if {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl"}]:
+        # Files and pages are called after them, in which such names would be lost or obeyed.
+        raise ValueError(f"{folder}: rename what has control characters in its name: {', '.join(odd[:5])}")
     return people
 
 
@@ -400,25 +400,42 @@ class TensorCache:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
+    def file(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
     def __contains__(self, key: str) -> bool:
-        """Say whether there is a whole file, by its header and length."""
+        """Say whether there is a file, whole by its header and length: of thousands none is read."""
         try:
-            with safe_open(self.folder / f"{key}.safetensors", "pt"):
-                return True
+            with safe_open(self.file(key), "pt") as file:
+                return CHECKSUM in (file.metadata() or {})
         except (FileNotFoundError, SafetensorError):
             return False
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """Return what was put, or None when there is no whole file."""
+        """Return what was put; None when there is no file, or a bit of it is wrong: then it is deleted."""
         try:
-            return load_file(self.folder / f"{key}.safetensors")
-        except (FileNotFoundError, SafetensorError):
+            content = self.file(key).read_bytes()
+        except FileNotFoundError:
             return None
+        if content == sealed(content):
+            return from_bytes(content)
+        self.file(key).unlink(missing_ok=True)  # so that `in` says so too, and it is made anew
+        return None
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        with atomic(self.folder / f"{key}.safetensors") as path:
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        content = sealed(to_bytes(whole, {CHECKSUM: f"{0:08x}"}))
+        with atomic(self.file(key)) as path:
             path.write_bytes(content)  # and not save_file, whose error on a full disk is no OSError
+
+
+def sealed(content: bytes) -> bytes | None:
+    """Return a safetensors file with its right checksum, which covers all else; None if it has no place."""
+    place = content.find(SEAL) + len(SEAL)
+    if place < len(SEAL):
+        return None
+    blank = content[:place] + b"0" * 8 + content[place + 8 :]
+    return content[:place] + b"%08x" % zlib.crc32(blank) + content[place + 8 :]
 
 
 class MemoryCache(dict):
@@ -495,10 +512,11 @@ def contact_sheet(
     height, width = cell
     gap, font = 4, ImageFont.load_default(size=max(10, min(cell) // 16))
     letters, line = max(1, int(width / font.getlength("n"))), math.ceil(sum(font.getmetrics()) * 1.1)
-    labels = [
-        textwrap.wrap(label, max(1, letters // 2), max_lines=5, placeholder="…") for label in row_labels
-    ]
-    titles = [textwrap.wrap(title, letters, max_lines=5, placeholder="…") for title in column_titles]
+    wrap = lambda text, width: textwrap.wrap(
+        printable(" ".join(text.split())), max(1, width), max_lines=5, placeholder="…"
+    )
+    labels = [wrap(label, letters // 2) for label in row_labels]
+    titles = [wrap(title, letters) for title in column_titles]
     left = gap + (width // 2 if any(labels) else 0)
     top = gap + line * max((len(title) for title in titles), default=0)
     columns = max(len(titles), max((len(row) for row in rows), default=0))

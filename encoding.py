@@ -1,7 +1,7 @@
 """Photos and captions of many people to a cache on disk, which stage 1 reads a bucket at a time."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from data import (
 )
 from flux.loading import ModelFiles, fingerprint
 from flux.memory import release
+from parallel import Team
 from survey import Roster
 
 
@@ -55,26 +56,36 @@ class Recipe:
         """Return the keys of its latents and of its caption."""
         return self.picture(photo).key(self.autoencoder), content_key(self.caption(photo), self.encoders)
 
-    def encode(self, people: Roster, cache: TensorCache, device: torch.device) -> None:
-        """Encode what the cache has not yet; the encoders are loaded for that only, and gone afterwards."""
-        missing = [False, any(content_key(text, self.encoders) not in cache for text in self.shown)]
+    def encode(self, people: Roster, cache: TensorCache, device: torch.device, team: Team) -> None:
+        """Encode what the cache has not yet; the encoders are loaded for that only, and gone afterwards.
+
+        The team shares the work by key, so that no entry is made twice.
+        """
+        lacks = lambda key: team.makes(key) and key not in cache
+        of_text = lambda text: content_key(text, self.encoders)
+        missing = [False, any(lacks(of_text(text)) for text in self.shown)]
         for photo in (photo for person in people for photo in person.photos):
-            missing = [lacks or key not in cache for lacks, key in zip(missing, self.keys(photo))]
+            missing = [known or lacks(key) for known, key in zip(missing, self.keys(photo))]
             if all(missing):
                 break
+        quiet = not team.leads
         if missing[0]:
             autoencoder = flux.load_autoencoder(self.files.autoencoder, device, self.dtype)
-            for person in tqdm(people, "latents of people"):
+            for person in tqdm(people, "latents of people", disable=quiet):
                 pictures = [self.picture(photo) for photo in person.photos]
-                encode_pictures(pictures, autoencoder, self.autoencoder, cache)
+                ours = [picture for picture in pictures if team.makes(picture.key(self.autoencoder))]
+                encode_pictures(ours, autoencoder, self.autoencoder, cache)
             del autoencoder
             release(device)
         if missing[1]:
-            conditioner = flux.load_conditioner(self.files, device, self.dtype, self.args.t5_length)
-            encode_prompts(self.shown, conditioner, self.encoders, cache)
-            for person in tqdm(people, "captions of people"):
-                captions = list(dict.fromkeys(map(self.caption, person.photos)))
-                encode_prompts(captions, conditioner, self.encoders, cache)
+            length, vram = self.args.t5_length, self.args.vram
+            conditioner = flux.load_conditioner(self.files, device, self.dtype, length, vram)
+            encode = lambda texts: encode_prompts(
+                [text for text in texts if team.makes(of_text(text))], conditioner, self.encoders, cache
+            )
+            encode(self.shown)
+            for person in tqdm(people, "captions of people", disable=quiet):
+                encode(dict.fromkeys(map(self.caption, person.photos)))
             del conditioner
             release(device)
 
@@ -85,13 +96,20 @@ class Recipe:
         photos = [photo for person in bucket for photo in person.photos]
         slots = [slot for slot, person in enumerate(bucket) for _ in person.photos]
         keys = [self.keys(photo) for photo in photos]
-        loaded = {key: cache.get(key) for key in {key for pair in keys for key in pair}}
-        if lost := sum(entry is None for entry in loaded.values()):
-            raise ValueError(f"{cache.folder} has lost {lost} entries; the same command makes them anew")
+        loaded = fetch(cache, {key for pair in keys for key in pair})
         entries = [(loaded[latents], loaded[caption]) for latents, caption in keys]
         return photos, slots, [self.shape(photo.size) for photo in photos], entries
 
     def prompts(self, cache: TensorCache) -> dict[str, tuple[Tensor, Tensor]]:
         """Return by text what the sample grids show: txt (1, l, d) and pooled (1, d)."""
-        encoded = {text: cache.get(content_key(text, self.encoders)) for text in self.shown}
-        return {text: (prompt["txt"][None], prompt["pooled"][None]) for text, prompt in encoded.items()}
+        keys = {text: content_key(text, self.encoders) for text in self.shown}
+        loaded = fetch(cache, keys.values())
+        return {x: tuple(loaded[key][part][None] for part in ("txt", "pooled")) for x, key in keys.items()}
+
+
+def fetch(cache: TensorCache, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Return entries of the cache by key; ValueError when some are lost or damaged."""
+    loaded = {key: cache.get(key) for key in keys}
+    if lost := sum(entry is None for entry in loaded.values()):
+        raise ValueError(f"{cache.folder} has lost {lost} entries; the same command makes them anew")
+    return loaded

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import data
 from flux.conditioner import clip_tokenizer
-from flux.loading import HUB_MODELS, LOCAL_MODELS, fingerprint, local_folder
+from flux.loading import find_named, fingerprint
 from vision import detector as yunet
 from vision import inception_resnet, small
 from vision.clip_vit import find_clip_vit, load_clip_vit
@@ -181,10 +181,9 @@ def load_judges(args: argparse.Namespace, cache, device="cpu") -> Judges:
     for name in ("clip", "recognizer", "detector"):
         if vars(args)[name] and not vars(args)[name].exists():
             raise FileNotFoundError(f"--{name} {vars(args)[name]}: no such file")
-    if args.model and args.model not in HUB_MODELS and "/" not in args.model:
-        local_folder(args.model)  # raises for a misspelt name; owner/name is the hub's
-    own = LOCAL_MODELS.get(args.model, Path(args.model or "")) / "judges"
-    if args.model and own.is_dir():
+    place, _ = find_named(args.model) if args.model else (None, None)
+    own = place and (place if place.is_dir() else place.parent) / "judges"  # beside a transformer's file
+    if own and own.is_dir():
         if unused := [name for name in ("clip", "recognizer") if vars(args)[name]]:
             raise ValueError(f"--{unused[0]} is of no use: --model {args.model} brings judges of its own")
         return SmallJudges(own, cache, device)

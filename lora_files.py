@@ -4,7 +4,6 @@ Here a LoRA is a dictionary from the diffusers name of a projection to lora_A (r
 (d_out, rank), with nothing left to multiply by. How it is trained is in `metalora.py`.
 """
 
-import argparse
 import json
 import re
 import warnings
@@ -18,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flux.arguments import Parser
 from flux.loading import HelpFormatter, atomic, opened, read_tensors
+from flux.memory import drop_pages, file_ranges
 
 Lora = dict[str, tuple[Tensor, Tensor]]
 FORMATS = ("diffusers", "kohya")
@@ -79,6 +80,16 @@ KEY = re.compile(
     r"(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up)|alpha$)"
     r"(?:(?:\.[^.]+)?\.weight)?"  # PEFT's own files have the adapter's name in the middle
 )
+OTHER_METHODS = {  # ends of names in which there is more, or something else, than B A
+    r"dora_scale|lora_magnitude_vector.*": "DoRA",
+    r"hada_\w+": "LoHa",
+    r"lokr_\w+": "LoKr",
+    r"oft_\w+(\.weight)?": "OFT",
+    r"lora_mid\.weight": "a Tucker decomposition",
+    r"diff(_b)?": "a full difference",
+}
+# Of a file's header, what is not true of it any more once it has been converted or merged.
+STALE = re.compile(r"lora_adapter_metadata|modelspec\.hash_.*|sshs_.*|ss_network_(dim|alpha)")
 TEXT_ENCODER = re.compile(r"lora_te|text_encoder")
 
 
@@ -124,8 +135,8 @@ def read_lora(path: Path, model: nn.Module | None = None) -> tuple[Lora, dict[st
         lora |= parts
     if model is not None:
         problems += misfits(lora, linear_shapes(model))
-    problems += wrong
-    refuse(path, problems if lora else problems or ["it holds no tensors of the transformer"])
+    nothing = [] if lora else ["it holds no tensors of the transformer"]
+    refuse(path, wrong + problems or nothing)  # first what it is instead of a LoRA
     if texts:
         warnings.warn(
             f"{path}: {texts} tensors for text encoders are left out; only the transformer's part is used",
@@ -148,7 +159,8 @@ def sort_tensors(tensors: dict[str, Tensor]) -> tuple[dict[str, dict], list[str]
         kind = match and next((half for half in "AB" if match[half]), "alpha")
         own = found[name[0].replace("#", name[1])] if name else {}
         if name is None:
-            wrong.append(f"{key} is for no layer of FLUX.1")
+            method = next((x for end, x in OTHER_METHODS.items() if re.search(rf"\.({end})$", key)), None)
+            wrong.append(f"{key} is {method}, not LoRA" if method else f"{key} is for no layer of FLUX.1")
         elif kind in own:
             wrong.append(f"{key} is what another tensor is already, perhaps of a second adapter")
         else:
@@ -176,7 +188,7 @@ class Alphas:
             self.alpha = None if alpha is None else float(alpha)
             self.patterns = {name: float(alpha) for name, alpha in patterns.items()}
             self.root = bool(settings.get("use_rslora"))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: PEFT's settings that belong to it cannot be read ({error})") from error
 
     def factor(self, name: str, rank: int, own: Tensor | None) -> float:
@@ -198,17 +210,19 @@ def read_layer(name: str, halves: dict[str, Tensor], alphas: Alphas, problems: l
     if a.ndim != 2 or b.ndim != 2 or not 0 < len(a) == b.shape[1]:
         problems.append(f"{name} has {given}, must be (rank, inputs) and (outputs, rank)")
         return {}
-    if a.element_size() == 1:  # 8-bit numbers know no arithmetic
-        a, b = a.float(), b.float()
-    if alpha is not None and alpha.numel() != 1:
+    if not (a.is_floating_point() and b.is_floating_point()):
+        problems.append(f"{name} is of {a.dtype} and {b.dtype}, must be floating-point numbers")
+        return {}
+    a, b = (half.float() if half.element_size() == 1 else half for half in (a, b))  # 8 bits: no arithmetic
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
         problems.append(f"{name} has an alpha of shape {tuple(alpha.shape)}, must be one number")
         return {}
     factor = alphas.factor(name, len(a), alpha)
-    if not (a.isfinite().all() and b.isfinite().all() and abs(factor) < float("inf")):
-        problems.append(f"{name} has numbers that are not finite")
-        return {}
     if factor != 1:
         a = a.float() * factor
+    if not (a.isfinite().all() and b.isfinite().all()):
+        problems.append(f"{name} has numbers that are not finite")
+        return {}
     known, number = find_name(name)
     if known == SWAPPED:
         b = swap_halves(b)
@@ -327,19 +341,27 @@ def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path)
         raise ValueError(f"{checkpoint} holds scaled 8-bit weights; merge into the 16-bit file")
     updates = {weights[f"{name}.weight"]: own for name, own in by_layer.items()}
 
-    metadata = {**metadata, "modelspec.merged_from": ", ".join(path.stem for path, _ in loras)}
+    stems = ", ".join(path.stem for path in (checkpoint, *(path for path, _ in loras)))
+    metadata = {**fresh(metadata), "modelspec.merged_from": stems}
     text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with opened(checkpoint) as source, atomic(out) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        mapped = file_ranges()
         for name in tqdm(names, "merging", unit="tensor", dynamic_ncols=True):
-            tensor = source.get_tensor(name)
+            tensor = stored = source.get_tensor(name)
             if name in updates:
-                tensor = merged(tensor, updates[name])
+                tensor = merged(stored, updates[name])
                 ends = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
                 if not all(end.isfinite() for end in ends):
                     raise ValueError(f"{clean(name)} has numbers too large for {tensor.dtype} after merging")
             file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            drop_pages(stored, mapped)
+
+
+def fresh(metadata: dict[str, str]) -> dict[str, str]:
+    """Return a header's text without what no longer holds: hashes, and alpha, which is multiplied in."""
+    return {key: value for key, value in metadata.items() if not STALE.fullmatch(key)}
 
 
 def read_header(path: Path) -> tuple[dict, int]:
@@ -439,7 +461,7 @@ def pair_strengths(paths: Sequence[Path], strengths: Sequence[float]) -> list[tu
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="metalora.py",
         description="Look at LoRA files, convert and merge them.",
         formatter_class=HelpFormatter,
@@ -472,8 +494,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise FileExistsError(f"{args.out} is there already; name a new file")
     if args.command == "convert":
         lora, metadata = read_lora(args.file)
-        metadata.pop("lora_adapter_metadata", None)  # its alpha is multiplied in; readers would do it again
-        write_tensors(name_tensors(lora, args.format), args.out, metadata)
+        write_tensors(name_tensors(lora, args.format), args.out, fresh(metadata))
     else:
         merge_file(args.checkpoint, pair_strengths(args.lora, args.strength), args.out)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")

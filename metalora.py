@@ -20,7 +20,7 @@ from lora_files import (
     DOUBLE_BLOCK,
     SINGLE_BLOCK,
     Lora,
-    layer_of,
+    clean,
     layer_updates,
     linear_shapes,
     merged,
@@ -57,9 +57,6 @@ class MetaLoRALinear(nn.Module):
         self.register_parameter("meta_down", shared)
         self.mid = nn.Parameter(torch.empty(slots, len(parts), r2, r1 or base.in_features, **new))
         self.up = nn.Parameter(torch.empty(slots, base.out_features, r2, **new))
-        # 1 where a row of the output belongs to a part, else 0: (parts, 1, d_out)
-        rows = torch.block_diag(*(torch.ones(1, size, **new) for size in parts))[:, None]
-        self.register_buffer("rows", rows, persistent=False)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Start afresh: meta_down and mid kaiming-uniform with a = sqrt(5), as in LoRA, and up zero."""
@@ -70,18 +67,40 @@ class MetaLoRALinear(nn.Module):
 
     def down(self, slot: Tensor | slice | int) -> Tensor:
         """Return lora_A of the given slots, (..., parts, r2, d_in)."""
-        return self.mid[slot] if self.meta_down is None else self.mid[slot] @ self.meta_down
+        if self.meta_down is None:
+            return self.mid[slot]
+        # Not `@`, which would copy meta_down, and its gradient, for each slot.
+        return torch.einsum("...pri,pid->...prd", self.mid[slot], self.meta_down)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (b, ..., d_in) -> (b, ..., d_out); modulation layers have no token axis."""
         slot = slice(1) if self.slot is None else self.slot
         # Multiply the small matrices first: r1 never meets the tokens.
-        down = self.down(slot).flatten(1, 2)  # (b, parts * r2, d_in)
-        up = (self.up[slot].mT[:, None] * self.rows).flatten(1, 2)  # (b, parts * r2, d_out), block-diagonal
-        up = up.to(x.dtype).expand(len(x), -1, -1)
-        z = x.reshape(len(x), -1, x.shape[-1]) @ down.mT.to(x.dtype)  # (b, l, parts * r2)
-        h = self.base(x)
-        return torch.baddbmm(h.reshape(len(x), -1, h.shape[-1]), z, up).view_as(h)
+        down = self.down(slot).flatten(1, 2).to(x.dtype)  # (s, parts * r2, d_in); s: b, or 1 slot for all
+        # Each part's rows of the output see its own z alone: (s, parts * r2, d_out), block-diagonal.
+        up = torch.stack([torch.block_diag(*own.split(self.parts, dim=1)) for own in self.up[slot].mT])
+        tokens = x.reshape(len(down), -1, x.shape[-1])  # (s, l, d_in)
+        h = self.base(tokens.flatten(0, 1))  # (s * l, d_out)
+        return _AddUpdate.apply(h, tokens, down, up.to(x.dtype)).view(*x.shape[:-1], -1)
+
+
+class _AddUpdate(torch.autograd.Function):
+    """h += x down^T up, in place and slot by slot; autograd left to itself would make copies of h."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        z = x @ down.mT  # (s, l, parts * r2)
+        ctx.save_for_backward(x, z, down, up)
+        ctx.mark_dirty(h)
+        h.view(*x.shape[:2], -1).baddbmm_(z, up)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad_h: Tensor) -> tuple[Tensor, ...]:
+        x, z, down, up = ctx.saved_tensors
+        grad = grad_h.reshape(*x.shape[:2], -1)  # (s, l, d_out)
+        grad_z = grad @ up.mT
+        return grad_h, grad_z @ down, grad_z.mT @ x, z.mT @ grad
 
 
 def kaiming_(factor: nn.Parameter | Tensor, generator: torch.Generator | None = None) -> None:
@@ -247,7 +266,10 @@ def export_lora(model: nn.Module, path: Path, metadata: dict, slot: int = 0, for
 
 
 def model_spec(model: nn.Module, about: dict) -> dict[str, str]:
-    """Return the header's entries that other programs show: Stability AI's ModelSpec 1.0.0, kohya's base."""
+    """Return the header's entries that other programs show: Stability AI's ModelSpec 1.0.0, kohya's base.
+
+    about: the file's own entries; `resolution` is in pixels, the side of the training pictures, or missing.
+    """
     kind = "flux-1-dev" if model.sizes.guidance else "flux-1-schnell"
     caption = about.get("caption", "")
     spec = {
@@ -257,6 +279,7 @@ def model_spec(model: nn.Module, about: dict) -> dict[str, str]:
         "title": f"{'Meta-LoRA' if 'r1' in about else 'LoRA'}: {caption}".rstrip(": "),
         "date": date.today().isoformat(),
         "trigger_phrase": caption,
+        **({"resolution": "{0}x{0}".format(about["resolution"])} if about.get("resolution") else {}),
     }
     return {"ss_base_model_version": "flux1", **{f"modelspec.{key}": value for key, value in spec.items()}}
 
@@ -278,29 +301,39 @@ def merge_loras(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
         layer.weight = nn.Parameter(merged(layer.weight, updates), requires_grad=False)
 
 
-def inject_loras(model: nn.Module, paths: Sequence[Path]) -> nn.Module:
-    """Put LoRA files of one rank into the model unmerged, one to a slot; `eject` undoes it.
+def inject_loras(model: nn.Module, slots: Sequence[Sequence[tuple[Lora, float]]]) -> nn.Module:
+    """Put LoRAs, each with its strength, into the model unmerged; those of a slot add up. `eject` undoes it.
 
-    Raises ValueError as `read_lora`, when the ranks differ, and for layers outside the blocks.
+    They may differ in rank and in what they adapt. Raises ValueError for layers outside the blocks, which
+    have no slots: `split_loras` separates them.
     """
-    files = [read_lora(path, model)[0] for path in paths]
-    ranks = {len(a) for lora in files for a, _ in lora.values()}
-    if len(ranks) > 1:
-        raise ValueError(f"{', '.join(map(str, paths))} have several ranks: {sorted(ranks)}")
     known = dict(linear_names(model))
-    for path, lora in zip(paths, files):
-        refuse(path, [f"{part} is in no block" for part in lora if layer_of(part)[0] not in known])
-    inject(model, None, ranks.pop(), len(paths), reset=False)
+    parts = [part for own in known.values() for part in own]
+    if outside := {part for own in slots for lora, _ in own for part in lora}.difference(parts):
+        raise ValueError(f"in no block: {', '.join(sorted(outside))}")
+    rank = max(sum(len(lora[part][0]) for lora, _ in own if part in lora) for own in slots for part in parts)
+    inject(model, None, rank, len(slots), reset=False)
     for name, layer in adapters(model).items():
         layer.mid.data.zero_()  # where a file has nothing, the layer stays as it is
         layer.up.data.zero_()
         for k, (part, end) in enumerate(zip(known[name], accumulate(layer.parts))):
-            for slot, lora in enumerate(files):
-                if part in lora:
-                    a, b = lora[part]
-                    layer.mid.data[slot, k] = a
-                    layer.up.data[slot, end - len(b) : end] = b
+            for slot, loras in enumerate(slots):
+                first = 0
+                for (a, b), strength in ((lora[part], strength) for lora, strength in loras if part in lora):
+                    columns = slice(first, first := first + len(a))
+                    layer.mid.data[slot, k, columns] = a.to(layer.mid)
+                    layer.up.data[slot, end - len(b) : end, columns] = strength * b.to(layer.up)
     return model
+
+
+def split_loras(
+    model: nn.Module, loras: Sequence[tuple[Lora, float]]
+) -> tuple[list[tuple[Lora, float]], list[tuple[Lora, float]]]:
+    """Return what LoRAs adapt within the blocks, and outside of them."""
+    known = {part for _, parts in linear_names(model) for part in parts}
+    pick = lambda lora, inside: {part: lora[part] for part in lora if (part in known) == inside}
+    inside, outside = ([(pick(lora, side), strength) for lora, strength in loras] for side in (True, False))
+    return inside, outside
 
 
 def save_meta(model: nn.Module, path: Path, metadata: dict, meta_down: list[Tensor] | None = None) -> None:
@@ -322,6 +355,16 @@ def load_meta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     named = all(name.endswith(".meta_down") for name in tensors)
     if not tensors or not named or not {"r1", "targets"} <= metadata.keys():
         raise ValueError(f"{path} is no file of stage 1 (python train_meta.py writes it as meta.safetensors)")
+    if metadata["targets"] not in TARGETS:
+        raise ValueError(f"{path}: targets {clean(metadata['targets'])}, must be one of {', '.join(TARGETS)}")
+    r1 = clean(metadata["r1"])
+    fits = lambda t: t.ndim == 3 and str(t.shape[1]) == r1 and t.is_floating_point()
+    problems = [
+        f"{name} is {tuple(t.shape)} of {t.dtype}, must be (parts, {r1}, inputs) of finite floats"
+        for name, t in tensors.items()
+        if not (fits(t) and t.float().isfinite().all())
+    ]
+    refuse(path, problems)
     return tensors, metadata
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import PHOTO_FORMATS, PHOTO_SUFFIXES, Person, read_photo, scan_people
+from flux.arguments import Parser
 from flux.loading import Manual, atomic, run_script
 from vision.detector import find_faces, load_detector, yaw
 
@@ -162,19 +163,30 @@ def find_photos(
 
 def read_names(path: Path | None, option: str) -> dict[str, str]:
     """Read a JSON object from people's names to strings; ValueError when the file holds something else."""
-    try:
-        names = json.loads(path.read_text("utf-8")) if path else {}
-    except ValueError as error:
-        raise ValueError(f"{option} {path} is not JSON ({error})") from error
-    if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
+    names = read_json(path, f"{option} {path}") if path else {}
+    if not all(isinstance(value, str) for value in names.values()):
         raise ValueError(f'{option} {path} should read like {{"anna": "...", "boris": "..."}}')
     return names
+
+
+def read_json(path: Path, called: str) -> dict:
+    """Read a JSON object; ValueError, saying what the file is called, when it holds something else."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{called} is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f'{called} should read like {{"anna": ..., "boris": ...}}')
+    return found
 
 
 def class_of(person: str, classes: dict[str, str]) -> str:
     """Return a person's class: as given, else what the name begins with, as woman_07 does, else "person"."""
     named = re.match(r"(man|woman)(?![a-z])", person)
-    return classes.get(person) or (named[1] if named else "person")
+    kind = classes.get(person) or (named[1] if named else "person")
+    if not re.fullmatch(r"\w[\w -]*", kind):  # folders and lists of prompts are called after it
+        raise ValueError(f"--classes: {kind!r} must be a word, as woman")
+    return kind
 
 
 def read_prompts(path: Path, kind: str) -> list[str]:
@@ -333,7 +345,7 @@ the face (sunglasses, hat, hands); people whose face is hidden or turned away; p
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=MANUAL, formatter_class=Manual)
+    parser = Parser(description=MANUAL, formatter_class=Manual)
     parser.add_argument("command", choices=["check"], metavar="check")
     parser.add_argument("folder", type=Path, metavar="DIR", help="photos and prompts")
     parser.add_argument("--min-side", type=int, metavar="N", default=MIN_SIDE, help="pixels")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import metaphd
 from data import TensorCache
+from flux.arguments import Parser
 from flux.loading import LOCAL_MODELS, Manual, atomic, check_writable, choose_device, run_script
 from judges import Judges, add_judge_arguments, load_judges
 from report import TITLES, markdown, student, write_report
@@ -220,7 +221,7 @@ examples:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=MANUAL, formatter_class=Manual)
+    parser = Parser(description=MANUAL, formatter_class=Manual)
     parser.add_argument("command", choices=[*TITLES, "report"], metavar="command", help="one of the above")
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
     parser.add_argument("--images", required=True, **folder, help="pictures to be scored")

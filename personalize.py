@@ -33,6 +33,7 @@ from data import (
     make_batch,
     read_photo,
 )
+from flux.arguments import Parser
 from flux.loading import (
     HelpFormatter,
     add_model_arguments,
@@ -43,7 +44,8 @@ from flux.loading import (
     native_size,
     run_script,
 )
-from flux.memory import checkpoint_blocks, memory_in_use, release
+from flux.memory import memory_in_use, release
+from flux.plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
 from flux.sampling import flow_loss, generate, spread_times
 from lora_files import FORMATS
 from metalora import (
@@ -65,7 +67,7 @@ SCENES = ("at the beach", "in the city at night", "wearing a red shirt", "in a f
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument(
         "photos", type=Path, nargs="+", metavar="photo", help="one photo of the person, or several"
     )
@@ -107,21 +109,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--samples", type=int, default=4, help="pictures in the grid <out>_samples.png, up to 6; 0: none"
     )
-    group.add_argument(
-        "--no-checkpointing", action="store_true", help="keep all activations: faster, more memory"
-    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--format", choices=FORMATS, default="diffusers", help="names in the file")
+    add_memory_arguments(parser)
     args = parser.parse_args(argv)
     args.out = args.out or Path(f"{args.photos[0].stem}.safetensors")
     args.steps = STEPS[args.method] if args.steps is None else args.steps
     args.rank = args.rank if args.rank is not None else 1 if len(args.photos) == 1 else 4
     args.caption = args.caption or f"a photo of a {args.class_word}"
-    for name in ("steps", "rank", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.out.suffix != ".safetensors":
-        parser.error(f"--out {args.out}: the file's name must end in .safetensors")
+    if args.out.suffix != ".safetensors" or args.out.is_dir():
+        parser.error(f"--out {args.out}: must be a file whose name ends in .safetensors")
     if args.meta and args.method == "lora":
         parser.error("--meta belongs to --method meta-lora; plain LoRA uses no prior")
     if args.face and len(args.photos) > 1:
@@ -151,7 +148,7 @@ def parse_box(text: str) -> Box:
     """Read x0,y0,x1,y1."""
     try:
         x0, y0, x1, y1 = (round(float(number)) for number in text.split(","))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not four numbers x0,y0,x1,y1") from None
     return x0, y0, x1, y1
 
@@ -322,9 +319,19 @@ def describe(
     return about | {key: getattr(args, key) for key in ("method", "rank", "steps", "lr", "caption", "seed")}
 
 
+def plan(args: argparse.Namespace, device, dtype, files: flux.ModelFiles | None, meta: tuple | None) -> Way:
+    """Choose how the transformer fits; no crop is larger than the resolution."""
+    r1 = None if args.method == "lora" else int(meta[1]["r1"]) if meta else 128
+    settings = {"r1": r1, "r2": args.rank, "batch": args.batch, "resolution": args.resolution}
+    return make_plan(args, "stage2", device, dtype, files, **settings)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
+    if args.plan:
+        plan(args, device, dtype, files_to_plan(args), None)
+        return
 
     # What can be wrong shows before anything takes long: the photos, the files, the face.
     photos = {path: read_photo(path) for path in args.photos}
@@ -337,6 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     # Does the stage-1 file fit? This reads no weights.
     prepare(flux.load_flux(transformer, "meta"), args, meta, [args.seed])
     crops = list_crops(photos, args)
+    way = plan(args, device, dtype, files, meta)
 
     # Everything that does not change is computed once; then the encoders leave.
     autoencoder, cache = flux.load_autoencoder(files.autoencoder, device, dtype), MemoryCache()
@@ -344,17 +352,16 @@ def main(argv: list[str] | None = None) -> None:
     encoded = encode_crops(crops, autoencoder, side, not args.no_augment, cache)
     del autoencoder
     release(device)
-    conditioner = flux.load_conditioner(files, device, dtype, args.t5_length)
+    conditioner = flux.load_conditioner(files, device, dtype, args.t5_length, args.vram)
     texts = [args.caption, *(f"a photo of a {args.class_word} {scene}" for scene in SCENES)]
     texts = texts[: max(1, args.samples)]
     prompts = {text: cache[key] for text, key in zip(texts, encode_prompts(texts, conditioner, "", cache))}
     del conditioner
     release(device)
 
-    model = flux.load_flux(transformer, device, dtype)
+    model = flux.load_flux(transformer, "cpu", dtype)  # mapped: what stays there takes no memory
     trained = prepare(model, args, meta, [args.seed])
-    if not args.no_checkpointing:
-        checkpoint_blocks(model)
+    follow(model, way, device)
     batches = draw_batches(encoded, prompts[args.caption], args.seed, args, device, dtype)
     for _ in train(model, trained, [batches], args, device):
         pass  # nothing to do between the updates

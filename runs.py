@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +57,10 @@ def read_state(file: Path) -> dict:
 
 
 class Checkpoints:
-    """The last two checkpoints of a run, `<step>.pt` in a folder of their own."""
+    """The last two checkpoints of a run, `<step>.pt` in a folder of their own. writes: False only reads."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, writes: bool = True):
+        self.folder, self.writes = folder, writes
         folder.mkdir(parents=True, exist_ok=True)
 
     def files(self) -> list[Path]:
@@ -75,6 +74,8 @@ class Checkpoints:
 
     def save(self, step: int, state: dict) -> None:
         """Write one, then drop all but the last two; on a full disk OSError, with those before untouched."""
+        if not self.writes:
+            return
         try:
             write_state(state, self.folder / f"{step:06d}.pt")
         except OSError as error:
@@ -114,11 +115,12 @@ class Bank:
     """mid, up and their optimiser of the buckets that are not in training, a file each, read ahead.
 
     A file is named by its bucket and the visit that left it so. The one before stays as long as a checkpoint
-    is kept that comes from its time: going on from there must find the bucket as it was then.
+    is kept that comes from its time: going on from there must find the bucket as it was then. writes: False
+    only reads.
     """
 
-    def __init__(self, folder: Path, buckets: int):
-        self.folder, self.buckets = folder, buckets
+    def __init__(self, folder: Path, buckets: int, writes: bool = True):
+        self.folder, self.buckets, self.writes = folder, buckets, writes
         self.pool, self.ahead = ThreadPoolExecutor(1), {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -126,7 +128,8 @@ class Bank:
         return self.folder / f"bucket{visit % self.buckets:04d}_visit{visit:06d}.pt"
 
     def store(self, visit: int, state: dict) -> None:
-        write_state(state, self.file(visit))
+        if self.writes:
+            write_state(state, self.file(visit))
 
     def read_ahead(self, visit: int) -> None:
         """Begin to read what the given visit will ask for, in a thread."""
@@ -147,7 +150,7 @@ class Bank:
 
     def forget(self, before: int = 0, since: int | None = None) -> None:
         """Delete the files that visits before or since the given ones have left."""
-        for file in self.folder.glob("bucket*_visit*.pt"):
+        for file in self.folder.glob("bucket*_visit*.pt") if self.writes else ():
             visit = int(file.stem.partition("_visit")[2])
             if visit < before or since is not None and visit >= since:
                 file.unlink()
@@ -211,9 +214,11 @@ class Stop:
             self.patient = False
 
 
-def command_line(script: str, argv: list[str] | None) -> str:
-    """Return the command that goes on, as it can be pasted."""
-    return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+def command_line(script: str, argv: list[str] | None, start: str = "python") -> str:
+    """Return the command that goes on, as it can be pasted; a word with control characters byte by byte."""
+    in_hex = lambda word: "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(word)) + "'"
+    words = sys.argv[1:] if argv is None else argv
+    return " ".join([start, script, *(shlex.quote(x) if x.isprintable() else in_hex(x) for x in words)])
 
 
 def check_settings(file: Path, settings: dict, may_change: tuple[str, ...], started: bool) -> None:
@@ -224,12 +229,13 @@ def check_settings(file: Path, settings: dict, may_change: tuple[str, ...], star
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if started:
         try:
-            before = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+            before = dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}, the settings of the run to go on with, cannot be read") from error
         changed = [key for key in before | settings if before.get(key) != settings.get(key)]
         if changed := [key for key in changed if key not in may_change]:
-            lines = [f"  {key}: {before.get(key)} -> {settings.get(key)}" for key in changed[:20]]
+            told = lambda key: printable(f"  {key}: {before.get(key)} -> {settings.get(key)}")
+            lines = list(map(told, changed[:20]))
             lines += [f"  ... and {len(changed) - 20} more"] if len(changed) > 20 else []
             raise ValueError(
                 f"{file.parent} holds a run with other settings; take another --out, or the same settings:\n"
@@ -242,15 +248,18 @@ def check_settings(file: Path, settings: dict, may_change: tuple[str, ...], star
 class Log:
     """`log.jsonl`, a line per step, and a progress bar; opened to go on after `step`.
 
-    Lines beyond that step are dropped: the run, which goes on from its checkpoint, will write them again.
+    Lines beyond that step are dropped: the run, which goes on from its checkpoint, will write them again. So
+    are damaged ones, which cannot be told from them. writes: False does nothing at all.
     """
 
-    def __init__(self, file: Path, step: int, steps: int):
-        self.file = file
+    def __init__(self, file: Path, step: int, steps: int, writes: bool = True):
+        self.file, self.writes = file, writes
+        if not writes:
+            return
         with atomic(file) as temporary, temporary.open("wb") as copy:
             if file.exists():
                 with file.open("rb") as lines:
-                    copy.writelines(line for line in islice(lines, step) if line.endswith(b"\n"))
+                    copy.writelines(line for line in lines if 0 < step_of(line) <= step)
         self.opened = file.open("a", encoding="utf-8", buffering=1)
         self.bar = tqdm(total=steps, initial=step, desc="meta-training", mininterval=1, dynamic_ncols=True)
 
@@ -258,11 +267,14 @@ class Log:
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
-        self.opened.close()
+        if self.writes:
+            self.bar.close()
+            self.opened.close()
 
     def write(self, line: dict) -> None:
         """Log a step. A line with photos and t is one of a skipped step, and is printed as well."""
+        if not self.writes:
+            return
         numbers = {key: finite(value) for key, value in line.items()}
         self.opened.write(json.dumps({"time": round(time.time(), 1), **numbers}) + "\n")
         shown = {key: line[key] for key in ("bucket", "phase", "memory") if key in line}
@@ -276,7 +288,16 @@ class Log:
 
     def draw(self) -> None:
         """Draw the curve beside the log."""
-        draw_curve(self.file, self.file.with_name("loss.png"))
+        if self.writes:
+            draw_curve(self.file, self.file.with_name("loss.png"))
+
+
+def step_of(line: bytes) -> int:
+    """Return the step of which a whole line of the log is, 0 when it is damaged."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else 0
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
 
 
 def finite(value: object) -> object:
@@ -318,9 +339,9 @@ def _losses(log: Path) -> Iterator[float]:
         for line in lines:
             try:
                 loss = json.loads(line)["loss"]
-            except (ValueError, KeyError, TypeError):  # cut short when the power went
+            except (ValueError, KeyError, TypeError, RecursionError):  # cut short when the power went
                 continue
-            if loss is not None:  # of a skipped step
+            if isinstance(loss, (int, float)):  # None: of a skipped step
                 yield loss
 
 

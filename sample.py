@@ -7,6 +7,7 @@ python sample.py --lora out.safetensors style.safetensors --strength 1 0.6 --pro
 import argparse
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -16,17 +17,27 @@ from tqdm import tqdm
 
 import flux
 from data import contact_sheet
-from flux.loading import HelpFormatter, add_model_arguments, atomic, choose_device, native_size, run_script
+from flux.arguments import Parser
+from flux.loading import (
+    HelpFormatter,
+    add_model_arguments,
+    atomic,
+    check_writable,
+    choose_device,
+    native_size,
+    run_script,
+)
 from flux.memory import release
+from flux.plan import add_memory_arguments, files_to_plan, follow, make_plan
 from flux.sampling import generate
 from lora_files import pair_strengths, read_header, read_lora
-from metalora import merge_loras
+from metalora import inject_loras, merge_loras, split_loras
 
 MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--prompt", nargs="+", required=True, help="what to show; several make a row each")
     parser.add_argument(
         "--lora",
@@ -59,9 +70,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--cfg", type=float, default=1.0, help="true classifier-free guidance; above 1 every step costs two"
     )
     group.add_argument("--negative", default="", help="prompt to move away from; needs --cfg above 1")
+    group = add_memory_arguments(parser, training=False)
+    group.add_argument(
+        "--no-merge",
+        action="store_true",
+        help="keep LoRAs apart from the weights, as is done anyway when these are streamed or in 8 bits",
+    )
     args = parser.parse_args(argv)
-    if args.n < 1 or args.steps < 1:
-        parser.error(f"--n {args.n}, --steps {args.steps}: both must be at least 1")
     if args.negative and args.cfg <= 1:
         parser.error(f"--negative does nothing at --cfg {args.cfg}: give --cfg above 1, such as 2")
     try:
@@ -121,6 +136,10 @@ def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
+    area = {"resolution": math.isqrt(math.prod(args.size))} if args.size else {}
+    if args.plan:
+        make_plan(args, "sample", device, dtype, files_to_plan(args), **area)
+        return
     files = flux.find_files(args)
     transformer = files.transformer
     # Do they fit? That reads no weights of the model.
@@ -130,17 +149,23 @@ def main(argv: list[str] | None = None) -> None:
     size = args.size or (native_size(files.folder),) * 2
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
     check_size(size, 2 * autoencoder.sizes.reduction)
-    args.out.mkdir(parents=True, exist_ok=True)
+    way = make_plan(args, "sample", device, dtype, files, **area)
+    check_writable(args.out, "--out")
 
     # The text encoders come first and go before the transformer is there: together they would not fit 24 GB.
-    conditioner = flux.load_conditioner(files, device, dtype, args.t5_length)
+    conditioner = flux.load_conditioner(files, device, dtype, args.t5_length, args.vram)
     prompts = [conditioner.encode([prompt]) for prompt in args.prompt]
     negative = conditioner.encode([args.negative]) if args.cfg > 1 else None
     del conditioner
     release(device)
 
-    model = flux.load_flux(transformer, device, dtype)
-    merge_loras(model, loras)
+    model = flux.load_flux(transformer, "cpu", dtype)
+    # Merged weights could not stay mapped to their file, and a LoRA may drown in the rounding to 8 bits.
+    apart = way.stream or way.fp8 or args.no_merge
+    inside, outside = split_loras(model, loras) if apart else ([], loras)
+    if inside:
+        inject_loras(model, [inside])
+    merge_loras(follow(model, way, device), outside)
     sampler = {"steps": args.steps, "guidance": args.guidance, "cfg": args.cfg}
     settings = {**sampler, "size": f"{size[1]}x{size[0]}", "model": transformer.name}
     if args.lora:

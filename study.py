@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 import metaphd
 from data import photo_size, read_photo
+from flux.arguments import Parser
 from flux.loading import Manual, atomic, run_script
 from report import markdown, student
 
@@ -190,7 +191,7 @@ def read_answers(path: Path, key: dict) -> tuple[str, dict[str, dict]]:
         saved = json.loads(path.read_text("utf-8"))
         study, participant = str(saved["study"]), str(saved["participant"])
         answers = [(str(a["question"]), str(a["choice"]), float(a["seconds"])) for a in saved["answers"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is no whole file of answers ({type(error).__name__}: {error})") from error
     if study != key["study"]:
         raise ValueError(f"{path} answers the study {study}, not {key['study']}")
@@ -302,7 +303,7 @@ example:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=MANUAL, formatter_class=Manual)
+    parser = Parser(description=MANUAL, formatter_class=Manual)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", help="make or tally")
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
     add = commands.add_parser("make", description=MAKE, formatter_class=Manual).add_argument

@@ -3,13 +3,14 @@
     python train_meta.py --data /ids --r1 128 --class woman
 
 /ids holds a folder of photos per person, each photo with or without a caption (.txt) of the same name. The
-same command again goes on where the run was, however it ended.
+same command again goes on where the run was, however it ended. On several GPUs, with --batch photos on each:
+torchrun --nproc-per-node 8 train_meta.py ...
 """
 
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import flux
 from data import (
     Person,
+    Size,
     TensorCache,
     add_training_arguments,
     contact_sheet,
@@ -33,6 +35,7 @@ from data import (
     read_photo,
 )
 from encoding import Recipe
+from flux.arguments import Parser
 from flux.loading import (
     HelpFormatter,
     ModelFiles,
@@ -44,9 +47,11 @@ from flux.loading import (
     native_size,
     run_script,
 )
-from flux.memory import checkpoint_blocks, memory_in_use
+from flux.memory import memory_in_use, weight_bytes
+from flux.plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
 from flux.sampling import flow_loss, generate
 from metalora import TARGETS, SlotAdamW, factors, inject, kaiming_, save_meta, use_slots
+from parallel import Team, shard
 from runs import (
     Bank,
     Checkpoints,
@@ -58,16 +63,16 @@ from runs import (
     command_line,
     explain_out_of_memory,
 )
-from survey import survey
+from survey import Roster, survey
 
 # All other settings must stay as they are when a run goes on.
 MAY_CHANGE = ("data", "out", "steps", "save_every", "sample_every", "keep_buckets", "strict")
-MAY_CHANGE += ("no_checkpointing", "device")
+MAY_CHANGE += ("device", "vram", "stream", "checkpoint", "plan", "world", "shard")
 MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     group = parser.add_argument_group("people")
     group.add_argument("--data", type=Path, required=True, help="folder of people: <person>/*.jpg|png|webp")
     group.add_argument(
@@ -122,27 +127,44 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="store also the buckets that do not come back before --steps, so that --steps can be raised",
     )
-    group.add_argument(
-        "--no-checkpointing", action="store_true", help="keep all activations: faster, more memory"
-    )
     group.add_argument("--seed", type=int, default=0, help="of the start, the order, times and noise")
+    group.add_argument(
+        "--shard",
+        action="store_true",
+        help="spread the frozen weights over torchrun's ranks (FSDP2): for models that do not fit one card",
+    )
+    add_memory_arguments(parser)
     args = parser.parse_args(argv)
+    if args.shard and (args.stream not in ("auto", "0") or args.base_dtype == "fp8"):
+        parser.error("--shard goes neither with --stream nor with --base-dtype fp8")
     if not 0 <= args.bucket_warmup < 1:
         parser.error(f"--bucket-warmup {args.bucket_warmup}: a part of a bucket's steps, from 0 to below 1")
     if not 0 <= args.ema < 1:
         parser.error(f"--ema {args.ema}: a decay, from 0 to below 1")
-    for name in ("r1", "r2", "steps", "bucket_ids", "uses_per_image", "batch", "save_every", "min_photos"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     return args
 
 
 class Trainer:
-    """Everything a run needs to go on: model, optimisers and the position in the order of buckets."""
+    """Everything a run needs to go on: model, optimisers and the position in the order of buckets.
 
-    def __init__(self, model: flux.Flux, args: argparse.Namespace, checkpoints: Checkpoints, bank: Bank):
+    lengths: the steps of each bucket. In a team every rank has a trainer, with the mid and up of its people.
+    """
+
+    def __init__(
+        self,
+        model: flux.Flux,
+        args: argparse.Namespace,
+        checkpoints: Checkpoints,
+        bank: Bank,
+        lengths: list[int],
+        team: Team,
+    ):
         self.model, self.args, self.checkpoints, self.bank = model, args, checkpoints, bank
+        self.lengths, self.team = lengths, team
         self.meta_down, self.personal = factors(model, "meta_down"), factors(model, "mid", "up")
+        self.most = len(self.personal[0])  # people in a bucket
+        for p in self.personal:
+            p.data = team.own(p.data)
         self.meta_optimiser = torch.optim.AdamW(self.meta_down, args.lr, weight_decay=args.weight_decay)
         self.average = [p.detach().clone() for p in self.meta_down] if args.ema else None
         self.step = self.visit = self.bucket_step = 0
@@ -159,10 +181,12 @@ class Trainer:
         if state is None and self.visit == bucket:
             generator = generator_of(self.args.seed, bucket)
             for mid, up in zip(self.personal[::2], self.personal[1::2]):
-                kaiming_(mid, generator)
+                everyone = torch.empty(self.most, *mid.shape[1:])  # the same start in teams of any size
+                kaiming_(everyone, generator)
+                mid.data.copy_(self.team.own(everyone))
                 up.data.zero_()
             return
-        state = state or self.bank.fetch(self.visit)
+        state = state or self.team.own(self.bank.fetch(self.visit))
         for own, stored in zip(self.personal, state["factors"], strict=True):
             own.data.copy_(stored)
         self.optimiser.load_state_dict(state["optimiser"])
@@ -178,13 +202,15 @@ class Trainer:
         self.visit, self.bucket_step = self.visit + 1, 0
 
     def bucket_state(self) -> dict:
-        return {"factors": [p.data for p in self.personal], "optimiser": self.optimiser.state_dict()}
+        own = {"factors": [p.data for p in self.personal], "optimiser": self.optimiser.state_dict()}
+        return self.team.gather(own, self.most)
 
     def save(self) -> None:
         state = {
             "step": self.step,
             "visit": self.visit,
             "bucket_step": self.bucket_step,
+            "q_bucket": self.lengths[self.visit % len(self.lengths)],
             "skipped": self.skipped,
             "meta_down": [p.data for p in self.meta_down],
             "meta_optimiser": self.meta_optimiser.state_dict(),
@@ -196,35 +222,50 @@ class Trainer:
         self.saved_visit = self.visit
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one; forget what came after it."""
-        state = self.checkpoints.load()
+        """Load the newest checkpoint, if there is one; forget what came after it.
+
+        With another number of ranks a bucket has another number of steps: its turn goes on at the same part.
+        """
+        with self.team.lead_first():  # damaged ones are then out of the way
+            state = self.checkpoints.load()
+        newest = self.team.once(lambda: state and state["step"])
+        if newest != (state and state["step"]):
+            raise ValueError(f"{self.checkpoints.folder} is not the same folder for all ranks")
         if state is None:
             self.bank.forget(since=0)  # another run's
             return
         for name in ("step", "visit", "bucket_step", "skipped"):
             setattr(self, name, state[name])
+        q_bucket = self.lengths[self.visit % len(self.lengths)]
+        self.bucket_step = round(self.bucket_step * q_bucket / state.get("q_bucket", q_bucket))
         for own, stored in zip(self.meta_down, state["meta_down"], strict=True):
             own.data.copy_(stored)
         self.meta_optimiser.load_state_dict(state["meta_optimiser"])
         for own, stored in zip(self.average or (), state["average"] or (), strict=True):
             own.copy_(stored)
-        self.interrupted = state["open_bucket"]
+        self.interrupted = self.team.own(state["open_bucket"])
         self.saved_visit = self.visit
         self.bank.forget(since=self.visit)
 
     def update(self, batch: dict[str, Tensor], slots: Tensor, warm_up: bool) -> dict[str, float]:
         """Move mid and up of the people in the batch and, after the warm-up, meta_down.
 
-        Returns the loss and the gradient's norms before clipping. If one is not finite, nothing moves.
+        Returns the loss and the gradient's norms before clipping. If one is not finite, nothing moves. In a
+        team all of them are those of the batches of all ranks, taken as one.
         """
         for p in self.meta_down:
             p.requires_grad_(not warm_up)
         use_slots(self.model, slots)  # they stay set until backward has returned
         loss = flow_loss(self.model, **batch, guidance=self.args.train_guidance)
-        loss.backward()
+        share = len(slots) / self.team.sum(len(slots))
+        (loss * share).backward()
+        loss = self.team.sum(loss.detach() * share)
+        if not warm_up:
+            self.team.add_up_([p.grad for p in self.meta_down])
         parts = {"mid": self.personal[::2], "up": self.personal[1::2]}
         parts |= {} if warm_up else {"meta_down": self.meta_down}
         norms = {name: get_total_norm([p.grad for p in part]) for name, part in parts.items()}
+        norms |= {name: self.team.norm(norms[name]) for name in ("mid", "up")}
         norm = get_total_norm(norms.values())
         self.skipped = 0 if (loss + norm).isfinite() else self.skipped + 1
         if self.skipped:
@@ -259,90 +300,135 @@ class Trainer:
     def resident(self) -> dict[str, int]:
         """Return what lies in memory, in bytes by name."""
         trained = [*self.meta_down, *self.personal]
-        frozen = bytes_of(self.model.parameters()) - bytes_of(trained)
+        frozen = weight_bytes(self.model) - bytes_of(trained)
         return {
-            "the frozen base": frozen,
+            "the frozen base": frozen // self.team.size if self.args.shard else frozen,
             "meta_down, gradient, AdamW's state": 4 * bytes_of(self.meta_down),
             "mid and up of a bucket, gradient, AdamW's state": 4 * bytes_of(self.personal),
         }
 
 
-def generator_of(seed: int, number: int) -> torch.Generator:
-    """Return the generator of the numbered bucket, visit or step, so that a run can go on anywhere."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+def generator_of(seed: int, number: int, rank: int = 0) -> torch.Generator:
+    """Return a rank's generator of the numbered bucket, visit or step, so that a run can go on anywhere."""
+    # Ranks are far apart modulo 2^32: torch looks at no more of a seed.
+    return torch.Generator().manual_seed(seed * 1_000_003 + number + rank * 2_654_435_761)
+
+
+def deal_turn(
+    q_bucket: int, shapes: list[Size], args: argparse.Namespace, generator: torch.Generator
+) -> list[list[int]]:
+    """Deal a bucket's batches; where other ranks have more of them, these photos are dealt once more."""
+    batches = []
+    while len(batches) < q_bucket:
+        batches += deal_batches(shapes, args.uses_per_image, args.batch, generator)
+    return batches[:q_bucket]
+
+
+def plan(args: argparse.Namespace, device, dtype, files: ModelFiles | None) -> Way:
+    """Choose how the transformer fits."""
+    settings = {"r1": args.r1, "r2": args.r2, "batch": args.batch}
+    settings["identities"] = -(-args.bucket_ids // args.world)
+    return make_plan(args, "stage1", device, dtype, files, args.resolution, **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    team = Team()  # of one, unless torchrun has started more
+    args.world = team.size
+    if args.plan:
+        plan(args, *choose_device(args), files_to_plan(args))
+        return
+    if args.shard and team.size == 1:
+        raise ValueError("--shard spreads weights over several processes: start them with torchrun")
     device, dtype = choose_device(args)
+    device = team.device(device)
     args.dtype = str(dtype)
-    again = command_line(Path(__file__).name, argv)
+    again = command_line(Path(__file__).name, argv, team.command)
     list_folders(args.data)
-    files = find_files(args)
-    args.resolution = args.resolution or native_size(files.folder)
-    args.min_side = args.resolution // 8 if args.min_side is None else args.min_side
-    with alone(args.out), Stop() as stop:
-        try:
-            finished = train(args, files, device, dtype, stop)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(explain_out_of_memory(error, device, stop.resident)) from error
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(f"{args.out}: {error}") from error
-        except KeyboardInterrupt:
-            if stop.wanted:  # the second time
-                raise
-            finished = False
-    if not finished:
+    with team.together(device):
+        with team.lead_first():  # it may have to be downloaded
+            files = find_files(args)
+        args.resolution = args.resolution or native_size(files.folder)
+        args.min_side = args.resolution // 8 if args.min_side is None else args.min_side
+        with alone(args.out) if team.leads else nullcontext(), Stop() as stop:
+            team.wait()  # until the folder is ours
+            try:
+                finished = train(args, files, device, dtype, stop, team)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(explain_out_of_memory(error, device, stop.resident)) from error
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise OSError(f"{args.out}: {error}") from error
+            except KeyboardInterrupt:
+                if stop.wanted or team.size > 1:  # the second time, or the other ranks are elsewhere
+                    raise
+                finished = False
+    if not finished and team.leads:
         print(f"\nstopped; this goes on:\n  {again}")
 
 
-def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop) -> bool:
+def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop, team: Team) -> bool:
     """Run Algorithm 1, or go on with it; return whether it came to its end."""
+    if args.shard:
+        blocks = "all" if args.checkpoint == "auto" else args.checkpoint
+        way = Way(int(blocks) if blocks.isdecimal() else blocks)
+    else:
+        way = team.once(lambda: plan(args, device, dtype, files))
     recipe = Recipe(files, args, dtype)
-    people, report = survey(
-        args.data, args.out / "people.jsonl", recipe.shape, args.min_side, args.min_photos
-    )
-    report.tell(args.data, args.out / "data.tsv", args.strict)
-    checkpoints = Checkpoints(args.out / "checkpoints")
+
+    def look() -> Roster:
+        roster, report = survey(
+            args.data, args.out / "people.jsonl", recipe.shape, args.min_side, args.min_photos
+        )
+        report.tell(args.data, args.out / "data.tsv", args.strict)
+        return roster
+
+    people = team.once(look)
+    checkpoints = Checkpoints(args.out / "checkpoints", team.leads)
+    if (old := args.out / "checkpoint.pt").exists() and not checkpoints.any():
+        raise ValueError(f"{old} is of a version that this one cannot go on from: take another --out")
     base = fingerprint(files.transformer)
-    settings = {**vars(args), "base": base, **people.contents()}
-    check_settings(args.out / "settings.json", settings, MAY_CHANGE, checkpoints.any())
+    settings = {**vars(args), "base": base, "fp8": way.fp8, **people.contents()}
+    file, started = args.out / "settings.json", checkpoints.any()
+    team.once(lambda: check_settings(file, settings, MAY_CHANGE, started))
 
     buckets = deal_buckets(range(len(people)), args.bucket_ids, torch.Generator().manual_seed(args.seed))
-    shapes = [[recipe.shape(p.size) for pid in bucket for p in people[pid].photos] for bucket in buckets]
-    lengths = [count_batches(s, args.uses_per_image, args.batch) for s in shapes]  # q_bucket of each
+    shapes_of = lambda part: [recipe.shape(photo.size) for pid in part for photo in people[pid].photos]
+    batches_of = lambda part: count_batches(shapes_of(part), args.uses_per_image, args.batch)
+    # q_bucket of each; in a team that of the rank with most of its photos.
+    lengths = [max(map(batches_of, team.parts(bucket))) for bucket in buckets]
     if sum(lengths) > args.steps:
         print(f"--steps {args.steps} end before everybody had a turn, which takes {sum(lengths)}")
     cache = TensorCache(args.out / "cache")
-    recipe.encode(people, cache, device)
+    recipe.encode(people, cache, device, team)
+    team.wait()  # each has made a part
     sample_prompts = recipe.prompts(cache)
 
-    model = flux.load_flux(files.transformer, device, dtype)
+    model = flux.load_flux(files.transformer, "cpu", dtype)  # mapped: what stays there takes no memory
+    if args.shard:
+        shard(model, team, device)
     most = max(map(len, buckets))
     inject(model, args.r1, args.r2, most, args.targets, torch.Generator().manual_seed(args.seed))
-    if not args.no_checkpointing:
-        checkpoint_blocks(model)
-    bank = Bank(args.out / "buckets", len(buckets))
-    trainer = Trainer(model, args, checkpoints, bank)
+    follow(model, way, device)
+    bank = Bank(args.out / "buckets", len(buckets), team.leads)
+    trainer = Trainer(model, args, checkpoints, bank, lengths, team)
     stop.resident = trainer.resident()
     trainer.resume()
 
     # Algorithm 1. Its i_curr is `step`, its i_cb `bucket_step`; both are counted on after an interruption.
-    with Log(args.out / "log.jsonl", trainer.step, args.steps) as log, stop.patiently():
+    with Log(args.out / "log.jsonl", trainer.step, args.steps, team.leads) as log, stop.patiently():
         while trainer.step < args.steps:
             number = trainer.visit % len(buckets)  # buckets take turns
-            bucket = [people[pid] for pid in buckets[number]]
+            bucket = [people[pid] for pid in team.mine(buckets[number])]
             trainer.open_bucket(number)
             bank.read_ahead(trainer.visit + 1)
             photos, slots, shapes, entries = recipe.load(bucket, cache)
-            generator = generator_of(args.seed, trainer.visit)
-            batches = deal_batches(shapes, args.uses_per_image, args.batch, generator)
-            q_bucket, q_warmup = len(batches), round(args.bucket_warmup * len(batches))
+            q_bucket, q_warmup = lengths[number], round(args.bucket_warmup * lengths[number])
+            batches = deal_turn(q_bucket, shapes, args, generator_of(args.seed, trainer.visit, team.rank))
 
             while trainer.bucket_step < q_bucket and trainer.step < args.steps:
                 began = time.perf_counter()
                 chosen = batches[trainer.bucket_step]
-                generator = generator_of(args.seed, trainer.step)
+                generator = generator_of(args.seed, trainer.step, team.rank)
                 batch = make_batch([entries[k] for k in chosen], generator, args, device, dtype)
                 present = torch.tensor([slots[k] for k in chosen], device=device)
                 warm_up = trainer.bucket_step < q_warmup
@@ -352,15 +438,18 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
 
                 line = {"step": trainer.step, "bucket": number, "phase": "warm-up" if warm_up else "all"}
                 line |= {**found, "lr": args.lr, "memory": memory_in_use(device)}
-                line["images_per_second"] = round(len(chosen) / (time.perf_counter() - began), 3)
+                line["images_per_second"] = round(team.sum(len(chosen)) / (time.perf_counter() - began), 3)
                 if trainer.skipped:
-                    line |= {"photos": [str(photos[k].path) for k in chosen], "t": batch["t"].tolist()}
+                    line["photos"] = team.joined([str(photos[k].path) for k in chosen])
+                    line["t"] = team.joined(batch["t"].tolist())
                 log.write(line)
-                if args.sample_every and trainer.step % args.sample_every == 0 and not stop.wanted:
-                    sample_grid(trainer, bucket[:2], sample_prompts, files, device, dtype)
+                stopping = team.any(stop.wanted)
+                if args.sample_every and trainer.step % args.sample_every == 0 and not stopping:
+                    shown = bucket[: min(2, len(buckets[number]) // team.size)]  # as many on every rank
+                    sample_grid(trainer, shown, sample_prompts, files, device, dtype)
                 ends = trainer.bucket_step == q_bucket or trainer.step == args.steps
                 gives_up = trainer.skipped >= MOST_SKIPPED
-                if ends or gives_up or stop.wanted or trainer.step % args.save_every == 0:
+                if ends or gives_up or stopping or trainer.step % args.save_every == 0:
                     trainer.save()
                     log.draw()
                 if gives_up:
@@ -368,7 +457,7 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
                         f"{trainer.skipped} steps in a row had a loss or gradient that is not finite, see "
                         f"the end of {log.file}; the weights as before them are in {checkpoints.folder}"
                     )
-                if stop.wanted:
+                if stopping:
                     return False
             if trainer.bucket_step == q_bucket:
                 away = sum(lengths) - q_bucket  # steps until the next turn
@@ -383,7 +472,8 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
     }
     metadata |= {name: getattr(args, name) for name in ("r1", "r2", "targets", "lr", "seed")}
     result = args.out / "meta.safetensors"
-    save_meta(model, result, metadata, trainer.average)
+    if team.leads:
+        save_meta(model, result, metadata, trainer.average)
     print(f"{result}: next, python personalize.py PHOTO --model {args.model} --meta {result}")
     return True
 
@@ -391,7 +481,12 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
 def sample_grid(
     trainer: Trainer, people: list[Person], prompts: dict, files: ModelFiles, device, dtype
 ) -> None:
-    """Draw the bucket's first people as the model knows them: a photo, then two pictures of each prompt."""
+    """Draw the bucket's first people as the model knows them: a photo, then two pictures of each prompt.
+
+    Rank 0 does, and the others if it needs their parts of the weights.
+    """
+    if not (trainer.team.leads or trainer.args.shard):
+        return
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
     side, rows = trainer.args.resolution, []
     size = fit_shape((side, side), side, 2 * autoencoder.sizes.reduction)
@@ -402,6 +497,8 @@ def sample_grid(
             for prompt in prompts.values():
                 for seed in (0, 1):
                     rows[-1] += generate(trainer.model, autoencoder, prompt, [seed], size)
+    if not trainer.team.leads:
+        return
     titles = ["photo", *(f"{text}, seed {seed}" for text in prompts for seed in (0, 1))]
     (trainer.args.out / "samples").mkdir(exist_ok=True)
     with atomic(trainer.args.out / "samples" / f"{trainer.step:06d}.png") as temporary:

@@ -1,14 +1,19 @@
-"""What many identities cost: memory over their number, and the time of a change of buckets at full size.
+"""What many identities cost: the scan, memory over their number, and a change of buckets at full size.
 
-    python bench/bank.py                          # both, minutes
-    python bench/bank.py --people 100 10000       # memory only, other numbers of people
+    python bench/bank.py                                            # everything, an hour
+    python bench/bank.py --parts scan --photos 20                   # of 100, 1,000 and 10,000 people
+    python bench/bank.py --parts training --people 100 1000
+    python bench/bank.py --parts change --slots 50 --folder /big    # FLUX.1-dev's shapes, 6 GB of memory
 
-Memory is the peak of a whole `train_meta.py` process in the small world: survey, encoding, training, with the
-bank written. The change of buckets has the shapes of FLUX.1-dev and needs 6 GB of memory, but no model.
+Each number is that of a process of its own. "scan" is what `train_meta.py` begins with: it reads every photo
+whole and writes people.jsonl; again, nothing has changed. "training" is a whole `train_meta.py` in the small
+world: scan, encoding, steps, with the bank written; again, it goes on for one step. Photos are of 16 x 16
+pixels: the bytes of real ones come on top, and the time to decode them.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +32,7 @@ from metalora import SlotAdamW, factors, inject
 from runs import Bank
 
 ROOT = Path(__file__).parents[1]
+PARTS = ["scan", "training", "change"]
 
 
 def write_noise(folder: Path, people: int, photos: int) -> None:
@@ -39,21 +45,47 @@ def write_noise(folder: Path, people: int, photos: int) -> None:
         (place / "0.txt").write_text(f"a photo of a person {person % 10}")
 
 
-def peak_of_training(folder: Path, people: int, photos: int, steps: int) -> tuple[float, float, float]:
-    """Train on so many people; return the peak in MB and the seconds of the run and of its resumption."""
-    write_noise(folder / "ids", people, photos)
+SCAN = """
+import sys, time
+from pathlib import Path
+from data import common_shape
+from survey import survey
+began = time.perf_counter()
+people, report = survey(Path(sys.argv[1]), Path(sys.argv[2]), lambda size: common_shape(size, 64, 8))
+people.contents()
+print(time.perf_counter() - began)
+"""
+
+
+def measure(command: list) -> tuple[float, str]:
+    """Run a command; return its peak of memory in MB, and what it printed."""
+    words, paths = list(map(str, command)), {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, stdout=-1, stderr=-3, text=True, env=paths)
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(words)[:300]} failed")
+    return usage.ru_maxrss / 1024, text
+
+
+def measure_scan(folder: Path) -> list[tuple[float, float]]:
+    """Scan people twice; return the peak in MB and the seconds of each."""
+    (folder / "out").mkdir(exist_ok=True)
+    command = [sys.executable, "-c", SCAN, folder / "ids", folder / "out" / "people.jsonl"]
+    return [(peak, float(text)) for peak, text in (measure(command), measure(command))]
+
+
+def measure_training(folder: Path, steps: int) -> list[tuple[float, float]]:
+    """Train on people, then go on for a step; return the peak in MB and the seconds of each."""
     command = [sys.executable, ROOT / "train_meta.py", "--model", "tiny", "--data", folder / "ids"]
     command += ["--out", folder / "out", "--r1", 8, "--uses-per-image", 1, "--save-every", 100]
-    command += ["--sample-every", 0, "--no-checkpointing", "--keep-buckets", "--steps"]
+    command += ["--sample-every", 0, "--keep-buckets", "--steps"]
     found = []
     for end in (steps, steps + 1):
         began = time.perf_counter()
-        process = subprocess.Popen([*map(str, command), str(end)], stdout=-3, stderr=-3)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"training on {people} people failed")
-        found.append((usage.ru_maxrss / 1024, time.perf_counter() - began))
-    return max(memory for memory, _ in found), found[0][1], found[1][1]
+        peak, _ = measure([*command, end])
+        found.append((peak, time.perf_counter() - began))
+    return found
 
 
 def full_size(slots: int) -> tuple[list[torch.nn.Parameter], SlotAdamW]:
@@ -92,22 +124,29 @@ def time_of_change(folder: Path, slots: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--people", type=int, nargs="+", help="numbers of identities; then memory only")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--people", type=int, nargs="+", default=[100, 1000, 10_000], help="identities")
     parser.add_argument("--photos", type=int, default=4, help="of each; the paper has 20")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--slots", type=int, default=50, help="identities in a bucket of full size")
     parser.add_argument("--folder", type=Path, help="where to write, some GB; default: the system's")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        if not args.people:
+        if "change" in args.parts:
             time_of_change(Path(temporary), args.slots)
-        print(f"{'people':>7} {'photos':>7} {'peak':>8} {'run':>8} {'again':>8}", flush=True)
-        for people in args.people or (100, 1000, 10_000):
+        parts = {"scan": measure_scan, "training": lambda folder: measure_training(folder, args.steps)}
+        parts = {name: part for name, part in parts.items() if name in args.parts}
+        if parts:
+            print(f"{'people':>7} {'photos':>7}  part         peak     time    again", flush=True)
+        for people in args.people if parts else ():
             folder = Path(temporary) / str(people)
-            peak, run, again = peak_of_training(folder, people, args.photos, args.steps)
-            row = f"{people:>7} {people * args.photos:>7} {peak:>5.0f} MB {run:>6.0f} s {again:>6.0f} s"
-            print(row, flush=True)
+            write_noise(folder / "ids", people, args.photos)
+            for name, part in parts.items():
+                (peak, first), (more, again) = part(folder)
+                row = f"{people:>7} {people * args.photos:>7}  {name:<8} {max(peak, more):>5.0f} MB"
+                print(f"{row} {first:>6.1f} s {again:>6.1f} s", flush=True)
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Meta-LoRA against LoRA in the small world: runs and evaluates the study that docs/claim.md planned.
+"""Meta-LoRA against LoRA in the small world: runs the study that docs/claim.md planned.
 
     python bench/claim.py --quick              # a smaller answer from the shipped weights, about 10 minutes
     python bench/claim.py --bases tiny second  # all of it; hours; the same command again goes on
@@ -6,10 +6,12 @@
 
 A cell is a system of benchmark.py: method, placement, rank, learning rate, prior and base. Its scores go to
 docs/claim/<part>.csv, a line per step count, person and seed, averaged over prompts. Pictures stay in --out.
+claim_scores.py has the arithmetic, claim_figures.py the tables and documents, claim_pictures.py the pictures.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import shutil
 import sys
@@ -25,25 +27,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 import benchmark
 import train_meta
+from bench.claim_figures import BLOCKS, PLACEMENTS, Study, means, primary, write_documents
+from bench.claim_pictures import draw_pictures
+from bench.claim_scores import KEY, METRICS, PLACE, read_scores
 from flux.loading import LOCAL_MODELS, atomic
 from metalora import load_meta, write_tensors
-from report import markdown
 from tiny.people import write_people
 
 ROOT = Path(__file__).parents[1]
+SCORES = ROOT / "docs" / "claim"
 PROMPTS = ROOT / "bench" / "claim_prompts.txt"
 STEPS = (10, 20, 30, 45, 60, 90, 120, 180)
 RATES = (4e-3, 8e-3, 2e-2, 4e-2)
-LEVELS = (0.4, 0.5, 0.6, 0.7)  # of R-FaceSim
-LIMIT = 0.03  # how much of the base model's prompt adherence may be lost
 PEOPLE = {
     "validation": (12, 200),
     "test": (30, 300),
     "quick": (8, 400),
 }  # how many, and the seed they are drawn from
-METRICS = ("r-facesim", "facesim", "clip-t")
-KEY = ("base", "prior", "targets", "method", "draws", "rank", "lr")  # what makes a cell
-PLACE = ("steps", "person", "seed")  # a line of a cell
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def find_prior(group: Group, out: Path) -> Path:
     write_people(out / "meta_people", people=400, photos=20, seed=100)
     argv = ["--data", out / "meta_people", "--model", group.base, "--out", folder, "--r1", 32]
     argv += ["--targets", group.targets, "--steps", 4000, "--bucket-ids", 20, "--uses-per-image", 2]
-    argv += ["--lr", 4e-3, "--seed", group.prior, "--sample-every", 0, "--no-checkpointing"]
+    argv += ["--lr", 4e-3, "--seed", group.prior, "--sample-every", 0]
     train_meta.main([*map(str, argv)])
     shutil.rmtree(folder / "buckets")
     return path
@@ -155,7 +155,7 @@ def run(group: Group, out: Path) -> None:
     argv = ["--people", people, "--out", out / group.name, "--model", group.base, "--prompts", PROMPTS]
     argv += ["--meta", find_prior(group, out), "--targets", group.targets, "--method", *group.methods]
     argv += ["--lr", *group.rates, "--ranks", *group.ranks, "--steps", *group.steps, "--draws", group.draws]
-    argv += ["--seeds", group.seeds, "--sample-steps", 8, "--at-once", count, "--no-checkpointing"]
+    argv += ["--seeds", group.seeds, "--sample-steps", 8, "--at-once", count]
     benchmark.main([*map(str, argv)])
 
 
@@ -187,153 +187,72 @@ def read_lines(group: Group, found: dict) -> Iterator[tuple]:
         yield (*map(str, key), str(system.get("steps", 0)), person, seed, *means)
 
 
-# --- Evaluating --------------------------------------------------------------------------------------------
+# --- What is there -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Cell:
-    """Scores (steps, people, seeds, metrics) of a system at each of its step counts, the base model first."""
-
-    steps: list[int]
-    scores: np.ndarray
-
-
-def read_scores(path: Path) -> dict[tuple, Cell]:
-    """Read a part's cells by KEY; ValueError when one lacks a person, a seed or the base model."""
-    table = defaultdict(dict)
-    with path.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            place = int(row["steps"]), row["person"], row["seed"]
-            table[tuple(row[name] for name in KEY)][place] = [float(row[metric]) for metric in METRICS]
-    bases = {key[0]: table.pop(key) for key in [*table] if key[KEY.index("method")] == "base"}
-    cells = {}
-    for key, own in table.items():
-        own = {**bases[key[0]], **own}
-        steps, people, seeds = (sorted({place[k] for place in own}) for k in range(3))
-        if len(own) != len(steps) * len(people) * len(seeds):
-            raise ValueError(f"{path}: {key} is not whole")
-        shape = (len(steps), len(people), len(seeds), len(METRICS))
-        cells[key] = Cell(steps, np.array([own[place] for place in sorted(own)]).reshape(shape))
-    return cells
+def missing(groups: Sequence[Group], scores: Path) -> list[str]:
+    """Name what was planned for the test people and has no scores yet, a part at a time."""
+    parts = {file.stem: read_scores(file) for file in scores.glob("*.csv")}
+    planned, absent = defaultdict(list), defaultdict(list)
+    for group in groups:
+        if group.people != "test":
+            continue
+        wanted = set(itertools.product(group.methods, map(str, group.ranks), map(str, group.rates)))
+        there = {
+            (key[3], *key[5:])
+            for key in parts.get(group.part, ())
+            if key[0] == Path(group.base).name and key[1] in ("", group.prior)
+            if (key[2], key[4]) == (group.targets, group.draws)
+        }
+        name = f"{Path(group.base).name} {group.prior}, {PLACEMENTS.get(group.targets, group.targets)}"
+        planned[group.part].append(name)
+        if not wanted <= there:
+            absent[group.part].append(name)
+    return [part if some == planned[part] else f"{part} ({'; '.join(some)})" for part, some in absent.items()]
 
 
-def steps_to(level: float, cell: Cell, means: np.ndarray, limit: float | None) -> float:
-    """Return the least number of steps at which R-FaceSim is `level` and adherence above the base's - limit.
-
-    means: (steps, metrics), interpolated linearly between step counts. Infinite when that is never so.
-    """
-    grid = np.arange(cell.steps[-1] + 1)
-    similar, adherent = (
-        np.interp(grid, cell.steps, means[:, METRICS.index(m)]) for m in ("r-facesim", "clip-t")
-    )
-    good = similar >= level
-    if limit is not None:
-        good &= adherent >= adherent[0] - limit
-    return float(grid[good][0]) if good.any() else np.inf
+def load_study(scores: Path) -> Study:
+    """Read the scores that are there; both bases were planned."""
+    return Study(scores, missing(plan(["tiny", "second"]), scores))
 
 
-def compare(
-    ours: Sequence[Cell], theirs: Sequence[Cell], level: float, limit: float | None, resamples: int
-) -> dict:
-    """Return steps of the fastest of theirs by those of the fastest of ours, with a paired bootstrap.
-
-    People and seeds are drawn anew, the same for both sides, and the fastest cells chosen again each time.
-    """
-    rng = np.random.default_rng(0)
-    _, people, seeds, _ = ours[0].scores.shape
-
-    def fastest(cells: Sequence[Cell], who: np.ndarray, which: np.ndarray) -> float:
-        means = [cell.scores[:, who][:, :, which].mean(axis=(1, 2)) for cell in cells]
-        return min(steps_to(level, cell, mean, limit) for cell, mean in zip(cells, means))
-
-    everybody = np.arange(people), np.arange(seeds)
-    both = [(fastest(ours, *everybody), fastest(theirs, *everybody))]
-    for _ in range(resamples):
-        draw = rng.integers(people, size=people), rng.integers(seeds, size=seeds)
-        both.append((fastest(ours, *draw), fastest(theirs, *draw)))
-    ratios = np.array(
-        [np.nan if np.isinf(a) and np.isinf(b) else b / a if np.isfinite(a) else 0 for a, b in both]
-    )
-    known = ratios[1:][~np.isnan(ratios[1:])]
-    low, high = np.quantile(known, [0.025, 0.975], method="nearest") if len(known) else (np.nan, np.nan)
-    return {"ours": both[0][0], "theirs": both[0][1], "ratio": ratios[0], "low": low, "high": high,
-            "neither": float(np.isnan(ratios[1:]).mean()) if resamples else 0.0}  # fmt: skip
-
-
-def choose(cells: dict[tuple, Cell], **wanted: str | Sequence[str]) -> list[Cell]:
-    """Return the cells whose key has the wanted values."""
-    allowed = {
-        KEY.index(name): [value] if isinstance(value, str) else value for name, value in wanted.items()
-    }
-    return [cell for key, cell in cells.items() if all(key[k] in some for k, some in allowed.items())]
-
-
-def ratio_table(cells: dict[tuple, Cell], resamples: int) -> str:
-    """Lay out the primary measure: a line per base, prior, placement, adherence limit and level."""
-    lines = [["base", "prior", "placement", "limit", "R-FaceSim", "Meta-LoRA", "LoRA", "ratio", "95 %"]]
-    for base, prior in sorted({key[:2] for key in cells if key[1]}):
-        ours = lambda targets: choose(
-            cells, base=base, prior=prior, targets=targets, method="meta-lora-noaug"
-        )
-        theirs = lambda targets: choose(cells, base=base, targets=targets, method="lora-noaug")
-        placements = sorted({key[2] for key in cells if key[:2] == (base, prior)})
-        pairs = {f"{targets} in both": (targets, targets) for targets in placements}
-        pairs["each at its best"] = (placements, placements)
-        for name, (own, other) in pairs.items():
-            for limit in (LIMIT, None):
-                for level in LEVELS:
-                    found = compare(ours(own), theirs(other), level, limit, resamples)
-                    if np.isinf([found["ours"], found["theirs"]]).all():
-                        continue
-                    ends = f"{found['low']:.2f} to {found['high']:.2f}"
-                    counts = [f"{found[side]:.0f}".replace("inf", "never") for side in ("ours", "theirs")]
-                    told = f"{limit}" if limit else "none"
-                    ratio = f"{found['ratio']:.2f}"
-                    lines.append([base, prior, name, told, f"{level}", *counts, ratio, ends])
-    return markdown(lines)
-
-
-def mean_table(cells: dict[tuple, Cell]) -> str:
-    """Lay out R-FaceSim / adherence, percent, of every cell at each of its step counts."""
-    steps = sorted({n for cell in cells.values() for n in cell.steps})
-    lines = [[*KEY, *map(str, steps)]]
-    for key, cell in sorted(cells.items()):
-        similar, _, adherent = 100 * cell.scores.mean(axis=(1, 2)).T  # as METRICS
-        told = {n: f"{a:.1f} / {b:.1f}" for n, a, b in zip(cell.steps, similar, adherent)}
-        lines.append([*key, *(told.get(n, "") for n in steps)])
-    return markdown(lines)
-
-
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="eight people, the shipped base and prior")
     parser.add_argument(
-        "--figures", action="store_true", help="run nothing, evaluate the scores that are there"
+        "--figures", action="store_true", help="run nothing: tables and pictures from the scores there are"
     )
     parser.add_argument(
         "--bases", nargs="+", default=["tiny"], help="model folders; the first should be tiny"
     )
-    parser.add_argument("--parts", nargs="+", help="only these, such as primary")
+    parser.add_argument("--parts", nargs="+", help="run only these, such as primary")
     parser.add_argument("--out", type=Path, default=Path("out/claim"), help="pictures, LoRAs, priors")
-    parser.add_argument(
-        "--scores", type=Path, default=ROOT / "docs" / "claim", help="folder of the CSV files"
-    )
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    args = parser.parse_args(argv)
+    parser.add_argument("--scores", type=Path, default=SCORES, help="folder of the CSV files")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.figures:
+        study = load_study(args.scores)
+        write_documents(study)
+        draw_pictures(study)
+        print(*(f"--- {name}\n\n{block(study)}\n" for name, block in BLOCKS.items()), sep="\n")
+        return
     groups = QUICK if args.quick else plan(args.bases)
     groups = [group for group in groups if not args.parts or group.part in args.parts]
-    args.scores = args.out if args.quick else args.scores
-    args.scores.mkdir(parents=True, exist_ok=True)
-    for group in [] if args.figures else groups:
+    scores = args.out if args.quick else args.scores
+    scores.mkdir(parents=True, exist_ok=True)
+    for group in groups:
         run(group, args.out)
-        collect(groups, args.out, args.scores)
-    looked = ["looked"] if args.figures and "looked" in (args.parts or ["looked"]) else []
-    for part in dict.fromkeys([*looked, *(group.part for group in groups)]):
-        if (file := args.scores / f"{part}.csv").exists():
-            cells = read_scores(file)
-            print(f"\n{part}\n\n{mean_table(cells)}\n\n{ratio_table(cells, args.resamples)}")
+        collect(groups, args.out, scores)
+    for part in dict.fromkeys(group.part for group in groups):
+        cells = read_scores(scores / f"{part}.csv")
+        print(f"\n{part}\n\n{means(cells, sorted({n for cell in cells.values() for n in cell.steps}))}")
+    if args.quick:
+        print(f"\n{primary(Study(scores))}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from flux.conditioner import Conditioner, load_tokenizers
 from flux.loading import (
     ModelFiles,
     find_files,
-    find_model,
-    find_transformer,
     load_autoencoder,
     load_clip,
     load_conditioner,
@@ -28,8 +26,6 @@ __all__ = [
     "ModelFiles",
     "T5",
     "find_files",
-    "find_model",
-    "find_transformer",
     "load_autoencoder",
     "load_clip",
     "load_conditioner",

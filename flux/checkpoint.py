@@ -1,21 +1,26 @@
 """Load weights exactly: header first, then memory-mapped, assigned, strict.
 
-A checkpoint is a safetensors file, a folder of shards, or (for the judges) what `torch.save` wrote.
+A checkpoint is a safetensors file, a folder of shards, or (for the judges) what `torch.save` wrote. What the
+file does not have as we need it is made: diffusers' q, k and v are joined, other dtypes converted.
 """
 
 import json
+import math
+import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flux.formats import FLOATS, Header, Source, translate
+from flux.formats import FLOATS, Header, Shape, Source, is_config_of, translate
 
 PICKLED = (".bin", ".pt", ".pth")
 WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # beside them may lie variants in 16 bit
@@ -25,6 +30,7 @@ MAGIC = {
     b"version https://git-lfs": "it only says where git-lfs keeps the file: run `git lfs pull`",
     b"<": "it is a web page, perhaps one that asks to log in",
 }
+LARGE = 2**24  # bytes of a tensor that is not made in memory
 SAMPLE = 4096  # values at each end of a tensor that are looked at
 
 
@@ -55,7 +61,7 @@ def _damage(file: Path) -> str:
             f.seek(8)
             entries = json.loads(f.read(length))
             end = max(x["data_offsets"][1] for name, x in entries.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return ""
     return f"it has {size} bytes, its header tells of {8 + length + end}" if size != 8 + length + end else ""
 
@@ -81,10 +87,13 @@ def shards(path: Path) -> list[Path]:
         names = [path.name] if path.is_file() else []
         path = path.parent if names else path
     elif indices := [x for x in path.glob("*.index.json") if x.name.count(".") == 3]:  # not a variant's
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        listed = read_json(indices[0]).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError(f"{indices[0]} does not say which tensor is in which file")
+        names = sorted(set(listed.values()))
     else:
         names = [name for name in WHOLE if (path / name).is_file()][:1]
-        names = names or sorted(file.name for file in path.glob("*.safetensors"))
+        names = names or sorted(file.name for file in path.glob("[!.]*.safetensors"))
         counts = [match for name in names if (match := re.fullmatch(r"(.*)-\d+-of-(\d+)(\..*)", name))]
         numbered = lambda m: [f"{m[1]}-{i:05d}-of-{m[2]}{m[3]}" for i in range(1, int(m[2]) + 1)]
         names = sorted({*names, *(name for match in counts for name in numbered(match))})
@@ -95,6 +104,17 @@ def shards(path: Path) -> list[Path]:
     if not names:
         raise FileNotFoundError(f"{path}: no such safetensors file, or a folder without any")
     return [path / name for name in names]
+
+
+def read_json(file: Path) -> dict:
+    """Read a JSON object; ValueError names a file that holds none."""
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content
 
 
 @dataclass(frozen=True)
@@ -129,10 +149,7 @@ class Checkpoint:
     def config(self) -> dict:
         """The `config.json` beside the weights, empty when there is none."""
         file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        try:
-            return json.loads(file.read_text()) if file.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON ({error})") from error
+        return read_json(file) if file.is_file() else {}
 
     def read(
         self, sources: dict[str, Source], device: str | torch.device, dtype: torch.dtype
@@ -159,16 +176,36 @@ def make(
     source: Source, get: Callable[[str], Tensor], device: str | torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Make one of our tensors of the file's; `get` reads one by its name."""
-    pieces = []
-    for name, scale in zip(source.names, source.scales):
-        piece = get(name).to(device)
-        if scale is not None:
-            piece = piece.float() * get(scale).to(device).float()
-        pieces.append(piece.to(dtype) if piece.is_floating_point() else piece)
-    tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    if source.change == "swap":
-        tensor = torch.cat(tensor.chunk(2)[::-1])
+    first = get(source.names[0])
+    dtype = dtype if first.is_floating_point() else first.dtype
+    if source.is_plain and first.dtype == dtype:
+        tensor = first.to(device)
+    else:
+        shape = source.shape[:-2] if source.change == "1x1" else source.shape
+        tensor = empty(shape, device, dtype)
+        rows = tensor.split([shape[0] for shape in source.shapes]) if first.ndim else [tensor]
+        for part, name, scale in zip(rows, source.names, source.scales):
+            piece = get(name).to(device)
+            piece = piece if scale is None else piece.float() * get(scale).to(device).float()
+            part.copy_(torch.cat(piece.chunk(2)[::-1]) if source.change == "swap" else piece)
     return tensor[..., None, None] if source.change == "1x1" else tensor
+
+
+def empty(shape: Shape, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+    """Return room for a tensor: if it is large and on the CPU, in a temporary file that nobody sees.
+
+    So the kernel can put it away, as it can what is mapped to the checkpoint: of FLUX.1-dev in diffusers'
+    layout 7.2 GB are made. They are in memory where TMPDIR has no room, with a warning, and without Linux.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type == "cpu" and size >= LARGE and hasattr(os, "posix_fallocate"):  # Linux
+        try:
+            with NamedTemporaryFile(prefix="flux") as file:  # its name goes, what is mapped stays
+                os.posix_fallocate(file.fileno(), 0, size)  # writing to a full disk would kill the process
+                return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        except OSError as error:
+            warnings.warn(f"weights lie in memory, not in TMPDIR's folder ({error})", stacklevel=2)
+    return torch.empty(shape, device=device, dtype=dtype)
 
 
 def _ends_are_finite(tensor: Tensor) -> bool:
@@ -199,10 +236,11 @@ def fit(
     try:
         sources, problems = translate(kind, checkpoint.header)
         shapes = {name: source.shape for name, source in sources.items()}
-        sizes = sizes_kind.from_shapes(shapes, checkpoint.config)
+        config = checkpoint.config
+        sizes = sizes_kind.from_shapes(shapes, config if is_config_of(kind, config) else {})
         with torch.device("meta"):
             model = kind(sizes)
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, TypeError, AttributeError) as error:
         reasons = {KeyError: f"it lacks {error.args[0]}", ZeroDivisionError: "its shapes make no sense"}
         reason = reasons.get(type(error), error)
         some = ", ".join(sorted(checkpoint.header)[:3]) or "no tensor"

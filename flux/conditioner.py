@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -75,6 +76,22 @@ def load_tokenizers(folder: Path | str, t5_length: int | None = None) -> Tokeniz
     return Tokenizers(clip_tokenizer(folder / "tokenizer"), t5_tokenizer(folder / "tokenizer_2", t5_length))
 
 
+def named(load: Callable) -> Callable:
+    """Make a ValueError that names the folder of whatever a damaged file raises: often a plain Exception."""
+
+    @wraps(load)
+    def told(folder: Path, *rest) -> PromptTokenizer:
+        try:
+            return load(folder, *rest)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:
+            raise ValueError(f"{folder} is no whole tokenizer ({error})") from error
+
+    return told
+
+
+@named
 def clip_tokenizer(folder: Path) -> PromptTokenizer:
     """Build CLIP's byte-level BPE (openai/CLIP `simple_tokenizer.py`, without its repair of broken text)."""
     vocabulary, merges = (find(folder, "CLIP", name) for name in ("vocab.json", "merges.txt"))
@@ -104,6 +121,7 @@ def clip_tokenizer(folder: Path) -> PromptTokenizer:
     )
 
 
+@named
 def t5_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
     """Load T5's unigram tokenizer from `tokenizer.json`, else from `spiece.model` with sentencepiece."""
     file = find(folder, "T5", "tokenizer.json", "spiece.model")

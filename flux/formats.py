@@ -90,6 +90,8 @@ PREFIXES = {
     CLIPText: ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
     T5: ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
 }
+# How the classes begin that diffusers and transformers name in a config.json.
+CLASSES = {Flux: "Flux", AutoEncoder: "Autoencoder", CLIPText: "CLIP", T5: "T5"}
 # FLUX has no use for them. The scales of fp8 inputs are for multiplying in fp8, which we do not.
 IGNORED = {CLIPText: ("logit_scale", "text_projection.weight"), T5: ("logit_scale",)}
 NO_WEIGHTS = re.compile(r"scaled_fp8|.+\.(scale_input|input_scale|comfy_quant)")
@@ -130,6 +132,11 @@ class Source:
         return (*shape, 1, 1) if self.change == "1x1" else shape
 
     @property
+    def is_plain(self) -> bool:
+        """Tell whether it is a single tensor of the file with the values that stand there."""
+        return len(self.names) == 1 and self.scales == (None,) and self.change != "swap"
+
+    @property
     def fits_together(self) -> bool:
         """Tell whether the pieces can be joined: q, k and v alike, and what is below them as wide."""
         return len(set(self.shapes[:3])) == 1 and len({shape[1:] for shape in self.shapes}) == 1
@@ -138,6 +145,16 @@ class Source:
 def kinds_inside(names: list[str]) -> set[type[nn.Module]]:
     """Return the models of which a ComfyUI checkpoint holds the weights."""
     return {kind for kind, prefixes in PREFIXES.items() if any(name.startswith(prefixes) for name in names)}
+
+
+def is_config_of(kind: type[nn.Module], config: dict) -> bool:
+    """Tell whether a `config.json` is a model's own: of single files in one folder it is another's perhaps.
+
+    FLUX's 24 heads taken for CLIP's would go unnoticed, and the pictures would be wrong.
+    """
+    named = [config.get("_class_name"), *(config.get("architectures") or [])]
+    classes = [name for name in named if isinstance(name, str)]
+    return not classes or any(name.startswith(CLASSES.get(kind, "")) for name in classes)
 
 
 def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source], list[str]]:
@@ -200,6 +217,8 @@ def _own(kind: type[nn.Module], header: Header) -> dict[str, str]:
         short = next((name.removeprefix(prefix) for prefix in own if name.startswith(prefix)), name)
         if kind is CLIPText and short.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
             short = f"text_model.{short}"  # transformers 5 leaves it out
+        if short in result:
+            raise ValueError(f"{result[short]} and {name} are the same tensor")
         result[short] = name
     return result
 

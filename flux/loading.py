@@ -7,13 +7,13 @@ A model is a folder, here or on the hub, in diffusers' layout (`transformer/`, `
 
 import argparse
 import hashlib
-import json
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,12 +31,14 @@ from huggingface_hub import (
 from torch import Tensor
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
-from flux.checkpoint import load, opened, shards
+from flux.checkpoint import load, opened, read_json, shards
 from flux.clip import CLIPSizes, CLIPText
 from flux.conditioner import Conditioner, load_tokenizers
 from flux.formats import kinds_inside
+from flux.memory import Stream, device_memory, weight_bytes
 from flux.model import Flux, FluxSizes
 from flux.t5 import T5, T5Sizes
+from flux.terminal import Shown, printable_lines
 
 HUB_MODELS = {
     "flux-dev": "black-forest-labs/FLUX.1-dev",
@@ -147,16 +149,15 @@ def given_parts(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def local_parts(path: Path) -> dict[str, Path]:
-    """Return the parts in a model's folder, or in a transformer's file and beside it."""
-    if path.is_dir():
-        parts = {part: place for part in PLACES if (place := part_in(path, part))}
-        if "transformer" not in parts:
-            raise FileNotFoundError(
-                f"{path} must hold exactly one flux1-*.safetensors, or a transformer/; found none"
-            )
-        return parts
-    beside = {part: place for part in OPTIONS if (place := part_in(path.parent, part))}
-    return beside | parts_inside({"transformer": path}) | {"transformer": path}
+    """Return the parts in a model's folder, or those inside and beside a transformer's file."""
+    folder, parts = (path, PLACES) if path.is_dir() else (path.parent, OPTIONS)
+    found = {part: place for part in parts if (place := part_in(folder, part))}
+    if path == folder and "transformer" not in found:
+        raise FileNotFoundError(
+            f"{path} must hold exactly one {PLACES['transformer'][0]}, or a transformer/; found none"
+        )
+    found = {"transformer": path} | found
+    return found | parts_inside(found)
 
 
 def part_in(folder: Path, part: str) -> Path | None:
@@ -293,24 +294,6 @@ def check_parts(files: ModelFiles) -> None:
         raise ValueError("\n".join(problems))
 
 
-def find_model(name: str) -> Path:
-    """Return the folder of a model that has all its parts in black-forest-labs' layout."""
-    return find_files(argparse.Namespace(model=name)).folder
-
-
-def find_transformer(folder: Path) -> Path:
-    """Return the transformer in a model's folder; FileNotFoundError when there is not just one."""
-    return local_parts(folder)["transformer"]
-
-
-def local_folder(name: str) -> Path:
-    """Return the folder of a model that is not the hub's; FileNotFoundError when there is none."""
-    path, _ = find_named(name)
-    if path is None:
-        raise FileNotFoundError(f"--model {name}: no such folder")
-    return path if path.is_dir() else path.parent
-
-
 def load_flux(path: Path | str, device="cpu", dtype=torch.bfloat16) -> Flux:
     """Load the transformer from a file, or a folder of shards; frozen."""
     return load(Flux, FluxSizes, path, device, dtype)
@@ -332,15 +315,26 @@ def load_clip(path: Path | str, device="cpu", dtype=torch.bfloat16) -> CLIPText:
 
 
 def load_conditioner(
-    files: ModelFiles | Path, device="cpu", dtype=torch.bfloat16, t5_length: int | None = None
+    files: ModelFiles | Path,
+    device="cpu",
+    dtype=torch.bfloat16,
+    t5_length: int | None = None,
+    vram: float | None = None,
 ) -> Conditioner:
-    """Load both text encoders and their tokenizers, of a model's files or folder."""
+    """Load both text encoders and their tokenizers, of a model's files or folder.
+
+    T5 is streamed to a GPU that has no room for it; vram: GiB to stay within, None for what is free.
+    """
     if isinstance(files, Path):
         places = files / "text_encoder_2", files / "text_encoder", files
     else:
         places = files.t5, files.clip, files.tokenizers
-    t5, clip = load_t5(places[0], device, dtype), load_clip(places[1], device, dtype)
-    return Conditioner(t5, clip, load_tokenizers(places[2], t5_length))
+    room = 0.8 * (vram * 2**30 if vram else device_memory(torch.device(device)))
+    streamed = weight_bytes(load_t5(places[0], "meta", dtype)) > room
+    t5, clip = load_t5(places[0], "cpu" if streamed else device, dtype), load_clip(places[1], device, dtype)
+    if streamed:
+        Stream(list(t5.encoder.block), device)
+    return Conditioner(t5.to(device), clip, load_tokenizers(places[2], t5_length))
 
 
 KINDS = {"autoencoder": AutoEncoder, "clip": CLIPText, "t5": T5}  # what ComfyUI puts beside a transformer
@@ -393,7 +387,10 @@ def check_sha256(file: Path, pinned: str) -> Path:
 def native_size(folder: Path) -> int:
     """Return the side in pixels of the pictures a model makes: its config's `sample_size`, else 1024."""
     config = folder / "config.json"
-    return json.loads(config.read_text()).get("sample_size", 1024) if config.is_file() else 1024
+    side = read_json(config).get("sample_size", 1024) if config.is_file() else 1024
+    if type(side) is not int or side < 1:
+        raise ValueError(f"{config}: sample_size {side!r}, must be a number of pixels")
+    return side
 
 
 def fingerprint(*paths: Path) -> str:
@@ -455,17 +452,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Resolve --device and --dtype."""
     default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(args.device or default)
+    try:
+        device = torch.device(args.device or default)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {args.device}: {reason}; this machine has {default}") from error
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype)
-    return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    of_a_card = getattr(args, "plan", False) and args.vram  # that may be elsewhere
+    exact = device.type == "cpu" and not of_a_card
+    return device, dtype or (torch.float32 if exact else torch.bfloat16)
 
 
 def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
-    """Run a script's main; what its user can mend ends with one message instead of a traceback."""
+    """Run a script's main; what its user can mend ends with one message instead of a traceback.
+
+    SIGTERM ends it as Ctrl-C does, so that no half file stays. What is printed can steer no terminal.
+    """
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # a line, without the code that warns
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main()
+        with redirect_stdout(Shown(sys.stdout)), redirect_stderr(Shown(sys.stderr, bars=True)):
+            main()
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", reason):
+            raise
+        sys.exit(printable_lines(f"{Path(sys.argv[0]).name}: out of memory ({reason})"))
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(printable_lines(f"{Path(sys.argv[0]).name}: {error}"))
     except KeyboardInterrupt:
         sys.exit(f"\n{stopped}")

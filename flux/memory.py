@@ -311,6 +311,15 @@ def available_memory() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
 
 
+def device_memory(device: torch.device) -> float:
+    """Return the bytes the device has, on a CPU those that are free; infinite where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return available_memory() or float("inf")
+
+
 # --- All together ------------------------------------------------------------------------------------------
 
 
@@ -336,6 +345,15 @@ def arrange(
         Stream([blocks[k] for k in spread(stream, len(blocks))], device)
     checkpoint_blocks(model, checkpoint)
     return model.to(device)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of all weights on the model's device; of streamed blocks that is what they share."""
+    frozen = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
+    streams = {layer.stream for layer in frozen if layer.stream}
+    tensors = [*model.parameters(), *model.buffers(), *(layer.stored for layer in frozen if not layer.stream)]
+    tensors += [buffer for stream in streams for buffer in stream.buffers]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def release(device: torch.device | str) -> None:

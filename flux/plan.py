@@ -10,7 +10,9 @@ from functools import cache
 
 import torch
 
-from flux.memory import LINE, arrange, available_memory, spread
+from flux.conditioner import load_tokenizers
+from flux.loading import HUB_MODELS, ModelFiles, find_files, load_autoencoder, load_flux, native_size
+from flux.memory import LINE, arrange, device_memory, spread
 from flux.model import Flux, FluxSizes
 
 FLUX_DEV = FluxSizes(64, 64, 768, 4096, 3072, 12288, 24, 19, 38, True, (16, 56, 56), 10_000)
@@ -46,6 +48,7 @@ class Job:
     sizes: FluxSizes = FLUX_DEV
     batch: int = 1
     resolution: int = 1024  # pixels; images are of this side squared
+    shape: tuple[int, int] | None = None  # or of these (height, width) in pixels, for FLOPs
     t5_length: int = 512
     r1: int | None = 128  # None: plain LoRA
     r2: int = 1
@@ -56,7 +59,8 @@ class Job:
     @property
     def tokens(self) -> tuple[int, int]:
         """The image and the text tokens of a sample."""
-        return (self.resolution // self.pixels) ** 2, self.t5_length
+        height, width = self.shape or (self.resolution, self.resolution)
+        return (height // self.pixels) * (width // self.pixels), self.t5_length
 
     @property
     def state(self) -> int:
@@ -123,12 +127,12 @@ def block_bytes(sizes: FluxSizes, kind: str, fp8: bool, width: int) -> tuple[int
 
 
 @cache
-def adapter_bytes(job: Job, kind: str) -> tuple[int, int, int]:
-    """Return the bytes in a block of meta_down, of all identities' mid and up, and of the layers' masks."""
+def adapter_bytes(job: Job, kind: str) -> tuple[int, int]:
+    """Return the bytes in a block of meta_down, and of all identities' mid and up."""
     layers = linear_sizes(job.sizes, kind)
     shared = sum(4 * parts * (job.r1 or 0) * d_in for d_in, _, parts in layers)
     own = sum(4 * job.r2 * (parts * (job.r1 or d_in) + d_out) for d_in, d_out, parts in layers)
-    return shared, own * job.identities, sum(4 * parts * d_out for _, d_out, parts in layers)
+    return shared, own * job.identities
 
 
 def cost(job: Job, way: Way, peak_flops: float = PEAKS["A6000"]) -> Cost:
@@ -142,7 +146,7 @@ def cost(job: Job, way: Way, peak_flops: float = PEAKS["A6000"]) -> Cost:
 
     training = job.kind != "sample"
     resident += 0 if training else AUTOENCODER * job.width
-    states = {"stage1": (3, 3, 1), "stage2": (1, 3, 1), "sample": (0, 0, 0)}[job.kind]
+    states = {"stage1": (3, 3), "stage2": (1, 3), "sample": (0, 0)}[job.kind]
     adapters = sum(n * size for kind in blocks for n, size in zip(states, adapter_bytes(job, kind)))
     peak = training_peak if training else sampling_peak
     activations = peak(job, way.checkpoint, way.fp8)
@@ -171,7 +175,7 @@ def training_peak(job: Job, checkpoint: str | int, fp8: bool) -> float:
     before, worst, gradients = sum(kept), 0.0, 0
     for k in reversed(range(len(blocks))):
         kind = blocks[k]
-        shared, own, _ = adapter_bytes(job, kind)
+        shared, own = adapter_bytes(job, kind)
         new = own + shared * (job.kind == "stage1")
         # A double block's worst moment is its MLPs', which come first; a single block's is its first layer's.
         present = gradients + new * (kind == "single")
@@ -251,7 +255,7 @@ def choose(
 ) -> tuple[Way, Cost, str]:
     """Return the fastest way that fits the budget in GiB, its cost, and a line of text that says why.
 
-    Of ways whose estimated times are equal in two digits it is the one that streams least. The weights are
+    Of ways within 3 % of that it is the one that streams least. The weights are
     only rounded to 8 bits when asked for, or when no exact way fits. Raises ValueError with both numbers when
     nothing fits.
     """
@@ -260,9 +264,9 @@ def choose(
         costs = [(way, cost(job, way, peak_flops)) for way in ways(job, checkpoint, stream, fp8)]
         fitting = [(way, some) for way, some in costs if some.peak / GIB + RESERVE <= budget]
         if fitting:
-            way, some = min(
-                fitting, key=lambda pair: (f"{pair[1].seconds:012.4f}", pair[0].stream, pair[1].peak)
-            )
+            enough = 1.03 * min(some.seconds for _, some in fitting)
+            fast = [(way, some) for way, some in fitting if some.seconds <= enough]
+            way, some = min(fast, key=lambda pair: (pair[0].stream, pair[1].seconds, pair[1].peak))
             rounded = "weights rounded to 8 bits: " + ("as asked" if base == "fp8" else "nothing exact fits")
             return way, some, rounded if fp8 else "exact: weights as they are in the file"
         least = min([some.peak for _, some in costs] + ([least] if least else []))
@@ -273,32 +277,30 @@ def choose(
     )
 
 
-def table(job: Job, way: Way, some: Cost, line: str, budget: float, card: str) -> str:
-    """Return the plan as text."""
+def table(job: Job, way: Way, some: Cost, line: str, budget: float, card: str | None) -> str:
+    """Return the plan as text; the time of a step only for a known card."""
     total = len(kinds(job.sizes))
     images = f"batch {job.batch}, {job.resolution}x{job.resolution} pixels, {job.tokens[1]} text tokens"
     again = {"none": "no block", "all": "all blocks", "attention": "all blocks but their attention"}
-    rows = [
-        ("plan", f"{job.kind}, {images}; {budget:g} GiB"),
-        ("weights", line),
-        ("run again", again.get(way.checkpoint, f"the first {way.checkpoint} of {total} blocks")),
-        ("streamed", f"{way.stream} of {total} blocks"),
-        ("resident", f"{some.resident / GIB:6.2f} GiB"),
-        ("adapters, AdamW", f"{some.adapters / GIB:6.2f} GiB"),
-        ("activations", f"{some.activations / GIB:6.2f} GiB, with gradients"),
-        ("peak", f"{some.peak / GIB:6.2f} GiB, and up to {RESERVE} for the GPU's own"),
-        (
-            "a step",
-            f"{some.flops / 1e12:6.1f} TFLOP, {some.seconds:.2f} s at {SHARE:.0%} of an {card}'s peak",
-        ),
-    ]
-    if job.kind == "sample":
-        rows = [row for row in rows if row[0] not in ("run again", "adapters, AdamW")]
-    return "\n".join(f"{name:16}{text}" for name, text in rows)
+    gib = lambda size: f"{size / GIB:8.3f} GiB"
+    time = f", {some.seconds:.2f} s at {SHARE:.0%} of an {card}'s peak" if card else ""
+    rows = {
+        "plan": f"{job.kind}, {images}; {budget:.4g} GiB",
+        "weights": line,
+        "run again": again.get(way.checkpoint, f"the first {way.checkpoint} of {total} blocks"),
+        "streamed": f"{way.stream} of {total} blocks",
+        "resident": gib(some.resident),
+        "adapters, AdamW": gib(some.adapters),
+        "activations": f"{gib(some.activations)}, with gradients",
+        "peak": f"{gib(some.peak)}, and up to {RESERVE} for the device's own",
+        "a step": f"{some.flops / 1e12:8.3g} TFLOP{time}",
+    }
+    hidden = ("run again", "adapters, AdamW") if job.kind == "sample" else ()
+    return "\n".join(f"{name:16}{text}" for name, text in rows.items() if name not in hidden)
 
 
-def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True) -> None:
-    """Add the options that say how the transformer fits the device."""
+def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True) -> argparse._ArgumentGroup:
+    """Add the options that say how the transformer fits the device; return their group."""
     group = parser.add_argument_group("memory")
     group.add_argument("--vram", type=float, help="GiB to stay within; default: all the GPU has")
     if training:
@@ -322,6 +324,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True)
         help="bf16: weights as they are; fp8: rounded to 8 bits; auto: rounded if nothing else fits",
     )
     group.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    return group
 
 
 def _count_or(*words: str):
@@ -335,29 +338,42 @@ def _count_or(*words: str):
     return parse
 
 
-def make_plan(args: argparse.Namespace, job: Job, device: torch.device | str) -> Way:
+def make_plan(
+    args: argparse.Namespace,
+    kind: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    files: ModelFiles | None,
+    resolution: int | None = None,
+    **settings,
+) -> Way:
     """Choose as the parsed arguments and the device's memory allow, print it and return it.
 
-    Raises ValueError when nothing fits.
+    files: the model's, of which only headers are read; None: of the size of FLUX.1-dev. resolution: None for
+    the model's own. settings: other fields of `Job`. Raises ValueError when nothing fits.
     """
-    device, card = torch.device(device), "A6000"  # the paper's
+    own = {"t5_length": args.t5_length or Job.t5_length, "width": dtype.itemsize}
+    if files:
+        own["sizes"] = load_flux(files.transformer, "meta").sizes
+        own["pixels"] = 2 * load_autoencoder(files.autoencoder, "meta").sizes.reduction
+        own["t5_length"] = load_tokenizers(files.tokenizers, args.t5_length).t5.length
+        resolution = resolution or native_size(files.folder)
+    job = Job(kind, resolution=resolution or Job.resolution, **own, **settings)
+    device, card = torch.device(device), "A6000" if args.plan else None  # the paper's
     budget = args.vram or device_memory(device) / GIB
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         card = next((known for known in PEAKS if known in name), card)
     checkpoint = getattr(args, "checkpoint", "none")
-    way, some, line = choose(job, budget, checkpoint, args.stream, args.base_dtype, PEAKS[card])
+    peak_flops = PEAKS[card or "A6000"]
+    way, some, line = choose(job, budget, checkpoint, args.stream, args.base_dtype, peak_flops)
     print(table(job, way, some, line, budget, card))
     return way
 
 
-def device_memory(device: torch.device) -> float:
-    """Return the bytes the device has, on a CPU those that are free; infinite where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return available_memory() or float("inf")
+def files_to_plan(args: argparse.Namespace) -> ModelFiles | None:
+    """Return the model's files for --plan; None for FLUX.1 itself, whose sizes are known without them."""
+    return None if args.model in HUB_MODELS else find_files(args)
 
 
 def follow(model: Flux, way: Way, device: torch.device | str) -> Flux:

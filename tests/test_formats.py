@@ -1,6 +1,7 @@
 """Other programs' names: every published header, what diffusers and transformers write, 8-bit weights."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -352,3 +353,37 @@ def test_t5_with_its_embedding_twice_or_under_the_other_name(tmp_path):
             "shared.weight"
         }
         assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_t5_in_8_and_16_bits_without_a_warning(tmp_path, recwarn):
+    """The four of ComfyUI's text encoders, smaller: their copy of the embedding, their scales."""
+    model = randomize(T5(T5Sizes(60, 48, 8, 4, 80, 2)))
+    state = model.state_dict()
+    copy = {"encoder.embed_tokens.weight": state["shared.weight"].clone()}
+    scaled, expected = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}, {}
+    for name, tensor in (state | copy).items():
+        scaled[name], expected[name] = tensor.half(), tensor.half().float()
+        if re.search(r"SelfAttention\.[qkvo]\.|DenseReluDense\.", name):
+            scale = tensor.abs().max() / 448
+            scaled[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            scaled[name.removesuffix("weight") + "scale_weight"] = scale
+            expected[name] = decoded(scaled[name]) * scale
+    halves = {name: tensor.half() for name, tensor in (state | copy).items()}
+    coarse = in_fp8(state | copy)
+    variants = {
+        "t5xxl_fp16": (halves, {name: tensor.float() for name, tensor in halves.items()}),
+        "t5xxl_fp8_e4m3fn": (coarse, {name: decoded(tensor) for name, tensor in coarse.items()}),
+        "t5xxl_fp8_e4m3fn_scaled": (scaled, expected),
+    }
+    for name, (stored, wanted) in variants.items():
+        save_file(stored, tmp_path / f"{name}.safetensors")
+        loaded = flux.load_t5(tmp_path / f"{name}.safetensors", dtype=torch.float32).state_dict()
+        assert all(torch.equal(loaded[x], wanted[x]) for x in state), name
+        assert flux.load_t5(tmp_path / f"{name}.safetensors").shared.weight.dtype == torch.bfloat16
+    assert not recwarn.list
+
+
+def test_a_tensor_with_and_without_its_prefix_is_refused():
+    header = published("flux1-dev")
+    with pytest.raises(ValueError, match="img_in.bias and model.diffusion_model.img_in.bias are the same"):
+        fitted(Flux, header | {"model.diffusion_model.img_in.bias": header["img_in.bias"]})

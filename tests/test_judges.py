@@ -1,7 +1,9 @@
 """The shipped judges: they tell people apart whatever the view, and prompts that a picture shows."""
 
+import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux.loading import read_tensors
+import judges as judging
+from data import MemoryCache
+from flux import find_files
+from flux.loading import native_size, read_tensors
 from tiny.judges import NAMED
 from tiny.people import STYLES, VIEW, caption, draw_identities, draw_views, render, to_pil
 from vision.small import IdentityNet, PromptNet, load_judges, named_in
@@ -158,3 +163,47 @@ def test_other_sizes_are_refused_and_other_shapes_are_not():
     assert judge(torch.zeros(2, 3, 56, 72)).shape == (2, 128)
     with pytest.raises(ValueError, match=r"64x64, got \(128, 128\)"):
         judge(torch.zeros(1, 3, 128, 128))
+
+
+# --- Which judges a model brings ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world(model, tmp_path) -> Path:
+    """A copy of the random model with the small judges."""
+    shutil.copytree(model, tmp_path / "world")
+    return Path(shutil.copytree(FOLDER, tmp_path / "world" / "judges")).parent
+
+
+def judges_for(model: str | None, **options: Path | None):
+    given = {"clip": None, "recognizer": None, "detector": None, **options}
+    return judging.load_judges(argparse.Namespace(model=model, **given), MemoryCache())
+
+
+def test_folder_file_and_variable_bring_the_same(world, monkeypatch):
+    """What lies beside the transformer is the model's, however --model names it."""
+    file = world / "flux1-random.safetensors"
+    monkeypatch.setenv("FLUX_DEV", str(file))
+    for name in (str(world), str(file), "flux-dev"):
+        found = judges_for(name)
+        assert isinstance(found, judging.SmallJudges) and found.folder == world / "judges"
+        files = find_files(argparse.Namespace(model=name))
+        assert files.folder == world and native_size(files.folder) == 64
+    with pytest.raises(ValueError, match="--clip is of no use: --model .* brings judges of its own"):
+        judges_for(str(file), clip=world)
+    assert judges_for("tiny").folder == FOLDER
+
+
+def test_a_diffusers_layout_is_one_folder(world):
+    (world / "transformer").mkdir()
+    (world / "flux1-random.safetensors").rename(world / "transformer" / "model.safetensors")
+    assert find_files(argparse.Namespace(model=str(world))).folder == world
+    assert judges_for(str(world)).folder == world / "judges"
+
+
+def test_others_are_judged_by_the_papers(model, monkeypatch):
+    monkeypatch.delenv("FLUX_DEV", raising=False)
+    for name in (None, "flux-dev", "somebody/flux", str(model)):
+        assert isinstance(judges_for(name), judging.PaperJudges)
+    with pytest.raises(FileNotFoundError, match="--model flux-dve: neither a folder nor a file"):
+        judges_for("flux-dve")

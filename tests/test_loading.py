@@ -1,11 +1,14 @@
 """Loading: exact weights, mapped and not copied, and one clear message for every file that does not fit."""
 
 import argparse
+import errno
 import json
+import os
 import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +22,14 @@ import torch
 from compare import randomize
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
+from test_formats import published
 from torch import nn
 
 import flux
-from flux import T5, AutoEncoder, CLIPText, Flux, find_model, find_transformer, loading
+from bench import fullsize
+from flux import T5, AutoEncoder, CLIPText, Flux, checkpoint, loading
 from flux.loading import HUB_MODELS, ModelFiles, find_files
+from flux.plan import FLUX_DEV
 
 SIZES = test_model.DEV
 KINDS = {
@@ -228,6 +234,99 @@ def test_config_beside_the_file(path):
         flux.load_flux(path)
 
 
+def test_the_config_of_another_model_is_not_read(tmp_path):
+    """Single files lie in one folder, and FLUX's 24 heads are not CLIP's."""
+    sizes = replace(test_text.CLIP_SIZES, hidden_size=128, num_heads=2)
+    save_file(state_of(CLIPText(sizes)), tmp_path / "clip_l.safetensors")
+    for config, number in (
+        ({}, 4),
+        ({"architectures": ["CLIPTextModel"]}, 4),
+        ({"_class_name": "FluxTransformer2DModel"}, 2),  # heads of 64 channels
+        ({"architectures": ["T5EncoderModel"]}, 2),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+        assert flux.load_clip(tmp_path / "clip_l.safetensors", "meta").sizes.num_heads == number
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "null", '{"axes_dims_rope": 7}', '{"axes_dims_rope": ["a"]}', "["]
+)
+def test_a_strange_config_is_told(content, path):
+    path.with_name("config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path.parent))}.*(JSON|not a Flux checkpoint)"):
+        flux.load_flux(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{"])
+def test_a_strange_index_is_told(content, path):
+    index = path.with_name("model.safetensors.index.json")
+    index.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(index))):
+        flux.load_flux(path.parent)
+
+
+# --- What is made of the file's tensors --------------------------------------------------------------------
+
+
+def mappings() -> list[tuple[int, int, str]]:
+    """Return the address ranges of this process that are mapped to files, with the files' names."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, _, *name = line.split(maxsplit=5)
+        start, end = (int(end, 16) for end in addresses.split("-"))
+        found.append((start, end, name[0] if name else ""))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+@pytest.mark.parametrize("kind", ["diffusers", "another dtype"])
+def test_what_is_made_is_in_files_that_are_gone(kind, path, tmp_path, monkeypatch):
+    """Joined and converted weights are as they should be, mapped, and leave no name behind."""
+    monkeypatch.setattr(checkpoint, "LARGE", 2**12)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours, theirs = test_model.pair(SIZES)
+    if kind == "diffusers":
+        save_file(theirs.state_dict(), path)
+    else:
+        save_file({name: tensor.double() for name, tensor in ours.state_dict().items()}, path)
+    loaded = flux.load_flux(path, dtype=torch.float32)
+    assert_holds(loaded, ours.state_dict())
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    places = mappings()
+    for name, weight in loaded.named_parameters():
+        where = next((n for start, end, n in places if start <= weight.data_ptr() < end), "")
+        if weight.nbytes >= 2**12 and (kind != "diffusers" or "qkv" in name or "linear1" in name):
+            assert where.startswith(str(tmp_path)) and where.endswith("(deleted)"), name
+        elif kind == "diffusers" and "adaLN" not in name and not ("qkv" in name or "linear1" in name):
+            assert where == str(path), name
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="elsewhere it is memory anyway")
+def test_without_room_for_a_file_it_is_memory(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "LARGE", 2**12)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    ours, theirs = test_model.pair(SIZES)
+    save_file(theirs.state_dict(), path)
+    with pytest.warns(UserWarning, match="in memory, not in TMPDIR.*No space left on device") as warned:
+        assert_holds(flux.load_flux(path, dtype=torch.float32), ours.state_dict())
+    assert len({str(warning.message) for warning in warned}) == 1
+
+
+def test_the_random_file_of_full_size_is_flux_dev(tmp_path):
+    """bench/fullsize.py's, here small; the names and shapes of the whole are the published ones."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Flux(FLUX_DEV).state_dict().items()}
+    assert shapes == {name: shape for name, (shape, _) in published("flux1-dev").items()}
+    file = tmp_path / "flux1-random.safetensors"
+    fullsize.write_checkpoint(file, SIZES)
+    model = flux.load_flux(file)
+    assert model.sizes == SIZES
+    assert all(0.01 < weight.float().std() < 0.04 for weight in model.parameters() if weight.numel() > 50)
+
+
 # --- Finding the parts -------------------------------------------------------------------------------------
 
 
@@ -280,10 +379,9 @@ def in_diffusers_layout(folder: Path) -> Path:
 def test_a_folder(model, snapshot, monkeypatch):
     assert find_files(arguments(model)) == ours(model)
     assert find_files(arguments(model)).folder == model
-    assert find_model(str(model)) == model and find_transformer(model) == ours(model).transformer
     monkeypatch.setitem(loading.LOCAL_MODELS, "small", model)
     assert find_files(arguments("small")) == ours(model)
-    assert loading.local_folder("small") == model
+    assert find_files(arguments(ours(model).transformer)) == ours(model)  # the rest lies beside it
 
 
 def test_a_folder_in_diffusers_layout(copy, snapshot):
@@ -362,6 +460,9 @@ def test_an_all_in_one_checkpoint(all_in_one, model, snapshot):
     assert files == ModelFiles(*[all_in_one] * 4, model)
     for part, load in loading.LOADERS.items():
         assert_holds(load(all_in_one), load(getattr(ours(model), part)).state_dict())
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(model / name, all_in_one.parent / name)
+    assert find_files(arguments(all_in_one.parent)) == ModelFiles(*[all_in_one] * 4, all_in_one.parent)
 
 
 def test_an_all_in_one_checkpoint_of_the_hub(all_in_one, model, snapshot, capsys):

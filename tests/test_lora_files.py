@@ -19,7 +19,16 @@ from torch import Tensor
 import lora_files
 from flux.model import Flux
 from lora_files import Lora, main, name_tensors, read_lora, split_fused
-from metalora import collapse, eject, export_lora, inject_loras, linear_names, load_lora, save_meta
+from metalora import (
+    collapse,
+    eject,
+    export_lora,
+    inject_loras,
+    linear_names,
+    load_lora,
+    save_meta,
+    split_loras,
+)
 
 OUTSIDE = ["x_embedder", "context_embedder", "proj_out", "norm_out.linear"]
 OUTSIDE += [
@@ -282,7 +291,8 @@ def test_merging_into_a_file_is_merging_into_the_model(prefix, path, tmp_path):
         "step": torch.tensor(3),
         "none": torch.zeros(0, dtype=torch.float8_e4m3fn),
     }
-    save_file({**state, **extra}, checkpoint, {"about": "ä base"})
+    stale = {"modelspec.hash_sha256": "0x0", "sshs_model_hash": "0"}
+    save_file({**state, **extra}, checkpoint, {"about": "ä base", **stale})
     export_lora(adapted(), path, META)
     tensors = {"lora_unet_img_in.lora_down.weight": noise(2, DEV.in_channels)}
     save_file(tensors | {"lora_unet_img_in.lora_up.weight": noise(DEV.hidden_size, 2)}, other)
@@ -305,7 +315,7 @@ def test_merging_into_a_file_is_merging_into_the_model(prefix, path, tmp_path):
     exact = kept[prefix + name].double() + 0.8 * updates(lora)["single_transformer_blocks.1.proj_out"]
     assert (found[prefix + name] == exact.bfloat16()).float().mean() > 0.999  # what is rounded twice differs
     _, metadata = lora_files.read_tensors(out)
-    assert metadata == {"about": "ä base", "modelspec.merged_from": "person, other"}
+    assert metadata == {"about": "ä base", "modelspec.merged_from": "flux1-x, person, other"}
     assert checkpoint.read_bytes() == before
     with pytest.raises(FileExistsError, match="out.safetensors is there already"):
         run("merge", checkpoint, out, "--lora", path)
@@ -340,6 +350,16 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(path, tmp_path):
 
 
 # --- What is wrong with a file -----------------------------------------------------------------------------
+
+OTHERS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lora_mid.weight": "a Tucker decomposition",
+    "hada_w1_a": "LoHa",
+    "lokr_w2": "LoKr",
+    "oft_blocks": "OFT",
+    "diff_b": "a full difference",
+}
 
 
 def test_broken_files_each_get_a_clear_error(path, tmp_path):
@@ -381,17 +401,12 @@ def test_broken_files_each_get_a_clear_error(path, tmp_path):
         **{f"{short}.lora_A.other.weight": tensors[key].clone()},
     )
     refused(
-        "(?s)to_q lacks lora_A.*to_queue.lora_A.weight is for no layer",
+        "(?s)to_queue.lora_A.weight is for no layer.*to_q lacks lora_A",
         **{key: None, key.replace("to_q", "to_queue"): tensors[key]},
     )
-    for odd in (
-        "dora_scale",
-        "lora_mid.weight",
-        "lora_B.bias",
-        "hada_w1_a",
-        "diff_b",
-        "lora_magnitude_vector",
-    ):
+    for odd, method in OTHERS.items():
+        refused(f"to_q.{odd} is {method}, not LoRA", **{f"{short}.{odd}": torch.ones(1)})
+    for odd in ("lora_B.bias", "dora"):
         refused(f"to_q.{odd} is for no layer", **{f"{short}.{odd}": torch.ones(1)})
     for odd in ("double_blocks.#.img_in", "transformer_blocks.#.attn.to_q", "single_blocks.0", "", "a.b"):
         refused("is for no layer", **{f"{odd}.lora_A.weight": torch.ones(1)})
@@ -402,6 +417,13 @@ def test_broken_files_each_get_a_clear_error(path, tmp_path):
     refused("0.attn.to_q is there twice, alone and fused", **fused)
     save_meta(adapted(), path, META)
     with pytest.raises(ValueError, match="is stage 1's file"):
+        read_lora(path)
+
+
+def test_another_method_is_named_first(path):
+    lokr = {f"lycoris_{name}.{odd}": torch.ones(1) for name in fused(1) for odd in ("lokr_w1", "alpha")}
+    save_file(lokr, path)
+    with pytest.raises(ValueError, match=r"(?s)this model:\n  lycoris_double.*lokr_w1 is LoKr, not LoRA"):
         read_lora(path)
 
 
@@ -444,8 +466,12 @@ def test_layers_outside_the_blocks_have_no_slots(path):
     export_lora(adapted(r2=2), path, META)
     values = {"transformer.x_embedder.lora_A.weight": noise(2, DEV.in_channels)}
     save_file({**load_file(path), **values, "transformer.x_embedder.lora_B.weight": noise(96, 2)}, path)
-    with pytest.raises(ValueError, match="x_embedder is in no block"):
-        inject_loras(randomize(Flux(DEV)), [path])
+    lora, _ = read_lora(path)
+    model = randomize(Flux(DEV))
+    with pytest.raises(ValueError, match="in no block: .*x_embedder"):
+        inject_loras(model, [[(lora, 1.0)]])
+    ((inside, strength),), ((outside, _),) = split_loras(model, [(lora, 0.5)])
+    assert [*outside] == ["x_embedder"] and inside | outside == lora and strength == 0.5
 
 
 # --- info --------------------------------------------------------------------------------------------------

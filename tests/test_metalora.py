@@ -37,6 +37,7 @@ from metalora import (
     load_lora,
     load_meta,
     merge_loras,
+    model_spec,
     save_meta,
     use_slots,
 )
@@ -241,7 +242,8 @@ def test_exported_file(tmp_path):
     expected = {"format": "pt", "caption": "ä photo", "steps": "375", "version": "1", "r1": "6", "r2": "2"}
     expected |= {"modelspec.architecture": "flux-1-dev/lora", "modelspec.title": "Meta-LoRA: ä photo"}
     expected |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.trigger_phrase": "ä photo"}
-    assert expected.items() <= metadata.items()
+    assert expected.items() <= metadata.items() and "modelspec.resolution" not in metadata
+    assert model_spec(model, {"resolution": 768})["modelspec.resolution"] == "768x768"
     assert date.fromisoformat(metadata["modelspec.date"]) <= date.today()
     tensors = load_file(path)
     modules = {f"transformer.{name}" for name in collapse(model)}
@@ -500,7 +502,7 @@ def test_files_in_slots_do_what_merging_does_and_leave_no_trace(tmp_path):
         merged.append(model(**given))
     model = randomize(Flux(DEV))
     base, modules = model(**given), [type(module) for module in model.modules()]
-    inject_loras(model, paths)
+    inject_loras(model, [[(read_lora(path)[0], 1.0)] for path in paths])
     for slots in ([0, 1], [1, 0]):
         use_slots(model, torch.tensor(slots))
         expected = torch.stack([merged[slot][sample] for sample, slot in enumerate(slots)])
@@ -509,11 +511,20 @@ def test_files_in_slots_do_what_merging_does_and_leave_no_trace(tmp_path):
     assert [type(module) for module in model.modules()] == modules
 
 
-def test_loras_of_several_ranks_are_refused(tmp_path):
-    for r2 in (1, 2):
-        export_lora(adapted(r2), tmp_path / f"{r2}.safetensors", META)
-    with pytest.raises(ValueError, match=r"several ranks: \[1, 2\]"):
-        inject_loras(randomize(Flux(DEV)), [tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+def test_loras_of_several_ranks_and_strengths_add_up_in_a_slot(tmp_path):
+    loras = []
+    for r2, targets, strength in ((1, "all", 0.7), (3, "attention", -1.5), (2, "no-modulation", 2)):
+        export_lora(adapted(r2, seed=r2, targets=targets), tmp_path / f"{r2}.safetensors", META)
+        loras.append((read_lora(tmp_path / f"{r2}.safetensors")[0], strength))
+    given, model = inputs(DEV), randomize(Flux(DEV))
+    base, expected = model(**given), []
+    for slot in (loras, loras[1:2]):
+        merge_loras(merged := randomize(Flux(DEV)), slot)
+        expected.append(merged(**given))
+    inject_loras(model, [loras, loras[1:2]])
+    use_slots(model, torch.tensor([0, 1]))
+    both = torch.stack([expected[0][0], expected[1][1]])
+    assert difference(model(**given), both) < 1e-5 < difference(both, base)
 
 
 def test_each_slot_is_clipped_alone():

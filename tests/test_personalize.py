@@ -14,6 +14,7 @@ import flux
 import personalize
 import train_meta
 from flux.loading import read_tensors
+from flux.memory import Stream
 from flux.sampling import flow_loss
 from metalora import load_meta
 
@@ -38,7 +39,7 @@ def meta(model, people, tmp_path_factory) -> Path:
         "--bucket-warmup",
         "0",
     ]
-    train_meta.main([*map(str, argv), "--sample-every", "0", "--no-checkpointing", "--batch", "1"])
+    train_meta.main([*map(str, argv), "--sample-every", "0", "--batch", "1"])
     return out / "meta.safetensors"
 
 
@@ -54,9 +55,8 @@ def photo(people, tmp_path, monkeypatch) -> Path:
 def run(model, meta):
     """Call the script: a short training, no samples, and the stage-1 file where the method needs one."""
 
-    def call(*argv: object, checkpointing: bool = False) -> None:
+    def call(*argv: object) -> None:
         defaults = ["--model", model, "--steps", 3, "--lr", 1e-2, "--samples", 0]
-        defaults += [] if checkpointing else ["--no-checkpointing"]
         defaults += [] if "lora" in argv or "--meta" in argv else ["--meta", meta]
         personalize.main([str(word) for word in [*defaults, *argv]])
 
@@ -163,12 +163,34 @@ def test_same_seed_same_file(run, photo):
         assert any(not torch.equal(tensor, files[other][name]) for name, tensor in files["a"].items())
 
 
-def test_checkpointed_blocks_train_alike(run, photo):
+@pytest.mark.parametrize("words", ["--checkpoint all", "--checkpoint attention", "--stream 2"])
+def test_any_plan_trains_alike(run, photo, monkeypatch, words):
+    monkeypatch.setattr(Stream, "COPY", True)
     run(photo, *FACE)
-    run(photo, *FACE, "--out", "b.safetensors", checkpointing=True)
+    run(photo, *FACE, "--out", "b.safetensors", "--samples", 1, *words.split())
     a, b = load_file("ref.safetensors"), load_file("b.safetensors")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-3, rtol=0)
+
+
+def test_8_bits_are_chosen_only_when_asked_for(run, photo, capsys):
+    """The file is another one, and the plan says why."""
+    run(photo, *FACE)
+    assert "exact: weights as they are in the file" in capsys.readouterr().out
+    run(photo, *FACE, "--out", "b.safetensors", "--base-dtype", "fp8")
+    assert "weights rounded to 8 bits: as asked" in capsys.readouterr().out
+    a, b = load_file("ref.safetensors"), load_file("b.safetensors")
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_plan_alone_needs_neither_photo_nor_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    personalize.main(["nobody.jpg", "--plan", "--vram", "8"])
+    said = capsys.readouterr().out
+    assert "stage2, batch 1, 1024x1024 pixels, 512 text tokens; 8 GiB" in said and "of 57 blocks" in said
+    with pytest.raises(ValueError, match="needs .* GiB, there are 2"):
+        personalize.main(["nobody.jpg", "--plan", "--vram", "2"])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_is_encoded(run, photo, monkeypatch):
@@ -340,7 +362,7 @@ def test_the_loop_equals_autograd_and_adamw_written_out(model, meta, people, mon
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)
     folder, device, stage_1 = Path(model), torch.device("cpu"), (*load_meta(meta), meta)
-    load = lambda: flux.load_flux(flux.find_transformer(folder), dtype=torch.float32)
+    load = lambda: flux.load_flux(folder / "flux1-random.safetensors", dtype=torch.float32)
     shapes = [(16, 24), (24, 16), (16, 16)]
     crops, prompts = {}, {}
     for seed in (5, 6):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import documents, plans
+from flux.loading import find_files
 from flux.memory import FrozenLinear, arrange, blocks_of
 from flux.model import Flux
 from flux.plan import (
@@ -54,7 +56,7 @@ def test_sizes_are_those_of_the_model():
         layers = [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
         shapes = [(layer.in_features, layer.out_features) for layer in layers]
         assert sorted(shapes) == sorted(sizes[:2] for sizes in linear_sizes(SHORT, kind))
-        shared, personal, _ = adapter_bytes(Job("stage1", SHORT, r2=2, identities=5), kind)
+        shared, personal = adapter_bytes(Job("stage1", SHORT, r2=2, identities=5), kind)
         assert shared == sum(p.nbytes for name, p in block.named_parameters() if name.endswith("meta_down"))
         assert personal == sum(
             p.nbytes for name, p in block.named_parameters() if name.endswith((".mid", ".up"))
@@ -162,17 +164,34 @@ def test_weights_are_rounded_only_if_nothing_exact_fits_or_as_asked():
 def parse(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_memory_arguments(parser)
+    parser.add_argument("--t5-length", type=int)
     return parser.parse_args(argv)
 
 
+def plan(*argv: str) -> Way:
+    return make_plan(parse(*argv), "stage2", "cpu", torch.bfloat16, None)
+
+
 def test_flags_override_each_choice(capsys):
-    way = make_plan(parse("--vram", "80", "--stream", "7", "--checkpoint", "12"), STAGE2, "cpu")
-    assert way == Way(12, 7, False)
+    assert plan("--vram", "80", "--stream", "7", "--checkpoint", "12") == Way(12, 7, False)
     assert "the first 12 of 57 blocks" in (text := capsys.readouterr().out) and "7 of 57 blocks" in text
-    assert make_plan(parse("--vram", "24", "--base-dtype", "fp8"), STAGE2, "cpu").fp8
+    assert plan("--vram", "24", "--base-dtype", "fp8").fp8
     assert "8 bits: as asked" in capsys.readouterr().out
     for wrong in (["--checkpoint", "some"], ["--stream", "-1"], ["--stream", "all"]):
         with pytest.raises(SystemExit):
             parse(*wrong)
     with pytest.raises(ValueError, match="--stream 58: from 0 to 57"):
-        make_plan(parse("--stream", "58"), STAGE2, "cpu")
+        plan("--stream", "58")
+
+
+def test_sizes_come_from_the_headers(capsys):
+    """The small model's own: 8 pixels to a token's side, its pictures, its text length; it all fits."""
+    files = find_files(argparse.Namespace(model="tiny"))
+    assert make_plan(parse("--plan"), "stage2", "cpu", torch.float32, files) == Way()
+    assert "64x64 pixels, 16 text tokens" in capsys.readouterr().out
+
+
+def test_the_readme_shows_what_is_chosen():
+    text = plans.README.read_text(encoding="utf-8")
+    assert documents.fill(text, {"plans": plans.table}) == text, "run python bench/plans.py"
+    assert documents.fill(text, {"plans": lambda: "| 24 GB |"}) != text

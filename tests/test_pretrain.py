@@ -1,5 +1,6 @@
 """The script that makes small worlds, at its smallest; and the small world that is shipped."""
 
+import argparse
 import json
 import sys
 
@@ -47,8 +48,9 @@ def test_a_small_world_of_ones_own(tmp_path, monkeypatch):
         ("transformer", 2),
         ("guidance", 1),
     ]
-    folder = flux.find_model(str(out))
-    model = flux.load_flux(flux.find_transformer(folder), dtype=torch.float32)
+    files = flux.find_files(argparse.Namespace(model=str(out)))
+    assert files.folder == out
+    model = flux.load_flux(files.transformer, dtype=torch.float32)
     assert model.sizes.theta == pretrain.THETA and model.sizes.guidance
     assert Image.open(out / "samples.png").width == 12 * 64 * 2
 
@@ -72,7 +74,7 @@ def test_shipped_world_draws_what_it_is_told():
     error = (ae.decode(ae.encode(pictures)) - pictures).square().mean(dim=(1, 2, 3))
     assert (10 * (4 / error).log10()).mean() > 33  # dB
 
-    model = flux.load_flux(flux.find_transformer(SHIPPED), dtype=torch.float32)
+    model = flux.load_flux(SHIPPED / "flux1-tiny.safetensors", dtype=torch.float32)
     conditioner = flux.load_conditioner(SHIPPED, dtype=torch.float32)
     _, judge = load_judges(SHIPPED / "judges")
     right, wrong, other = [], [], "a sketch of a man in a studio wearing a black shirt"

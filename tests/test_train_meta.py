@@ -18,7 +18,8 @@ import metalora
 import train_meta
 from data import deal_batches
 from flux.loading import read_tensors
-from flux.memory import checkpoint_blocks
+from flux.memory import Stream
+from flux.plan import Way, follow
 from runs import Checkpoints, read_state
 from train_meta import Trainer
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random m
 # Five people of four photos in two buckets, of 3 and 2: q_bucket is 12 * 2 / 2 = 12 and 8, q_warmup 5 and 3.
 SETTINGS = ["--r1", "4", "--bucket-ids", "3", "--uses-per-image", "2", "--batch", "2", "--lr", "1e-2"]
 SETTINGS += ["--save-every", "5", "--sample-every", "0", "--resolution", "32"]
-SETTINGS += ["--keep-buckets", "--no-checkpointing"]
+SETTINGS += ["--keep-buckets"]
 BUCKETS = [0] * 12 + [1] * 8 + [0] * 12 + [1] * 2
 WARM_UP = [True] * 5 + [False] * 7 + [True] * 3 + [False] * 5 + [True] * 5 + [False] * 7 + [True] * 2
 STEPS = len(BUCKETS)
@@ -151,19 +152,33 @@ def test_a_bucket_goes_on_where_it_was(run, tmp_path, monkeypatch):
     assert turns == [0, 1, 0]
 
 
-def test_checkpointed_blocks_train_alike(run, undisturbed, tmp_path, monkeypatch):
-    """Blocks that run forward again for the backward pass see the same identities: all factors agree."""
-    calls = []
-    monkeypatch.setattr(train_meta, "checkpoint_blocks", lambda model: calls.append(checkpoint_blocks(model)))
-    kept = SETTINGS[-1:]
-    assert kept == ["--no-checkpointing"]
-    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", SETTINGS[:-1])
-    ours, theirs = run(tmp_path / "a"), load_file(undisturbed / "meta.safetensors")
-    assert len(calls) == 1
+@pytest.mark.parametrize("words", ["--checkpoint all", "--checkpoint attention", "--checkpoint 1 --stream 1"])
+def test_any_plan_trains_alike(run, undisturbed, tmp_path, monkeypatch, words):
+    """Blocks that run forward again in the backward pass, or are streamed, see the same identities."""
+    ways = []
+    monkeypatch.setattr(train_meta, "follow", lambda *args: ways.append(args[1]) or follow(*args))
+    monkeypatch.setattr(Stream, "COPY", True)
+    ours, theirs = run(tmp_path / "a", *words.split()), load_file(undisturbed / "meta.safetensors")
+    word = words.split()[1]
+    assert ways == [Way(int(word) if word.isdecimal() else word, int("stream" in words))]
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
     start = run(tmp_path / "b", steps=1)  # in a warm-up: meta_down as it was drawn
     assert all((start[name] - ours[name]).abs().max() > 0.02 for name in ours)
+
+
+def test_8_bits_train_and_the_file_says_what_changed(run, undisturbed, tmp_path):
+    """Rounded weights train something else, and a run does not go on with the others."""
+    ours, theirs = run(tmp_path, "--base-dtype", "fp8"), load_file(undisturbed / "meta.safetensors")
+    assert all(0 < (ours[name] - theirs[name]).abs().max() for name in ours)
+    with pytest.raises(ValueError, match="fp8: True -> False"):
+        run(tmp_path, steps=STEPS + 1)
+
+
+def test_the_plan_alone_needs_nothing(tmp_path, capsys):
+    train_meta.main(["--data", str(tmp_path / "nowhere"), "--plan", "--vram", "48"])
+    assert "stage1, batch 4, 1024x1024 pixels" in capsys.readouterr().out
+    assert not [*tmp_path.iterdir()]
 
 
 # --- Stopping and going on ---------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def main() -> None:
     run("tiny/people.py", "--out", out / "ids", "--people", 60, "--photos", 20, "--seed", 0)
     meta = ["train_meta.py", "--data", out / "ids", *small, "--out", out / "meta", "--r1", 32]
     meta += ["--steps", args.meta_steps, "--bucket-ids", 20, "--uses-per-image", 1, "--lr", 4e-3]
-    run(*meta, "--sample-every", 0, "--no-checkpointing")
+    run(*meta, "--sample-every", 0)
     draw_curve(out / "meta" / "log.jsonl", out / "curve.png")
     print(
         "\nThe shipped prior, tiny/weights/meta.safetensors, is the same command with more people and steps."
@@ -98,7 +98,7 @@ def main() -> None:
     run(*new, "--seed", 1)
     person = scan_people(out / "new")[0]
     photo, learned, word = person.photos[0], out / f"{person.name}.safetensors", person.name.split("_")[0]
-    setting = ["--lr", args.lr, "--no-checkpointing", "--steps"]
+    setting = ["--lr", args.lr, "--steps"]
     own = ["--caption", photo.caption, "--no-augment", "--samples", 0, "--out", learned]
     run("personalize.py", photo.path, *small, *own, *setting, max(args.steps))
     prompts = [f"a photo of a {word} at the beach", f"a painting of a {word} in the forest"]

@@ -1,0 +1,237 @@
+"""FLUX.1-dev at full size without a GPU: random weights in a file, computed with, and the memory that takes.
+
+    python bench/fullsize.py                        # everything; 48 GB on the disk for a while
+    python bench/fullsize.py --only open forward    # a part; 24 GB unless it is `merge`
+
+Every row is a process of its own, watched from outside by /proc (Linux): anonymous memory, which must be
+there, and the pages of files, which the kernel can drop and read again. The weights are not in the page cache
+when a row begins. Images and texts are small, since what is asked is where the weights are; activations at
+real sizes are counted by bench/memory.py. What is written is deleted at the end, also of a run that fails or
+is stopped.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
+
+from flux import Flux, load_flux
+from flux.memory import arrange, blocks_of
+from flux.model import FluxSizes
+from flux.plan import FLUX_DEV, GIB
+from flux.sampling import denoise, flow_loss
+from lora_files import name_tensors, part_sizes
+from metalora import SlotAdamW, factors, inject, linear_names, use_slots
+
+ROOT = Path(__file__).parents[1]
+ROWS = ("open", "forward", "stage2", "stage1", "merge")
+MEMORY = {"resident": "VmHWM", "anonymous": "RssAnon", "of files": "RssFile"}  # of /proc/PID/status
+LIMITS = {  # GiB that must not be passed
+    "forward": {"resident": 1.2},
+    "stage2": {"anonymous": 3.0, "of files": 4.0},
+    "merge": {"anonymous": 2.0},
+}
+STD = 0.02  # of weights: a layer of 3,072 inputs then changes the norm little
+
+
+# --- What is written ---------------------------------------------------------------------------------------
+
+
+def write_checkpoint(path: Path, sizes: FluxSizes = FLUX_DEV) -> None:
+    """Write a transformer of random bfloat16 weights under its own names, one tensor at a time in memory."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in sorted(Flux(sizes).state_dict().items())}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * shape.numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    generator = torch.Generator().manual_seed(0)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        bar = tqdm(total=end, desc=path.name, unit="B", unit_scale=True, mininterval=2, dynamic_ncols=True)
+        for name, shape in shapes.items():
+            mean = 1.0 if name.endswith(".scale") else 0.0  # of the norms
+            tensor = torch.empty(shape, dtype=torch.bfloat16).normal_(mean, STD, generator=generator)
+            bar.update(file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy())))
+        bar.close()
+        os.fsync(file.fileno())
+
+
+def write_lora(path: Path, sizes: FluxSizes, rank: int) -> None:
+    """Write a random LoRA of every layer that we adapt, in float16 in diffusers' format."""
+    with torch.device("meta"):
+        model = Flux(sizes)
+    lora = {}
+    for name, parts in linear_names(model):
+        d_out, d_in = model.get_submodule(name).weight.shape
+        for part, rows in zip(parts, part_sizes(len(parts), d_out, d_in)):
+            lora[part] = (torch.randn(rank, d_in) * STD).half(), (torch.randn(rows, rank) * STD).half()
+    save_file(name_tensors(lora, "diffusers"), path)
+
+
+# --- What is measured, in a process of its own -------------------------------------------------------------
+
+
+def inputs(args: argparse.Namespace, batch: int, model: Flux) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random latents, txt and pooled."""
+    side, sizes = args.resolution // 8, model.sizes
+    txt = torch.randn(batch, args.tokens, sizes.txt_size).bfloat16()
+    latents = torch.randn(batch, sizes.in_channels // 4, side, side)
+    return latents, txt, torch.randn(batch, sizes.pooled_size).bfloat16()
+
+
+def forward(args: argparse.Namespace, model: Flux) -> Tensor:
+    """Sample in a single step."""
+    return denoise(arrange(model, "cpu", stream=len(blocks_of(model))), *inputs(args, 1, model), steps=1)
+
+
+def train(args: argparse.Namespace, model: Flux) -> Tensor:
+    """Do steps of stage 1 or 2 as the scripts do them; return the last loss."""
+    stage1 = args.row == "stage1"
+    batch, identities = (args.batch, args.identities) if stage1 else (1, 1)
+    inject(model, r1=128, r2=1, slots=identities)
+    arrange(model, "cpu", checkpoint="all", stream=len(blocks_of(model)))
+    meta_down, personal = factors(model, "meta_down"), factors(model, "mid", "up")
+    slots = torch.arange(batch) % identities
+    use_slots(model, slots)
+    if stage1:
+        optimisers = [SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)]
+    else:
+        for p in meta_down:
+            p.requires_grad_(False)
+        optimisers = [torch.optim.AdamW(personal, 1e-4)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(args.steps):
+        latents, txt, pooled = inputs(args, batch, model)
+        noise, t = torch.randn_like(latents), torch.rand(batch)
+        loss = flow_loss(model, latents, noise, t, txt, pooled, guidance=1.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimiser in optimisers:
+            optimiser.step(slots.unique()) if isinstance(optimiser, SlotAdamW) else optimiser.step()
+        for p in trained:
+            p.grad = None
+    return loss.detach()
+
+
+def run_row(args: argparse.Namespace) -> None:
+    """Do what a row measures and print the seconds it took."""
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    model = load_flux(args.file)
+    if args.row != "open":
+        result = (forward if args.row == "forward" else train)(args, model)
+        assert result.isfinite().all(), "numbers that are not finite"
+    print(time.perf_counter() - began)
+
+
+# --- Watching ----------------------------------------------------------------------------------------------
+
+
+def watch(command: list[object]) -> tuple[str, dict[str, float]]:
+    """Run a command; return what it printed, and the peaks of its memory in GiB."""
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+    peaks, status = defaultdict(int), Path(f"/proc/{process.pid}/status")
+    try:
+        while process.poll() is None:
+            for line in status.read_text().splitlines():
+                if (name := line.partition(":")[0]) in MEMORY.values():
+                    peaks[name] = max(peaks[name], int(line.split()[1]))  # kB
+            time.sleep(0.01)
+    finally:
+        process.terminate()
+        printed, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed ({process.returncode})")
+    return printed, {name: peaks[key] * 1024 / GIB for name, key in MEMORY.items()}
+
+
+def measure(row: str, args: argparse.Namespace, folder: Path) -> str:
+    """Measure one row and return it as a line of the table."""
+    with args.file.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # out of the page cache
+    if row == "merge":
+        write_lora(lora := folder / "lora.safetensors", load_flux(args.file, "meta").sizes, args.rank)
+        out, began = folder / "merged.safetensors", time.perf_counter()
+        command = [sys.executable, ROOT / "metalora.py", "merge", args.file, out, "--lora", lora]
+        _, peaks = watch(command)
+        seconds = time.perf_counter() - began
+        out.unlink()
+    else:
+        command = [sys.executable, __file__, "--row", row, "--file", args.file]
+        for name in ("resolution", "tokens", "identities", "batch", "steps"):
+            command += [f"--{name}", getattr(args, name)]
+        printed, peaks = watch(command)
+        seconds = float(printed)
+    limits = LIMITS.get(row, {})
+    passed = "(!)" if any(peaks[name] > most for name, most in limits.items()) else ""
+    limits = ", ".join(f"{name} {most}" for name, most in limits.items())
+    numbers = " | ".join(f"{peaks[name]:.2f}" for name in MEMORY)
+    return f"| {describe(row, args)} | {seconds:.1f} | {numbers} | {limits} {passed}|"
+
+
+def describe(row: str, args: argparse.Namespace) -> str:
+    batch, people = (args.batch, f", {args.identities} identities") if row == "stage1" else (1, "")
+    tokens = f"{batch} x {args.resolution}px + {args.tokens}"
+    return {
+        "open": "open and assign",
+        "forward": f"a forward pass, {tokens}, all blocks streamed",
+        "merge": f"metalora.py merge, rank {args.rank}",
+    }.get(row, f"{args.steps} step(s) of {row}, {tokens}, r1 128{people}, all checkpointed and streamed")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--out", type=Path, default=Path("out/fullsize"), help="where to write")
+    parser.add_argument("--file", type=Path, help="flux1-dev.safetensors; default: random weights")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels of a side")
+    parser.add_argument("--tokens", type=int, default=64, help="of text; FLUX.1-dev is used with 512")
+    parser.add_argument("--identities", type=int, default=4, help="in stage 1; the paper's buckets have 50")
+    parser.add_argument("--batch", type=int, default=4, help="of stage 1; stage 2's is 1")
+    parser.add_argument("--steps", type=int, default=1, help="of training")
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA that is merged")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)  # a process that is watched
+    args = parser.parse_args(argv)
+    if args.row:
+        return run_row(args)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that files are deleted
+    args.out.mkdir(parents=True, exist_ok=True)
+    need = 24.0 * ((args.file is None) + ("merge" in args.only))
+    if (free := shutil.disk_usage(args.out).free / 1e9) < need:
+        raise SystemExit(f"{args.out} has {free:.0f} GB free, {need:.0f} are needed")
+    try:
+        with tempfile.TemporaryDirectory(prefix="fullsize", dir=args.out) as folder:
+            if args.file is None:
+                args.file, began = Path(folder) / "flux1-dev.safetensors", time.perf_counter()
+                write_checkpoint(args.file)
+                print(f"{args.file.stat().st_size:,} bytes written in {time.perf_counter() - began:.0f} s")
+            print("python bench/fullsize.py", *(sys.argv[1:] if argv is None else argv))
+            print("| what | s | resident, GiB | anonymous | of files | at most |\n|---|---|---|---|---|---|")
+            for row in args.only:
+                print(measure(row, args, Path(folder)), flush=True)
+    finally:
+        with suppress(OSError):  # something else is in it
+            args.out.rmdir()
+
+
+if __name__ == "__main__":
+    main()
