@@ -202,7 +202,8 @@ class Benchmark:
     def settings(self, run: Run) -> argparse.Namespace:
         """Return what personalize.py's functions want to know."""
         own = {"method": run.method.removesuffix("-noaug"), "rank": run.rank, "lr": run.lr}
-        return argparse.Namespace(**{**vars(self.args), **own, "steps": max(run.steps)})
+        own |= {"steps": max(run.steps), "resolution": self.side}
+        return argparse.Namespace(**{**vars(self.args), **own})
 
     def meta_of(self, run: Run) -> tuple | None:
         return self.meta if run.method.startswith("meta-lora") else None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flux.arguments import Parser
-from flux.loading import HelpFormatter, atomic, opened, read_tensors
+from flux.loading import HelpFormatter, atomic, check_writable, opened, read_tensors
 from flux.memory import drop_pages, file_ranges
 
 Lora = dict[str, tuple[Tensor, Tensor]]
@@ -492,6 +492,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.out.exists():
         raise FileExistsError(f"{args.out} is there already; name a new file")
+    check_writable(args.out.parent, "out")
     if args.command == "convert":
         lora, metadata = read_lora(args.file)
         write_tensors(name_tensors(lora, args.format), args.out, fresh(metadata))

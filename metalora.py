@@ -81,7 +81,17 @@ class MetaLoRALinear(nn.Module):
         up = torch.stack([torch.block_diag(*own.split(self.parts, dim=1)) for own in self.up[slot].mT])
         tokens = x.reshape(len(down), -1, x.shape[-1])  # (s, l, d_in)
         h = self.base(tokens.flatten(0, 1))  # (s * l, d_out)
-        return _AddUpdate.apply(h, tokens, down, up.to(x.dtype)).view(*x.shape[:-1], -1)
+        add = add_update if torch.compiler.is_compiling() else _AddUpdate.apply
+        return add(h, tokens, down, up.to(x.dtype)).view(*x.shape[:-1], -1)
+
+
+def add_update(h: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Return h + x down^T up, slot by slot: (s * l, d_out), (s, l, d_in), (s, r, d_in), (s, r, d_out).
+
+    What `_AddUpdate` computes, for torch.compile, which does not know `mark_dirty` and finds out by itself
+    what can be done in place.
+    """
+    return torch.baddbmm(h.view(*x.shape[:2], -1), x @ down.mT, up).flatten(0, 1)
 
 
 class _AddUpdate(torch.autograd.Function):

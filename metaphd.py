@@ -173,6 +173,8 @@ def read_json(path: Path, called: str) -> dict:
     """Read a JSON object; ValueError, saying what the file is called, when it holds something else."""
     try:
         found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise OSError(f"{called} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{called} is not JSON ({error})") from error
     if not isinstance(found, dict):

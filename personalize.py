@@ -316,7 +316,8 @@ def describe(
     about = {"base_model": transformer.name, "base_hash": fingerprint(transformer)}
     about |= {"photos": [digest(path) for path in photos]}
     about |= {"stage_1": digest(meta[2])} if meta else {}
-    return about | {key: getattr(args, key) for key in ("method", "rank", "steps", "lr", "caption", "seed")}
+    told = ("method", "rank", "steps", "lr", "resolution", "caption", "seed")
+    return about | {key: getattr(args, key) for key in told}
 
 
 def plan(args: argparse.Namespace, device, dtype, files: flux.ModelFiles | None, meta: tuple | None) -> Way:
@@ -340,6 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         return show_crops(photos, list_crops(photos, args), beside(args.out, "_crops.png"))
     files = flux.find_files(args)
     transformer = files.transformer
+    args.resolution = side = args.resolution or native_size(files.folder)
     meta = find_meta(files.folder, args)
     # Does the stage-1 file fit? This reads no weights.
     prepare(flux.load_flux(transformer, "meta"), args, meta, [args.seed])
@@ -348,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything that does not change is computed once; then the encoders leave.
     autoencoder, cache = flux.load_autoencoder(files.autoencoder, device, dtype), MemoryCache()
-    side, multiple = args.resolution or native_size(files.folder), 2 * autoencoder.sizes.reduction
+    multiple = 2 * autoencoder.sizes.reduction
     encoded = encode_crops(crops, autoencoder, side, not args.no_augment, cache)
     del autoencoder
     release(device)

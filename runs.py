@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import printable
-from flux.loading import atomic
+from flux.loading import atomic, check_writable
 
 KEPT = 2  # checkpoints
 LEFTOVER = re.compile(r"\..+\.\d+\.\w+")  # the temporary names of `atomic`
@@ -162,7 +162,7 @@ class Bank:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Keep a second run out of a folder, OSError if one is there; delete what a killed one was writing."""
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "--out")
     with (folder / ".lock").open("w") as lock:
         try:
             import fcntl
@@ -360,8 +360,9 @@ def explain_out_of_memory(error: Exception, device: torch.device, resident: dict
         [
             f"out of memory on {device} ({str(error).strip().partition(chr(10))[0]}). Resident were:",
             *lines,
-            "What shrinks it: --batch 1, --resolution 512, no --no-checkpointing (activations);",
-            "--bucket-ids 25 (mid and up); --r1 64, --targets attention (meta_down); --dtype bf16 (the base)",
+            "What shrinks it: a --vram below what the card has, if others use it too, for another plan; "
+            "--batch 1, --resolution 512, --checkpoint all (activations); --bucket-ids 25 (mid and up); "
+            "--r1 64, --targets attention (meta_down); --stream, --base-dtype fp8 (the base)",
         ]
     )
 

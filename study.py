@@ -387,7 +387,9 @@ def tally(args: argparse.Namespace) -> None:
     path = args.study / "key.json"
     if not path.is_file():
         raise FileNotFoundError(f"--study {args.study}: there is no key.json, which `make` wrote")
-    key, answers, files = json.loads(path.read_text("utf-8")), {}, {}
+    key, answers, files = metaphd.read_json(path, str(path)), {}, {}
+    if lacking := {"study", "settings", "questions"} - key.keys():
+        raise ValueError(f"{path} is not the key that `make` wrote: it lacks {', '.join(sorted(lacking))}")
     for file in args.answers:
         participant, given = read_answers(file, key)
         if participant in files:

@@ -4,8 +4,8 @@
     python bench/flops.py --photo 2048 1536 --face 600,500,900,900
 
 Counted are the transformer's matrix products and attention by `flux.plan.step_flops`, which the tests compare
-with torch's counter; not the adapters (2 to 3 % on top), nor the encoders, which run once. Where memory
-allows, fewer blocks are run again: as the plan chooses for a card, on which the time also depends.
+with torch's counter; not the adapters, about a thousandth at rank 1, nor the encoders, which run once. Where
+memory allows fewer blocks are run again, as the plan chooses it for a card.
 """
 
 import argparse
@@ -42,10 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--photo", type=int, nargs=2, default=(1024, 1024), metavar=("H", "W"), help="pixels")
     parser.add_argument(
-        "--photo", type=int, nargs=2, default=(1024, 1024), metavar=("H", "W"), help="pixels"
+        "--face", help="x0,y0,x1,y1 in pixels; default: 200 wide, 260 high, as detectors draw"
     )
-    parser.add_argument("--face", help="x0,y0,x1,y1 in pixels; default: 200 wide, 260 high, as detectors draw")
     parser.add_argument("--resolution", type=int, default=1024, help="crops are shrunk to this side squared")
     parser.add_argument("--steps", type=int, default=375)
     parser.add_argument("--cards", type=float, nargs="*", default=(24, 48, 80), help="GiB of memory")
@@ -62,16 +62,18 @@ def main(argv: list[str] | None = None) -> None:
         again = way.checkpoint if isinstance(way.checkpoint, str) else f"{way.checkpoint} blocks"
         ways.append((f"as planned for {card:g} GiB: {again}, {way.stream} streamed", way))
     whole = run_flops(job, Way("all"), [full], args.steps)
-    lines = [["what is run again", "crops, TFLOP", "whole photo, TFLOP", "crops, ratio", "whole photo, ratio"]]
+    lines = [
+        ["what is run again", "crops, TFLOP", "whole photo, TFLOP", "crops, ratio", "whole photo, ratio"]
+    ]
     for name, way in ways:
         found = [run_flops(job, way, these, args.steps) for these in (shapes, [full])]
         lines.append([name, *(f"{x / 1e12:,.0f}" for x in found), *(f"{x / whole:.2f}" for x in found)])
     print(f"python bench/flops.py {' '.join(sys.argv[1:] if argv is None else argv)}".rstrip())
     areas = sorted(h * w // 16**2 for h, w in shapes)
     print(
-        f"\nA photo of {photo[0]}x{photo[1]} (h x w), face {face}, {args.steps} steps. {len(shapes)} crops of "
-        f"{areas[0]} to {areas[-1]} image tokens, {sum(areas) / len(areas):.0f} on average; the whole photo "
-        f"has {full[0] * full[1] // 16**2}. Ratios are to the whole photo with all blocks run again.\n"
+        f"\nA photo of {photo[0]}x{photo[1]} (h x w), face {face}, {args.steps} steps. {len(shapes)} crops "
+        f"of {areas[0]} to {areas[-1]} image tokens, {sum(areas) / len(areas):.0f} on average; the whole "
+        f"photo has {full[0] * full[1] // 16**2}. Ratios are to it with all blocks run again.\n"
     )
     print(markdown(lines))
 

@@ -28,6 +28,7 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
+from safetensors import SafetensorError
 from torch import Tensor
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
@@ -126,7 +127,7 @@ def find_named(name: str) -> tuple[Path | None, str | None]:
         place = os.environ.get(variable)  # FLUX_DEV, as black-forest-labs' own code
         return (existing(Path(place), variable), None) if place else (None, HUB_MODELS[name])
     path = LOCAL_MODELS.get(name, Path(name))
-    if path.exists():
+    if name and path.exists():
         return path, None
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix not in (".safetensors", ".sft"):
         return None, name
@@ -295,7 +296,11 @@ def check_parts(files: ModelFiles) -> None:
 
 
 def load_flux(path: Path | str, device="cpu", dtype=torch.bfloat16) -> Flux:
-    """Load the transformer from a file, or a folder of shards; frozen."""
+    """Load the transformer from a file, or a folder of shards; frozen.
+
+    On the CPU it stays on the disk, in whatever layout: weights that diffusers splits are joined in temporary
+    files, 7.2 GB for FLUX.1-dev, and so are those of another dtype; see `flux.checkpoint.empty`.
+    """
     return load(Flux, FluxSizes, path, device, dtype)
 
 
@@ -362,6 +367,8 @@ def atomic(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"{path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -89,6 +89,29 @@ class _Answer(_Keep):
         return op(*args, **kwargs or {})
 
 
+# --- Compiling ---------------------------------------------------------------------------------------------
+
+SHAPES = 64  # of a block's inputs that are compiled; torch stops at 8, and a face has up to 25 crops
+
+
+def compile_blocks(model: Flux, **options) -> None:
+    """Compile every block with torch.compile, anew for each shape; blocks of a kind share what is compiled.
+
+    It comes after `checkpoint_blocks`, which would undo it; what is run again is then compiled as well.
+    options: further arguments of torch.compile. Raises ValueError for streamed blocks, whose weights move.
+    """
+    if any(getattr(layer, "stream", None) for layer in model.modules()):
+        raise ValueError("streamed blocks cannot be compiled: choose --compile or --stream, not both")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    for block in blocks_of(model):
+        run = block.forward
+        if isinstance(run, partial):  # checkpointed
+            compiled = torch.compile(*run.args, dynamic=False, **options)
+            block.forward = partial(run.func, compiled, **run.keywords)
+        else:
+            block.forward = torch.compile(run, dynamic=False, **options)
+
+
 # --- Weights that are whole only while they are used -------------------------------------------------------
 
 
@@ -329,12 +352,14 @@ def arrange(
     checkpoint: str | int = "none",
     stream: int = 0,
     fp8: bool = False,
+    compiled: bool = False,
 ) -> Flux:
     """Bring a frozen model to the device, in place, as a plan says; return it.
 
     Adapters may be in the model already, and go to the device; given a model on the CPU, mapped to its file,
     the device never holds more than its share. stream: the number of blocks that stay in host memory;
-    checkpoint: as in `checkpoint_blocks`. LoRA files are merged before, not after.
+    checkpoint: as in `checkpoint_blocks`; compiled: by `compile_blocks`, if nothing is streamed. LoRA files
+    are merged before, not after.
     """
     blocks = blocks_of(model)
     if stream not in range(len(blocks) + 1):
@@ -344,6 +369,8 @@ def arrange(
     if stream:
         Stream([blocks[k] for k in spread(stream, len(blocks))], device)
     checkpoint_blocks(model, checkpoint)
+    if compiled:
+        compile_blocks(model)
     return model.to(device)
 
 

@@ -5,7 +5,7 @@ The peaks are a model of what bench/memory.py counts operation by operation; it 
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -75,6 +75,7 @@ class Way:
     checkpoint: str | int = "none"
     stream: int = 0
     fp8: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,9 @@ def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True)
         default="auto",
         help="bf16: weights as they are; fp8: rounded to 8 bits; auto: rounded if nothing else fits",
     )
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile each block, once per shape; not with --stream"
+    )
     group.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     return group
 
@@ -364,11 +368,14 @@ def make_plan(
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         card = next((known for known in PEAKS if known in name), card)
+    if args.compile and args.stream not in ("auto", "0"):
+        raise ValueError(f"--compile and --stream {args.stream}: streamed blocks cannot be compiled")
+    stream = "0" if args.compile else args.stream
     checkpoint = getattr(args, "checkpoint", "none")
     peak_flops = PEAKS[card or "A6000"]
-    way, some, line = choose(job, budget, checkpoint, args.stream, args.base_dtype, peak_flops)
+    way, some, line = choose(job, budget, checkpoint, stream, args.base_dtype, peak_flops)
     print(table(job, way, some, line, budget, card))
-    return way
+    return replace(way, compiled=args.compile)
 
 
 def files_to_plan(args: argparse.Namespace) -> ModelFiles | None:
@@ -378,4 +385,4 @@ def files_to_plan(args: argparse.Namespace) -> ModelFiles | None:
 
 def follow(model: Flux, way: Way, device: torch.device | str) -> Flux:
     """Bring a model to the device as planned; see `flux.memory.arrange`."""
-    return arrange(model, device, way.checkpoint, way.stream, way.fp8)
+    return arrange(model, device, way.checkpoint, way.stream, way.fp8, way.compiled)

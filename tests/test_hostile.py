@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_benchmark import pictures
 from test_benchmark import run as benchmark_fixture
@@ -671,6 +672,25 @@ def test_a_benchmark_that_is_stopped_says_how_to_go_on(bench, tmp_path, monkeypa
     assert len(samples) == 20 and (out / "report.html").stat().st_size > 10_000
 
 
+def test_what_safetensors_makes_of_a_full_disk_is_an_error_of_ours(files, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    (tmp_path / "a.safetensors").write_bytes(files["kohya"])
+    words = [
+        "convert",
+        tmp_path / "a.safetensors",
+        tmp_path / "new" / "b.safetensors",
+        "--format",
+        "diffusers",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_files, "save_file", fails)
+        assert "b.safetensors: No space left" in cli(lora_files.main, monkeypatch, capsys, *words)[2]
+    assert not list((tmp_path / "new").iterdir())
+    assert cli(lora_files.main, monkeypatch, capsys, *words)[2] == 0
+
+
 def test_strays_in_a_folder_of_weights_are_not_weights(model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     for path in [path for path in (tmp_path / "model").rglob("*.safetensors")]:
@@ -744,6 +764,13 @@ def test_the_message_names_what_was_found_and_what_is_accepted(script, flags, me
     with pytest.raises(SystemExit):
         parse([*words, *flags])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[", "{}", "[1]", "[" * 10**5, '{"study": 1}'])
+def test_a_damaged_key_of_a_study(tmp_path, content):
+    (tmp_path / "key.json").write_text(content)
+    with pytest.raises(ValueError, match="key.json"):
+        study.main(["tally", "answers.json", "--study", str(tmp_path)])
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:77", "meta", "cpu:", "\x1b"])

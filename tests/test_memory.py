@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux import T5, load_flux
-from flux.memory import FrozenLinear, Stream, arrange, blocks_of, checkpoint_blocks, quantize_rows, spread
+from flux.memory import (
+    FrozenLinear,
+    Stream,
+    arrange,
+    blocks_of,
+    checkpoint_blocks,
+    compile_blocks,
+    quantize_rows,
+    spread,
+)
 from flux.model import Flux, FluxSizes
 from flux.sampling import flow_loss
 from flux.t5 import T5Sizes
@@ -273,6 +282,41 @@ def test_any_model_of_blocks_can_be_streamed():
             Stream(t5.requires_grad_(False).encoder.block, "cpu")
         assert torch.equal(t5(tokens), expected)
         assert torch.equal(t5(tokens), expected)
+
+
+# --- Compiled ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "checkpoint, fp8, backend",
+    [
+        ("none", False, "aot_eager"),
+        (2, False, "aot_eager"),
+        ("attention", False, "aot_eager"),
+        ("all", True, "aot_eager"),
+        ("all", False, "inductor"),
+    ],
+)
+def test_compiled_blocks_give_the_same_numbers(checkpoint, fp8, backend):
+    """And a shape, or an identity, that was seen before compiles nothing."""
+    torch._dynamo.reset()
+    expected, model = arranged(adapted(), checkpoint, fp8=fp8), arranged(adapted(), checkpoint, fp8=fp8)
+    names = [name for name, _ in model.named_parameters()]
+    compile_blocks(model, backend=backend)
+    assert names == [name for name, _ in model.named_parameters()]
+    counts = []
+    for slots in ([2, 0], [1, 1]):
+        for changed in (model, expected):
+            use_slots(changed, torch.tensor(slots))
+        assert error(step(model), step(expected)) < 1e-5
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] > 0
+
+
+def test_streamed_blocks_are_not_compiled():
+    with pytest.raises(ValueError, match="cannot be compiled"):
+        compile_blocks(arranged(adapted(), stream=2))
 
 
 # --- 8 bits ------------------------------------------------------------------------------------------------

@@ -109,6 +109,22 @@ def test_layer_equals_the_papers_product(r2, tokens):
         )
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("slots", [[2, 2, 0], [1]], ids=["each", "one"])
+def test_layer_in_the_dtypes_of_training(dtype, most, slots):
+    """The base and x in `dtype`, the factors in float32; the same bits every time; x is not written to."""
+    layer, x = layer_and_input(2, (5,))
+    expected = results(lambda x: three_steps(layer, x, (3 * slots)[:3]), layer, x)
+    layer, given = layer.float(), x.detach().to(dtype).requires_grad_()
+    layer.base.to(dtype)
+    layer.slot = torch.tensor(slots)
+    ours = results(layer, layer, given)
+    assert [part.dtype for part in ours] == [dtype, *3 * [torch.float32], dtype]
+    assert max(far([part.double() for part in ours], expected)) < most
+    assert all(map(torch.equal, ours, results(layer, layer, given)))
+    assert torch.equal(given, x.to(dtype))
+
+
 def test_fresh_factors():
     """Uniform up to 1 / sqrt(inputs), as kaiming with a = sqrt(5); up zero; the seed decides."""
     first, again, other = (
@@ -382,13 +398,13 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_error(tmp_path):
         load_lora(model, path)
     assert str(error.value).splitlines() == [
         f"{path} does not fit this model:",
+        f"  {first}ff.net.7.lora_A.weight is for no layer of FLUX.1",
         "  single_blocks.0.linear1 lacks lora_A and lora_B",
         "  transformer_blocks.0.attn.to_q lacks lora_A",
         "  transformer_blocks.0.ff.net.2 has lora_A (2, 384) and lora_B (96, 1), "
         "must be (rank, inputs) and (outputs, rank)",
         "  transformer_blocks.0.attn.to_k has lora_A (1, 96) and lora_B (95, 1), "
         "must be (rank, 96) and (96, rank)",
-        f"  {first}ff.net.7.lora_A.weight is for no layer of FLUX.1",
     ]
     assert torch.equal(model.double_blocks[0].img_mod.lin.weight, before)
 

@@ -286,8 +286,8 @@ def test_two_ranks_are_one_process_with_both_batches(pair, as_one, tmp_path):
 
 @pytest.mark.parametrize("act", [without_averaging, with_their_own_norms])
 def test_what_is_not_agreed_is_noticed(launch, as_one, tmp_path, act):
-    assert launch(tmp_path / "two", act=act) == [0, 0]
-    as_one(tmp_path / "one", tmp_path / "two", same=False)
+    assert launch(tmp_path / "two", act=act, steps=5) == [0, 0]
+    as_one(tmp_path / "one", tmp_path / "two", steps=5, same=False)
     assert min(differences(tmp_path / "two", tmp_path / "one")) > 1e-3
 
 

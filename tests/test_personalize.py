@@ -16,6 +16,7 @@ import train_meta
 from flux.loading import read_tensors
 from flux.memory import Stream
 from flux.sampling import flow_loss
+from lora_files import read_lora
 from metalora import load_meta
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
@@ -161,6 +162,17 @@ def test_same_seed_same_file(run, photo):
     assert all(torch.equal(tensor, files["b"][name]) for name, tensor in files["a"].items())
     for other in "cd":
         assert any(not torch.equal(tensor, files[other][name]) for name, tensor in files["a"].items())
+
+
+def test_both_formats_hold_the_same(run, photo):
+    run(photo, *FACE)
+    run(photo, *FACE, "--out", "b.safetensors", "--format", "kohya")
+    (ours, about), (kohya, _) = (read_lora(Path(f"{name}.safetensors")) for name in ("ref", "b"))
+    assert all(name.startswith("lora_unet_") for name in load_file("b.safetensors"))
+    assert about["modelspec.resolution"] == "64x64" and ours.keys() == kohya.keys()
+    for part, (a, b) in ours.items():
+        x, y = kohya[part]
+        torch.testing.assert_close(b.float() @ a.float(), y.float() @ x.float())
 
 
 @pytest.mark.parametrize("words", ["--checkpoint all", "--checkpoint attention", "--stream 2"])

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import documents, plans
 from flux.loading import find_files
-from flux.memory import FrozenLinear, arrange, blocks_of
+from flux.memory import FrozenLinear, arrange, blocks_of, checkpoint_blocks
 from flux.model import Flux
 from flux.plan import (
     FLUX_DEV,
@@ -129,6 +129,40 @@ def test_flops_of_a_forward_pass_are_those_counted():
         for k in range(n)
     )
     assert step_flops(job, "none") == counted
+
+
+@pytest.mark.parametrize("what", ["none", "all", 2])
+def test_flops_of_a_training_step_of_any_shape_are_those_counted(what):
+    """Input gradients alone, which is what a frozen base costs; without adapters, which are not planned."""
+    sizes = replace(FLUX_DEV, hidden_size=128, mlp_size=512, num_heads=1, depth=2, depth_single=3)
+    job = Job("stage2", sizes, shape=(64, 144), t5_length=16)
+    tokens, width = 4 * 9, sizes.hidden_size
+    img = torch.zeros(1, tokens, 64, requires_grad=True)
+    ids, txt = torch.zeros(1, tokens, 3), torch.zeros(1, 16, 4096, requires_grad=True)
+    model = Flux(sizes).requires_grad_(False)
+    checkpoint_blocks(model, what)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    count = lambda q, k, *_, **__: 2 * 2 * q[1] * q[2] * k[2] * q[3]  # a head's two products
+    back = lambda grad, q, k, *_, **__: 5 * 2 * q[1] * q[2] * k[2] * q[3]
+    known = {flash: count, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: back}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        model(
+            img, ids, txt, ids[:, :16], torch.zeros(1), torch.zeros(1, 768), torch.zeros(1)
+        ).sum().backward()
+    # Outside of the blocks: embeddings forward, the gradients of both inputs, and the last layer.
+    inputs = 2 * 2 * width * (64 * tokens + 4096 * 16)
+    last = 2 * 2 * width * 64 * tokens + 2 * width * 2 * width
+    vectors = 2 * width * (256 + 768 + 256) + 3 * 2 * width * width
+    # A modulation's input, the vector, needs no gradient here; with adapters it does.
+    modulation = sum(2 * d_in * d_out for d_in, d_out, _ in modulations(sizes))
+    planned = step_flops(job, what)
+    assert counter.get_total_flops() - inputs - last - vectors == planned - modulation
+
+
+def modulations(sizes):
+    """The modulation layers of the whole model."""
+    double, single = linear_sizes(sizes, "double"), linear_sizes(sizes, "single")
+    return sizes.depth * [double[0], double[5]] + sizes.depth_single * [single[0]]
 
 
 # --- What is chosen ----------------------------------------------------------------------------------------
