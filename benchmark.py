@@ -68,7 +68,7 @@ METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug")
 # What may differ between two runs in one folder; anything else would mix numbers of different things. Of
 # files the content is compared, not the name.
 MAY_CHANGE = ("people", "out", "method", "ranks", "lr", "steps", "seeds", "at_once", "device")
-MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "plan")  # whether rounded to 8 bits is compared
+MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "compile", "plan")  # 8 bits are told apart
 MAY_CHANGE += ("meta", "prompts", "references", "classes", "clip", "recognizer", "detector", "no_face")
 
 

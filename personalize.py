@@ -287,7 +287,7 @@ def train(
     people: what `draw_batches` yields, of the person in each slot. Several learn side by side, each with the
     loss, the gradient norm and the optimiser states it would have alone.
     """
-    optimiser = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+    optimiser = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
     bar = tqdm(zip(*people), "personalizing", args.steps, mininterval=1, dynamic_ncols=True)
     for step, batches in enumerate(bar, 1):
         together = defaultdict(list)  # batches of the same shape share a forward pass

@@ -67,7 +67,7 @@ from survey import Roster, survey
 
 # All other settings must stay as they are when a run goes on.
 MAY_CHANGE = ("data", "out", "steps", "save_every", "sample_every", "keep_buckets", "strict")
-MAY_CHANGE += ("device", "vram", "stream", "checkpoint", "plan", "world", "shard")
+MAY_CHANGE += ("device", "vram", "stream", "checkpoint", "base_dtype", "compile", "plan", "world", "shard")
 MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 
 
@@ -135,8 +135,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_memory_arguments(parser)
     args = parser.parse_args(argv)
-    if args.shard and (args.stream not in ("auto", "0") or args.base_dtype == "fp8"):
-        parser.error("--shard goes neither with --stream nor with --base-dtype fp8")
+    if args.shard and (args.stream not in ("auto", "0") or args.base_dtype == "fp8" or args.compile):
+        parser.error("--shard goes neither with --stream nor with --base-dtype fp8 nor with --compile")
     if not 0 <= args.bucket_warmup < 1:
         parser.error(f"--bucket-warmup {args.bucket_warmup}: a part of a bucket's steps, from 0 to below 1")
     if not 0 <= args.ema < 1:
@@ -165,7 +165,8 @@ class Trainer:
         self.most = len(self.personal[0])  # people in a bucket
         for p in self.personal:
             p.data = team.own(p.data)
-        self.meta_optimiser = torch.optim.AdamW(self.meta_down, args.lr, weight_decay=args.weight_decay)
+        decay = args.weight_decay
+        self.meta_optimiser = torch.optim.AdamW(self.meta_down, args.lr, weight_decay=decay, fused=True)
         self.average = [p.detach().clone() for p in self.meta_down] if args.ema else None
         self.step = self.visit = self.bucket_step = 0
         self.saved_visit = 0  # that of the last checkpoint
