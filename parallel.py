@@ -62,11 +62,13 @@ class Team:
             yield
             return
         self._call(dist.init_process_group, "nccl" if device.type == "cuda" else "gloo")
-        self.hosts = self._call(dist.new_group, backend="gloo", timeout=PATIENCE)
+        # On the class, to live as long as the process: in torch 2.6 a gloo group can hang when it is deleted.
+        Team.hosts = self._call(dist.new_group, backend="gloo", timeout=PATIENCE)
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if self.leads else nowhere):
             yield
             self.wait()
-        dist.destroy_process_group()
+        if device.type == "cuda":
+            dist.destroy_process_group()
 
     def _call(self, collective: Callable, *args, **kwargs) -> Any:
         try:

@@ -286,9 +286,9 @@ def test_two_ranks_are_one_process_with_both_batches(pair, as_one, tmp_path):
 
 @pytest.mark.parametrize("act", [without_averaging, with_their_own_norms])
 def test_what_is_not_agreed_is_noticed(launch, as_one, tmp_path, act):
-    assert launch(tmp_path / "two", act=act, steps=5) == [0, 0]
-    as_one(tmp_path / "one", tmp_path / "two", steps=5, same=False)
-    assert min(differences(tmp_path / "two", tmp_path / "one")) > 1e-3
+    assert launch(tmp_path / "two", act=act, steps=6) == [0, 0]
+    as_one(tmp_path / "one", tmp_path / "two", steps=6, same=False)
+    assert min(differences(tmp_path / "two", tmp_path / "one")) > 2e-4  # 20 times what two ranks may differ
 
 
 def test_the_gradient_travels_after_the_warm_up_only(pair):
@@ -471,6 +471,9 @@ def test_torchrun(words, tmp_path, as_one):
 # --- Shared weights ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="in this torch FSDP2 works on GPUs only"
+)  # torch 2.6; also https://github.com/pytorch/pytorch/issues/132014
 @pytest.mark.parametrize("blocks", ["none", "all", "attention"])
 def test_sharded_weights_train_alike(launch, pair, tmp_path, blocks):
     """Loss, gradients and all that is written are as with whole weights; pictures change nothing."""
