@@ -34,6 +34,7 @@ import metaphd
 import metrics
 import personalize
 import report
+from arguments import Parser
 from data import (
     MemoryCache,
     TensorCache,
@@ -43,7 +44,6 @@ from data import (
     read_photo,
     scan_people,
 )
-from flux.arguments import Parser
 from flux.loading import (
     Manual,
     add_model_arguments,
@@ -55,11 +55,11 @@ from flux.loading import (
     run_script,
 )
 from flux.memory import release
-from flux.plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
 from flux.sampling import generate
 from judges import Judges, add_judge_arguments, load_judges
 from lora_files import read_lora
-from metalora import eject, export_lora, inject_loras, use_slots
+from metalora import eject, export_lora, inject_loras, load_meta, use_slots
+from plan import Job, Way, add_memory_arguments, cost, files_to_plan, follow, make_plan
 from runs import command_line
 from sample import save_picture
 from vision.detector import load_detector
@@ -197,7 +197,7 @@ class Benchmark:
             if own.method == "meta-lora":
                 self.meta = self.meta or personalize.find_meta(self.files.folder, own)
             personalize.prepare(flux.load_flux(self.transformer, "meta"), own, self.meta_of(run), [0])
-        self.way = plan(args, self.device, self.dtype, self.files, self.meta)
+        self.way = plan(args, self.device, self.dtype, vars(self.files), self.meta)
 
     def settings(self, run: Run) -> argparse.Namespace:
         """Return what personalize.py's functions want to know."""
@@ -390,12 +390,21 @@ def find_face(path: Path, photo, detector) -> tuple[int, int, int, int]:
     return box
 
 
-def plan(args: argparse.Namespace, device, dtype, files: flux.ModelFiles | None, meta: tuple | None) -> Way:
-    """Choose how the transformer fits while --at-once people learn side by side."""
-    r1 = int(meta[1]["r1"]) if meta else 128 if any(x.startswith("meta") for x in args.method) else None
-    people = {"r1": r1, "r2": max(args.ranks), "identities": args.at_once}
-    batch = args.at_once * args.batch
-    return make_plan(args, "stage2", device, dtype, files, args.resolution, batch=batch, **people)
+def plan(
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: dict[str, Path],
+    meta: tuple | None,
+) -> Way:
+    """Choose how the transformer fits while --at-once people learn side by side, by the largest method.
+
+    parts: the model's files, as far as they are there; meta: the stage-1 file, its metadata second
+    """
+    people = {"r2": max(args.ranks), "identities": args.at_once, "batch": args.at_once * args.batch}
+    r1s = {None if x.startswith("lora") else int(meta[1]["r1"]) if meta else 128 for x in args.method}
+    r1 = max(r1s, key=lambda r1: cost(Job("stage2", r1=r1, **people), Way()).adapters)
+    return make_plan(args, "stage2", device, dtype, parts, args.resolution, r1=r1, **people)
 
 
 def hash_of(file: Path) -> str:
@@ -409,7 +418,7 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
 def main(argv: list[str] | None = None) -> None:
     args, again = parse_arguments(argv), command_line(Path(__file__).name, argv)
     if args.plan:
-        plan(args, *choose_device(args), files_to_plan(args), None)
+        plan(args, *choose_device(args), files_to_plan(args), load_meta(args.meta) if args.meta else None)
         return
     check_writable(args.out, "--out")
     try:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flux.arguments import Parser
+from arguments import Parser
 from flux.loading import HelpFormatter, atomic, check_writable, opened, read_tensors
 from flux.memory import drop_pages, file_ranges
 

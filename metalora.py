@@ -52,7 +52,7 @@ class MetaLoRALinear(nn.Module):
         super().__init__()
         assert sum(parts) == base.out_features, (parts, base)
         self.base, self.parts, self.slot = base, parts, None
-        new = {"device": base.weight.device, "dtype": torch.float32}
+        new = {"device": base.bias.device, "dtype": torch.float32}  # not the weight's: it may be streamed
         shared = nn.Parameter(torch.empty(len(parts), r1, base.in_features, **new)) if r1 else None
         self.register_parameter("meta_down", shared)
         self.mid = nn.Parameter(torch.empty(slots, len(parts), r2, r1 or base.in_features, **new))

@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from arguments import Parser
 from data import PHOTO_FORMATS, PHOTO_SUFFIXES, Person, read_photo, scan_people
-from flux.arguments import Parser
 from flux.loading import Manual, atomic, run_script
 from vision.detector import find_faces, load_detector, yaw
 

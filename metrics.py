@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metaphd
+from arguments import Parser
 from data import TensorCache
-from flux.arguments import Parser
 from flux.loading import LOCAL_MODELS, Manual, atomic, check_writable, choose_device, run_script
 from judges import Judges, add_judge_arguments, load_judges
 from report import TITLES, markdown, student, write_report

@@ -33,6 +33,8 @@ class Team:
         numbers = (int(os.environ.get(name, default)) for name, default in names.items())
         self.rank, self.size, self.local_rank, self.local_size = numbers
         self.leads = self.rank == 0  # it writes and speaks for all
+        if self.size > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())  # nobody else's is touched
 
     def device(self, device: torch.device) -> torch.device:
         """Return this rank's own device; ValueError when there is none of its kind left."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flux
+from arguments import Parser
 from data import (
     Box,
     MemoryCache,
@@ -33,7 +34,6 @@ from data import (
     make_batch,
     read_photo,
 )
-from flux.arguments import Parser
 from flux.loading import (
     HelpFormatter,
     add_model_arguments,
@@ -45,7 +45,6 @@ from flux.loading import (
     run_script,
 )
 from flux.memory import memory_in_use, release
-from flux.plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
 from flux.sampling import flow_loss, generate, spread_times
 from lora_files import FORMATS
 from metalora import (
@@ -59,6 +58,7 @@ from metalora import (
     load_meta,
     use_slots,
 )
+from plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
 from vision.detector import find_faces, load_detector
 
 STEPS = {"meta-lora": 375, "lora": 625}  # paper, section 4.2
@@ -320,18 +320,27 @@ def describe(
     return about | {key: getattr(args, key) for key in told}
 
 
-def plan(args: argparse.Namespace, device, dtype, files: flux.ModelFiles | None, meta: tuple | None) -> Way:
-    """Choose how the transformer fits; no crop is larger than the resolution."""
+def plan(
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: dict[str, Path],
+    meta: tuple | None,
+) -> Way:
+    """Choose how the transformer fits; no crop is larger than the resolution.
+
+    parts: the model's files, as far as they are there; meta: as `find_meta` returns it, None: the paper's r1
+    """
     r1 = None if args.method == "lora" else int(meta[1]["r1"]) if meta else 128
     settings = {"r1": r1, "r2": args.rank, "batch": args.batch, "resolution": args.resolution}
-    return make_plan(args, "stage2", device, dtype, files, **settings)
+    return make_plan(args, "stage2", device, dtype, parts, **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
     if args.plan:
-        plan(args, device, dtype, files_to_plan(args), None)
+        plan(args, device, dtype, files_to_plan(args), load_meta(args.meta) if args.meta else None)
         return
 
     # What can be wrong shows before anything takes long: the photos, the files, the face.
@@ -346,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     # Does the stage-1 file fit? This reads no weights.
     prepare(flux.load_flux(transformer, "meta"), args, meta, [args.seed])
     crops = list_crops(photos, args)
-    way = plan(args, device, dtype, files, meta)
+    way = plan(args, device, dtype, vars(files), meta)
 
     # Everything that does not change is computed once; then the encoders leave.
     autoencoder, cache = flux.load_autoencoder(files.autoencoder, device, dtype), MemoryCache()

@@ -362,10 +362,10 @@ def explain_out_of_memory(error: Exception, device: torch.device, resident: dict
             *lines,
             "What shrinks it: a --vram below what the card has, if others use it too, for another plan; "
             "--batch 1, --resolution 512, --checkpoint all (activations); --bucket-ids 25 (mid and up); "
-            "--r1 64, --targets attention (meta_down); --stream, --base-dtype fp8 (the base)",
+            "--r1 64 (meta_down); --stream 57, --base-dtype fp8 (the base)",
         ]
     )
 
 
 def bytes_of(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

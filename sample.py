@@ -16,8 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import flux
+from arguments import Parser
 from data import contact_sheet
-from flux.arguments import Parser
 from flux.loading import (
     HelpFormatter,
     add_model_arguments,
@@ -28,10 +28,10 @@ from flux.loading import (
     run_script,
 )
 from flux.memory import release
-from flux.plan import add_memory_arguments, files_to_plan, follow, make_plan
 from flux.sampling import generate
 from lora_files import pair_strengths, read_header, read_lora
 from metalora import inject_loras, merge_loras, split_loras
+from plan import add_memory_arguments, files_to_plan, follow, make_plan
 
 MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
 
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = choose_device(args)
     area = {"resolution": math.isqrt(math.prod(args.size))} if args.size else {}
     if args.plan:
-        make_plan(args, "sample", device, dtype, files_to_plan(args), **area)
+        make_plan(args, "sample", device, dtype, files_to_plan(args), identities=0, **area)
         return
     files = flux.find_files(args)
     transformer = files.transformer
@@ -149,7 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     size = args.size or (native_size(files.folder),) * 2
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
     check_size(size, 2 * autoencoder.sizes.reduction)
-    way = make_plan(args, "sample", device, dtype, files, **area)
+    rank = sum(max(len(a) for a, _ in lora.values()) for lora, _ in loras)
+    apart = {"r1": None, "r2": rank, "identities": int(bool(loras))}
+    way = make_plan(args, "sample", device, dtype, vars(files), **apart, **area)
     check_writable(args.out, "--out")
 
     # The text encoders come first and go before the transformer is there: together they would not fit 24 GB.

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import metaphd
+from arguments import Parser
 from data import photo_size, read_photo
-from flux.arguments import Parser
 from flux.loading import Manual, atomic, run_script
 from report import markdown, student
 

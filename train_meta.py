@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import flux
+from arguments import Parser
 from data import (
     Person,
     Size,
@@ -35,7 +36,6 @@ from data import (
     read_photo,
 )
 from encoding import Recipe
-from flux.arguments import Parser
 from flux.loading import (
     HelpFormatter,
     ModelFiles,
@@ -48,10 +48,10 @@ from flux.loading import (
     run_script,
 )
 from flux.memory import memory_in_use, weight_bytes
-from flux.plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
 from flux.sampling import flow_loss, generate
 from metalora import TARGETS, SlotAdamW, factors, inject, kaiming_, save_meta, use_slots
 from parallel import Team, shard
+from plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
 from runs import (
     Bank,
     Checkpoints,
@@ -109,7 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--bucket-warmup", type=float, default=0.4, help="part of a bucket's steps with meta_down frozen"
     )
-    group.add_argument("--batch", type=int, default=4, help="photos in an update")
+    group.add_argument("--batch", type=int, default=4, help="photos in an update, of each rank")
     group.add_argument("--lr", type=float, default=4e-4, help="learning rate of AdamW")
     group.add_argument(
         "--ema", type=float, default=0.0, help="decay of an average of meta_down to save instead; 0: none"
@@ -137,6 +137,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.shard and (args.stream not in ("auto", "0") or args.base_dtype == "fp8" or args.compile):
         parser.error("--shard goes neither with --stream nor with --base-dtype fp8 nor with --compile")
+    if args.shard and (args.plan or args.vram):
+        parser.error("--shard is not planned: leave --plan and --vram away")
     if not 0 <= args.bucket_warmup < 1:
         parser.error(f"--bucket-warmup {args.bucket_warmup}: a part of a bucket's steps, from 0 to below 1")
     if not 0 <= args.ema < 1:
@@ -304,7 +306,7 @@ class Trainer:
         frozen = weight_bytes(self.model) - bytes_of(trained)
         return {
             "the frozen base": frozen // self.team.size if self.args.shard else frozen,
-            "meta_down, gradient, AdamW's state": 4 * bytes_of(self.meta_down),
+            "meta_down, gradient, AdamW's state": (4 + bool(self.average)) * bytes_of(self.meta_down),
             "mid and up of a bucket, gradient, AdamW's state": 4 * bytes_of(self.personal),
         }
 
@@ -325,11 +327,11 @@ def deal_turn(
     return batches[:q_bucket]
 
 
-def plan(args: argparse.Namespace, device, dtype, files: ModelFiles | None) -> Way:
-    """Choose how the transformer fits."""
-    settings = {"r1": args.r1, "r2": args.r2, "batch": args.batch}
+def plan(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, parts: dict[str, Path]) -> Way:
+    """Choose how the transformer fits; parts: the model's files, as far as they are there."""
+    settings = {"r1": args.r1, "r2": args.r2, "batch": args.batch, "average": bool(args.ema)}
     settings["identities"] = -(-args.bucket_ids // args.world)
-    return make_plan(args, "stage1", device, dtype, files, args.resolution, **settings)
+    return make_plan(args, "stage1", device, dtype, parts, args.resolution, **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -373,7 +375,7 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
         blocks = "all" if args.checkpoint == "auto" else args.checkpoint
         way = Way(int(blocks) if blocks.isdecimal() else blocks)
     else:
-        way = team.once(lambda: plan(args, device, dtype, files))
+        way = team.once(lambda: plan(args, device, dtype, vars(files)))
     recipe = Recipe(files, args, dtype)
 
     def look() -> Roster:

@@ -27,8 +27,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
 from flux.model import Flux
-from flux.plan import FLUX_DEV
 from metalora import SlotAdamW, factors, inject
+from plan import FLUX_DEV
 from runs import Bank
 
 ROOT = Path(__file__).parents[1]

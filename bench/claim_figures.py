@@ -30,7 +30,7 @@ from bench.claim_scores import (
     estimate,
     read_scores,
 )
-from flux.plan import PEAKS, Job, Way, cost
+from plan import PEAKS, Job, Way, cost
 from report import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -440,7 +440,7 @@ def tell_paper(found: Sequence[Speed]) -> str:
 
 
 def flux_cost(study: Study) -> str:
-    """Lay out what a study like this takes on FLUX.1-dev, by the operations that flux/plan.py counts."""
+    """Lay out what a study like this takes on FLUX.1-dev, by the operations that plan.py counts."""
     priors, people, rates, steps, stops, drawn, euler = 2, 30, 4, 750, 6, 16, 30
     runs = people * rates * (priors + 1)  # LoRA has no prior, and is trained once
     pictures = runs * stops * drawn

@@ -3,7 +3,7 @@
     python bench/flops.py                                         # a portrait whose face is 200 pixels wide
     python bench/flops.py --photo 2048 1536 --face 600,500,900,900
 
-Counted are the transformer's matrix products and attention by `flux.plan.step_flops`, which the tests compare
+Counted are the transformer's matrix products and attention by `plan.step_flops`, which the tests compare
 with torch's counter; not the adapters, about a thousandth at rank 1, nor the encoders, which run once. Where
 memory allows fewer blocks are run again, as the plan chooses it for a card.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
 from data import Box, Size, crop_boxes, fit_shape
-from flux.plan import Job, Way, choose, step_flops
+from plan import Job, Way, choose, step_flops
 from report import markdown
 
 

@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 from flux import Flux, load_flux
 from flux.memory import arrange, blocks_of
 from flux.model import FluxSizes
-from flux.plan import FLUX_DEV, GIB
 from flux.sampling import denoise, flow_loss
 from lora_files import name_tensors, part_sizes
 from metalora import SlotAdamW, factors, inject, linear_names, use_slots
+from plan import FLUX_DEV, GIB
 
 ROOT = Path(__file__).parents[1]
 ROWS = ("open", "forward", "stage2", "stage1", "merge")

@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.memory import FrozenLinear
 from flux.model import Flux
-from flux.plan import FLUX_DEV, GIB, Job, Way, cost, follow
 from flux.sampling import euler_step, flow_loss, pack, position_ids, unpack
 from metalora import SlotAdamW, factors, inject, use_slots
+from plan import FLUX_DEV, GIB, Job, Way, cost, follow
 
 STAGE1 = Job("stage1", batch=4, identities=50)
 STAGE2 = Job("stage2")
-SAMPLE = Job("sample")
+SAMPLE = Job("sample", identities=0)
 # what it is, how, and the GiB that must not be passed
 ROWS = [
     (STAGE1, Way("all"), 36.7),

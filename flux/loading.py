@@ -328,7 +328,7 @@ def load_conditioner(
 ) -> Conditioner:
     """Load both text encoders and their tokenizers, of a model's files or folder.
 
-    T5 is streamed to a GPU that has no room for it; vram: GiB to stay within, None for what is free.
+    T5 is streamed to a GPU that has no room for it; vram: GiB to stay within, None for what there is.
     """
     if isinstance(files, Path):
         places = files / "text_encoder_2", files / "text_encoder", files
@@ -485,7 +485,11 @@ def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
         reason = str(error).partition("\n")[0]
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", reason):
             raise
-        sys.exit(printable_lines(f"{Path(sys.argv[0]).name}: out of memory ({reason})"))
+        sys.exit(
+            printable_lines(
+                f"{Path(sys.argv[0]).name}: out of memory ({reason}); a lower --vram makes another plan"
+            )
+        )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(printable_lines(f"{Path(sys.argv[0]).name}: {error}"))
     except KeyboardInterrupt:

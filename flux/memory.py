@@ -1,7 +1,7 @@
 """Memory, moved in the open and from outside: models do not know that they are checkpointed or streamed.
 
 Four ways to make a frozen transformer fit, alone or together: recompute blocks in the backward pass, stream
-blocks from host memory, store weights in 8 bits, let models go. `flux/plan.py` chooses among them.
+blocks from host memory, store weights in 8 bits, let models go. `plan.py` chooses among them.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ def checkpoint_blocks(model: Flux, what: str | int = "all") -> None:
     it again replaces the earlier choice. Raises ValueError when there are not so many blocks.
     """
     blocks = blocks_of(model)
-    count = {"none": 0, "all": len(blocks), "attention": len(blocks)}.get(what, what)
+    count = blocks_run_again(what, len(blocks))
     if count not in range(len(blocks) + 1):
         raise ValueError(f"checkpoint {what}: none, all, attention, or from 0 to {len(blocks)} blocks")
     for number, block in enumerate(blocks):
@@ -51,6 +51,11 @@ def checkpoint_blocks(model: Flux, what: str | int = "all") -> None:
             settings = {"use_reentrant": False, "preserve_rng_state": False}
             settings |= {"context_fn": keep_attention} if what == "attention" else {}
             block.forward = partial(checkpoint, block.forward, **settings)
+
+
+def blocks_run_again(what: str | int, total: int) -> int:
+    """Return how many of so many blocks `checkpoint_blocks` means by `what`."""
+    return {"none": 0, "all": total, "attention": total}.get(what, what)
 
 
 def keep_attention() -> tuple["_Keep", "_Answer"]:
@@ -241,11 +246,15 @@ class Stream:
     def _move_to_host(self) -> None:
         """Take weights off the device; pin them if the host's memory allows, else they stay mapped."""
         layers = [layer for block in self.blocks for layer in block]
-        pin = self.side and sum(layer.stored.nbytes for layer in layers) < 0.7 * available_memory()
+        # PyTorch pins memory in powers of two.
+        needed = sum(1 << (layer.stored.nbytes - 1).bit_length() for layer in layers)
+        pin = self.side and needed < 0.7 * available_memory()
         for layer in layers:
             layer.stored = layer.stored.cpu()
             if pin:
                 layer.stored = layer.stored.pin_memory()
+        if pin:
+            self.files = []  # nothing is mapped any more
 
     def use(self, number: int) -> int:
         """Return the buffer that holds the block, ready for the current stream; begin to bring the next."""
@@ -289,6 +298,7 @@ class Stream:
 
 
 def whole_lines(tensor: Tensor) -> int:
+    """Return a tensor's bytes, rounded up to whole lines."""
     return -(-tensor.nbytes // LINE) * LINE
 
 
@@ -302,8 +312,8 @@ def file_ranges() -> list[tuple[int, int]]:
     maps = Path("/proc/self/maps")
     ranges = []
     for line in maps.read_text().splitlines() if maps.exists() else ():
-        addresses, _, _, _, inode, *_ = line.split()
-        if inode != "0":
+        addresses, _, _, _, inode, *path = line.split()
+        if inode != "0" and not path[0].startswith("/dev/"):
             start, end = addresses.split("-")
             ranges.append((int(start, 16), int(end, 16)))
     return ranges
@@ -335,9 +345,9 @@ def available_memory() -> int:
 
 
 def device_memory(device: torch.device) -> float:
-    """Return the bytes the device has, on a CPU those that are free; infinite where that is not known."""
+    """Return the bytes that this process can have on a device; infinite where that is not known."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return available_memory() or float("inf")
@@ -359,15 +369,18 @@ def arrange(
     Adapters may be in the model already, and go to the device; given a model on the CPU, mapped to its file,
     the device never holds more than its share. stream: the number of blocks that stay in host memory;
     checkpoint: as in `checkpoint_blocks`; compiled: by `compile_blocks`, if nothing is streamed. LoRA files
-    are merged before, not after.
+    are merged only into what is neither streamed nor in 8 bits.
     """
     blocks = blocks_of(model)
     if stream not in range(len(blocks) + 1):
         raise ValueError(f"stream {stream}: from 0 to {len(blocks)} blocks")
-    for block in blocks if fp8 else ():
+    streamed = spread(stream, len(blocks)) if stream else []
+    for number, block in enumerate(blocks if fp8 else ()):
         quantize(block, device)
+        for layer in freeze(block) if number in streamed else ():
+            layer.stored = layer.stored.cpu()  # at once: all blocks together may be too much for the device
     if stream:
-        Stream([blocks[k] for k in spread(stream, len(blocks))], device)
+        Stream([blocks[number] for number in streamed], device)
     checkpoint_blocks(model, checkpoint)
     if compiled:
         compile_blocks(model)
@@ -388,6 +401,8 @@ def release(device: torch.device | str) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
+        if hasattr(torch._C, "_host_emptyCache"):  # pinned memory, which torch has no public name for
+            torch._C._host_emptyCache()
 
 
 def memory_in_use(device: torch.device | str) -> str:

@@ -11,20 +11,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_meta", "personalize", "sample", "metrics", "study")
 LIBRARY = ("flux", "vision", "metalora", "lora_files", "data", "survey", "encoding", "runs")
-LIBRARY += ("parallel", "metaphd", "judges", "report")
+LIBRARY += ("parallel", "plan", "arguments", "metaphd", "judges", "report")
 WORLD = ("tiny", "flux", "vision.small", "metalora", "data")
 # What each module may import of ours, itself aside; a package's line holds for all in it that have none.
 MAP = {
     "benchmark": (*SCRIPTS, *LIBRARY),
     **dict.fromkeys(SCRIPTS, LIBRARY),
     "metalora": ("flux", "lora_files"),
-    "lora_files": ("flux",),
+    "lora_files": ("flux", "arguments"),
+    "plan": ("flux",),
+    "arguments": ("flux.terminal",),
     "data": ("flux",),
     "survey": ("data", "flux"),
     "encoding": ("data", "survey", "parallel", "flux"),
     "parallel": ("flux",),
     "runs": ("data", "flux"),
-    "metaphd": ("data", "vision", "flux"),
+    "metaphd": ("data", "vision", "flux", "arguments"),
     "judges": ("data", "vision", "flux"),
     "report": ("data", "flux"),
     "vision": ("vision", "flux.clip", "flux.loading"),

@@ -29,7 +29,7 @@ import flux
 from bench import fullsize
 from flux import T5, AutoEncoder, CLIPText, Flux, checkpoint, loading
 from flux.loading import HUB_MODELS, ModelFiles, find_files
-from flux.plan import FLUX_DEV
+from plan import FLUX_DEV
 
 SIZES = test_model.DEV
 KINDS = {

@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import documents, plans
-from flux.loading import find_files
 from flux.memory import FrozenLinear, arrange, blocks_of, checkpoint_blocks
 from flux.model import Flux
-from flux.plan import (
+from metalora import factors, inject
+from plan import (
     FLUX_DEV,
     GIB,
     RESERVE,
@@ -24,13 +24,13 @@ from flux.plan import (
     block_bytes,
     choose,
     cost,
+    files_to_plan,
     kinds,
     linear_sizes,
     make_plan,
     outer_parameters,
     step_flops,
 )
-from metalora import factors, inject
 
 SHORT = replace(FLUX_DEV, depth=2, depth_single=3)  # at full width
 STAGE1 = Job("stage1", batch=4, identities=50)
@@ -195,6 +195,26 @@ def test_weights_are_rounded_only_if_nothing_exact_fits_or_as_asked():
     assert way.fp8 and "as asked" in line
 
 
+def test_8_bits_are_never_the_answer_to_another_option():
+    """What fits exactly with blocks streamed is not rounded because they may not be."""
+    with pytest.raises(ValueError, match="--base-dtype fp8"):
+        choose(STAGE2, 24, stream="0")
+    assert choose(STAGE2, 24, stream="0", base="fp8")[0].fp8
+
+
+def test_what_is_held_beside_the_model_counts():
+    """The average of meta_down; LoRAs that are kept apart, as many bytes as their layers hold."""
+    extra = cost(replace(STAGE1, average=True), Way()).adapters - cost(STAGE1, Way()).adapters
+    assert extra == 4 * 128 * sum(
+        parts * d_in for kind in kinds(FLUX_DEV) for d_in, _, parts in linear_sizes(FLUX_DEV, kind)
+    )
+    with torch.device("meta"):
+        model = inject(Flux(FLUX_DEV), None, 32, 1)
+    apart = cost(Job("sample", r1=None, r2=32), Way())
+    assert apart.adapters == sum(p.nbytes for p in factors(model, "mid", "up"))
+    assert apart.peak - cost(Job("sample", identities=0), Way()).peak == apart.adapters
+
+
 def parse(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_memory_arguments(parser)
@@ -203,7 +223,7 @@ def parse(*argv: str) -> argparse.Namespace:
 
 
 def plan(*argv: str) -> Way:
-    return make_plan(parse(*argv), "stage2", "cpu", torch.bfloat16, None)
+    return make_plan(parse(*argv), "stage2", "cpu", torch.bfloat16, {})
 
 
 def test_flags_override_each_choice(capsys):
@@ -220,7 +240,7 @@ def test_flags_override_each_choice(capsys):
 
 def test_sizes_come_from_the_headers(capsys):
     """The small model's own: 8 pixels to a token's side, its pictures, its text length; it all fits."""
-    files = find_files(argparse.Namespace(model="tiny"))
+    files = files_to_plan(argparse.Namespace(model="tiny"))
     assert make_plan(parse("--plan"), "stage2", "cpu", torch.float32, files) == Way()
     assert "64x64 pixels, 16 text tokens" in capsys.readouterr().out
 

@@ -19,7 +19,7 @@ import train_meta
 from data import deal_batches
 from flux.loading import read_tensors
 from flux.memory import Stream
-from flux.plan import Way, follow
+from plan import Way, follow
 from runs import Checkpoints, read_state
 from train_meta import Trainer
 

@@ -19,9 +19,10 @@ LIMITS = {
     "samples": (0, 6),
     **dict.fromkeys(("weight_decay", "t_std", "guidance", "train_guidance", "cfg"), (0, math.inf)),
     **dict.fromkeys(("lr", "clip_grad"), (0, math.inf)),
+    "vram": (0, math.inf),
     "max_yaw": (0, 90),
 }
-OPEN = ("lr", "clip_grad")  # their least is excluded
+OPEN = ("lr", "clip_grad", "vram")  # their least is excluded
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,12 +50,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_text(text: str) -> str:
+    """Return text; argparse's error when it is not UTF-8."""
     if any("\ud800" <= char <= "\udfff" for char in text):  # what Python makes of bytes it cannot decode
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not UTF-8 text")
     return text
 
 
 def read_whole(text: str) -> int:
+    """Read a whole number; argparse's error when it is none."""
     try:
         return int(text)
     except ValueError:
@@ -62,6 +65,7 @@ def read_whole(text: str) -> int:
 
 
 def read_number(text: str) -> float:
+    """Read a finite number; argparse's error when it is none."""
     try:
         number = float(text)
     except ValueError:
@@ -72,6 +76,7 @@ def read_number(text: str) -> float:
 
 
 def read_path(text: str) -> Path:
+    """Read a path; argparse's error when it is empty."""
     if not text:
         raise argparse.ArgumentTypeError("'' is empty, must be a path")
     return Path(text)

@@ -4,15 +4,16 @@ The peaks are a model of what bench/memory.py counts operation by operation; it 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from flux.conditioner import load_tokenizers
-from flux.loading import HUB_MODELS, ModelFiles, find_files, load_autoencoder, load_flux, native_size
-from flux.memory import LINE, arrange, device_memory, spread
+from flux.loading import HUB_MODELS, find_named, load_autoencoder, load_flux, local_parts, native_size
+from flux.memory import LINE, arrange, blocks_run_again, device_memory, spread
 from flux.model import Flux, FluxSizes
 
 FLUX_DEV = FluxSizes(64, 64, 768, 4096, 3072, 12288, 24, 19, 38, True, (16, 56, 56), 10_000)
@@ -32,9 +33,8 @@ WORK = {"double": 33.1, "single": 32.16}  # of a checkpointed block, which is fi
 WORK_FP8 = {"double": 33.0, "single": 28.15}
 WORK_SAMPLE, WORK_SAMPLE_FP8 = 19.4, 16.5
 PRODUCTS = 0.8  # of the bytes of all fused products of mid, up and meta_down
-AUTOENCODER = (
-    83_819_683  # parameters of FLUX.1's; there while sampling, and decodes when the transformer rests
-)
+# The parameters of FLUX.1's autoencoder; it is there while sampling, and decodes when the transformer rests.
+AUTOENCODER = 83_819_683
 DECODE = 769  # numbers for each pixel of a picture, one picture at a time, in the last convolutions
 DECODE_ATTENTION = 4, 113  # numbers for each pair of latent pixels where no fused kernel is, and each pixel
 SPLIT = 1.0  # with several samples the two streams of a double block are not contiguous, and are copied
@@ -52,7 +52,8 @@ class Job:
     t5_length: int = 512
     r1: int | None = 128  # None: plain LoRA
     r2: int = 1
-    identities: int = 1  # slots of mid and up
+    identities: int = 1  # slots of mid and up; when sampling, of LoRAs kept apart from the weights
+    average: bool = False  # of meta_down, beside it
     pixels: int = 16  # per side of an image token
     width: int = 2  # bytes of the compute dtype
 
@@ -147,20 +148,14 @@ def cost(job: Job, way: Way, peak_flops: float = PEAKS["A6000"]) -> Cost:
 
     training = job.kind != "sample"
     resident += 0 if training else AUTOENCODER * job.width
-    states = {"stage1": (3, 3), "stage2": (1, 3), "sample": (0, 0)}[job.kind]
+    states = {"stage1": (3 + job.average, 3), "stage2": (1, 3), "sample": (0, 1)}[job.kind]
     adapters = sum(n * size for kind in blocks for n, size in zip(states, adapter_bytes(job, kind)))
-    peak = training_peak if training else sampling_peak
-    activations = peak(job, way.checkpoint, way.fp8)
+    activations = training_peak(job, way.checkpoint, way.fp8) if training else sampling_peak(job, way.fp8)
 
     flops = step_flops(job, way.checkpoint)
     traffic = sum(weights[blocks[k]][0] for k in streamed) * (2 if training else 1)
     seconds = max(flops / peak_flops / SHARE, traffic / BUS) + VISIBLE * traffic / BUS
     return Cost(resident, adapters, resident + adapters + round(activations), flops, seconds)
-
-
-def checkpointed(what: str | int, total: int) -> int:
-    """Return how many blocks are run again."""
-    return {"none": 0, "all": total, "attention": total}.get(what, what)
 
 
 @cache
@@ -171,7 +166,7 @@ def training_peak(job: Job, checkpoint: str | int, fp8: bool) -> float:
     is computed again.
     """
     blocks, unit = kinds(job.sizes), job.state
-    count, attention = checkpointed(checkpoint, len(blocks)), KEPT_ATTENTION * (checkpoint == "attention")
+    count, attention = blocks_run_again(checkpoint, len(blocks)), KEPT_ATTENTION * (checkpoint == "attention")
     kept = [1 + attention if k < count else KEPT[kind] for k, kind in enumerate(blocks)]
     before, worst, gradients = sum(kept), 0.0, 0
     for k in reversed(range(len(blocks))):
@@ -199,7 +194,7 @@ def last_weight(job: Job, kind: str) -> int:
     return d_in * d_out * job.width
 
 
-def sampling_peak(job: Job, checkpoint: str | int, fp8: bool) -> float:
+def sampling_peak(job: Job, fp8: bool) -> float:
     """Return what sampling holds at the most: within a single block's MLP, or while a picture is decoded."""
     rounded = WORK_SAMPLE_FP8 * job.state + last_weight(job, "single")
     forward = max(WORK_SAMPLE * job.state, rounded if fp8 else 0)
@@ -221,7 +216,7 @@ def step_flops(job: Job, checkpoint: str | int) -> float:
         total += linear + attention
         if job.kind != "sample":
             total += linear + 2.5 * attention
-            if k < checkpointed(checkpoint, len(blocks)):
+            if k < blocks_run_again(checkpoint, len(blocks)):
                 total += linear + attention * (checkpoint != "attention")
     return job.batch * total
 
@@ -256,11 +251,11 @@ def choose(
 ) -> tuple[Way, Cost, str]:
     """Return the fastest way that fits the budget in GiB, its cost, and a line of text that says why.
 
-    Of ways within 3 % of that it is the one that streams least. The weights are
-    only rounded to 8 bits when asked for, or when no exact way fits. Raises ValueError with both numbers when
+    Of ways within 3 % of that it is the one that streams least. The weights are only rounded to 8 bits when
+    asked for, or when no exact way fits whatever the other options. Raises ValueError with both numbers when
     nothing fits.
     """
-    least = None
+    least, open_way = None, checkpoint == stream == "auto"
     for fp8 in {"auto": [False, True], "bf16": [False], "fp8": [True]}[base]:
         costs = [(way, cost(job, way, peak_flops)) for way in ways(job, checkpoint, stream, fp8)]
         fitting = [(way, some) for way, some in costs if some.peak / GIB + RESERVE <= budget]
@@ -271,11 +266,19 @@ def choose(
             rounded = "weights rounded to 8 bits: " + ("as asked" if base == "fp8" else "nothing exact fits")
             return way, some, rounded if fp8 else "exact: weights as they are in the file"
         least = min([some.peak for _, some in costs] + ([least] if least else []))
+        if base == "auto" and not open_way and exact_fits(job, budget):
+            break
     need = least / GIB + RESERVE
     raise ValueError(
         f"{job.kind} at {job.resolution} pixels, batch {job.batch}, needs {need:.1f} GiB, there are "
-        f"{budget:.3g}: lower the resolution or the batch, or leave the memory options to the plan"
+        f"{budget:.3g}: lower the resolution or the batch, leave --stream and --checkpoint to the plan and "
+        "--compile away, or take --base-dtype fp8"
     )
+
+
+def exact_fits(job: Job, budget: float) -> bool:
+    """Say whether some way with the weights as they are fits the budget in GiB."""
+    return any(cost(job, way).peak / GIB + RESERVE <= budget for way in ways(job, "auto", "auto", False))
 
 
 def table(job: Job, way: Way, some: Cost, line: str, budget: float, card: str | None) -> str:
@@ -296,7 +299,7 @@ def table(job: Job, way: Way, some: Cost, line: str, budget: float, card: str | 
         "peak": f"{gib(some.peak)}, and up to {RESERVE} for the device's own",
         "a step": f"{some.flops / 1e12:8.3g} TFLOP{time}",
     }
-    hidden = ("run again", "adapters, AdamW") if job.kind == "sample" else ()
+    hidden = ["run again"] * (job.kind == "sample") + ["adapters, AdamW"] * (not some.adapters)
     return "\n".join(f"{name:16}{text}" for name, text in rows.items() if name not in hidden)
 
 
@@ -331,7 +334,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True)
     return group
 
 
-def _count_or(*words: str):
+def _count_or(*words: str) -> Callable[[str], str]:
     """Return an argparse type: one of the words, or a number from 0 on."""
 
     def parse(text: str) -> str:
@@ -347,21 +350,23 @@ def make_plan(
     kind: str,
     device: torch.device | str,
     dtype: torch.dtype,
-    files: ModelFiles | None,
+    parts: dict[str, Path],
     resolution: int | None = None,
     **settings,
 ) -> Way:
     """Choose as the parsed arguments and the device's memory allow, print it and return it.
 
-    files: the model's, of which only headers are read; None: of the size of FLUX.1-dev. resolution: None for
-    the model's own. settings: other fields of `Job`. Raises ValueError when nothing fits.
+    parts: the model's files, of which only headers are read; for what is not there FLUX.1-dev's sizes count.
+    resolution: None for the model's own. settings: other fields of `Job`. ValueError when nothing fits.
     """
     own = {"t5_length": args.t5_length or Job.t5_length, "width": dtype.itemsize}
-    if files:
-        own["sizes"] = load_flux(files.transformer, "meta").sizes
-        own["pixels"] = 2 * load_autoencoder(files.autoencoder, "meta").sizes.reduction
-        own["t5_length"] = load_tokenizers(files.tokenizers, args.t5_length).t5.length
-        resolution = resolution or native_size(files.folder)
+    if "transformer" in parts:
+        own["sizes"] = load_flux(parts["transformer"], "meta").sizes
+        resolution = resolution or native_size(parts["transformer"].parent)
+    if "autoencoder" in parts:
+        own["pixels"] = 2 * load_autoencoder(parts["autoencoder"], "meta").sizes.reduction
+    if "tokenizers" in parts:
+        own["t5_length"] = load_tokenizers(parts["tokenizers"], args.t5_length).t5.length
     job = Job(kind, resolution=resolution or Job.resolution, **own, **settings)
     device, card = torch.device(device), "A6000" if args.plan else None  # the paper's
     budget = args.vram or device_memory(device) / GIB
@@ -378,9 +383,12 @@ def make_plan(
     return replace(way, compiled=args.compile)
 
 
-def files_to_plan(args: argparse.Namespace) -> ModelFiles | None:
-    """Return the model's files for --plan; None for FLUX.1 itself, whose sizes are known without them."""
-    return None if args.model in HUB_MODELS else find_files(args)
+def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
+    """Return those of the model's files that --model names on this disk: for --plan nothing is downloaded."""
+    path, repo = find_named(args.model)
+    if repo and repo not in HUB_MODELS.values():
+        print(f"{args.model} is on the hub: planned as if it were of FLUX.1-dev's size")
+    return local_parts(path) if path else {}
 
 
 def follow(model: Flux, way: Way, device: torch.device | str) -> Flux:
