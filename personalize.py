@@ -138,9 +138,9 @@ def add_personal_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draws",
         choices=["independent", "spread"],
-        default="independent",
-        help="times and noise of each update by chance; or times spread evenly and every second noise the "
-        "negative of the one before, which makes the average gradient less random",
+        default="spread",
+        help="times spread evenly and every second noise the negative of the one before, which makes the "
+        "average gradient less random; or times and noise of each update by chance, as in the paper",
     )
 
 
