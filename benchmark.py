@@ -280,7 +280,8 @@ class Benchmark:
 
     def load(self) -> None:
         self.autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
-        self.model = follow(flux.load_flux(self.transformer, "cpu", self.dtype), self.way, self.device)
+        place = self.device if self.way.resident else "cpu"
+        self.model = follow(flux.load_flux(self.transformer, place, self.dtype), self.way, self.device)
 
     def unload(self) -> None:
         del self.model, self.autoencoder

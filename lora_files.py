@@ -20,6 +20,7 @@ from tqdm import tqdm
 from arguments import Parser
 from flux.loading import HelpFormatter, atomic, check_writable, opened, read_tensors
 from flux.memory import drop_pages, file_ranges
+from flux.terminal import printable
 
 Lora = dict[str, tuple[Tensor, Tensor]]
 FORMATS = ("diffusers", "kohya")
@@ -282,8 +283,7 @@ def refuse(path: Path, problems: list[str]) -> None:
 def clean(text: object, length: int = 300) -> str:
     """Make text from a file safe to print: what could steer a terminal is escaped, and its end cut off."""
     text = str(text)
-    text = text if len(text) <= length else f"{text[:length]} ..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text if len(text) <= length else f"{text[:length]} ...")
 
 
 # --- Merging -----------------------------------------------------------------------------------------------

@@ -339,10 +339,11 @@ def inject_loras(model: nn.Module, slots: Sequence[Sequence[tuple[Lora, float]]]
 def split_loras(
     model: nn.Module, loras: Sequence[tuple[Lora, float]]
 ) -> tuple[list[tuple[Lora, float]], list[tuple[Lora, float]]]:
-    """Return what LoRAs adapt within the blocks, and outside of them."""
+    """Return what LoRAs adapt within the blocks, and what outside of them; empty LoRAs are left out."""
     known = {part for _, parts in linear_names(model) for part in parts}
     pick = lambda lora, inside: {part: lora[part] for part in lora if (part in known) == inside}
-    inside, outside = ([(pick(lora, side), strength) for lora, strength in loras] for side in (True, False))
+    split = [[(pick(lora, side), strength) for lora, strength in loras] for side in (True, False)]
+    inside, outside = ([pair for pair in pairs if pair[0]] for pairs in split)
     return inside, outside
 
 

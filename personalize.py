@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
     del conditioner
     release(device)
 
-    model = flux.load_flux(transformer, "cpu", dtype)  # mapped: what stays there takes no memory
+    model = flux.load_flux(transformer, device if way.resident else "cpu", dtype)
     trained = prepare(model, args, meta, [args.seed])
     follow(model, way, device)
     batches = draw_batches(encoded, prompts[args.caption], args.seed, args, device, dtype)

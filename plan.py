@@ -78,6 +78,11 @@ class Way:
     fp8: bool = False
     compiled: bool = False
 
+    @property
+    def resident(self) -> bool:
+        """Whether all weights go to the device as they are, and so can be loaded straight to it."""
+        return not (self.stream or self.fp8)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -392,5 +397,8 @@ def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def follow(model: Flux, way: Way, device: torch.device | str) -> Flux:
-    """Bring a model to the device as planned; see `flux.memory.arrange`."""
+    """Bring a model to the device as planned; see `flux.memory.arrange`.
+
+    It comes from the CPU, mapped to its file, or where `way.resident` from the device itself.
+    """
     return arrange(model, device, way.checkpoint, way.stream, way.fp8, way.compiled)

@@ -20,8 +20,8 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import printable
 from flux.loading import atomic, check_writable
+from flux.terminal import printable
 
 KEPT = 2  # checkpoints
 LEFTOVER = re.compile(r"\..+\.\d+\.\w+")  # the temporary names of `atomic`

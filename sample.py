@@ -150,8 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
     check_size(size, 2 * autoencoder.sizes.reduction)
     rank = sum(max(len(a) for a, _ in lora.values()) for lora, _ in loras)
-    apart = {"r1": None, "r2": rank, "identities": int(bool(loras))}
-    way = make_plan(args, "sample", device, dtype, vars(files), **apart, **area)
+    held = {"r1": None, "r2": rank, "identities": int(bool(loras))}  # if they are kept apart
+    way = make_plan(args, "sample", device, dtype, vars(files), **held, **area)
     check_writable(args.out, "--out")
 
     # The text encoders come first and go before the transformer is there: together they would not fit 24 GB.
@@ -161,9 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     del conditioner
     release(device)
 
-    model = flux.load_flux(transformer, "cpu", dtype)
+    model = flux.load_flux(transformer, device if way.resident else "cpu", dtype)
     # Merged weights could not stay mapped to their file, and a LoRA may drown in the rounding to 8 bits.
-    apart = way.stream or way.fp8 or args.no_merge
+    apart = args.no_merge or not way.resident
     inside, outside = split_loras(model, loras) if apart else ([], loras)
     if inside:
         inject_loras(model, [inside])

@@ -27,10 +27,10 @@ from data import (
     decode_photo,
     list_folders,
     photo_paths,
-    printable,
     read_caption,
 )
 from flux.loading import atomic
+from flux.terminal import printable
 
 VERSION = 1  # raise it whenever `examine` finds something else: everything is then read again
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".jfif", ".jxl")

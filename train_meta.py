@@ -14,7 +14,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -32,7 +31,6 @@ from data import (
     fit_shape,
     list_folders,
     make_batch,
-    printable,
     read_photo,
 )
 from encoding import Recipe
@@ -49,6 +47,7 @@ from flux.loading import (
 )
 from flux.memory import memory_in_use, weight_bytes
 from flux.sampling import flow_loss, generate
+from flux.terminal import printable
 from metalora import TARGETS, SlotAdamW, factors, inject, kaiming_, save_meta, use_slots
 from parallel import Team, shard
 from plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
@@ -359,8 +358,6 @@ def main(argv: list[str] | None = None) -> None:
                 finished = train(args, files, device, dtype, stop, team)
             except torch.OutOfMemoryError as error:
                 raise ValueError(explain_out_of_memory(error, device, stop.resident)) from error
-            except SafetensorError as error:  # what safetensors makes of a full disk
-                raise OSError(f"{args.out}: {error}") from error
             except KeyboardInterrupt:
                 if stop.wanted or team.size > 1:  # the second time, or the other ranks are elsewhere
                     raise
@@ -406,7 +403,8 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
     team.wait()  # each has made a part
     sample_prompts = recipe.prompts(cache)
 
-    model = flux.load_flux(files.transformer, "cpu", dtype)  # mapped: what stays there takes no memory
+    whole = way.resident and not args.shard
+    model = flux.load_flux(files.transformer, device if whole else "cpu", dtype)
     if args.shard:
         shard(model, team, device)
     most = max(map(len, buckets))

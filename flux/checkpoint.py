@@ -199,9 +199,9 @@ def make(
 def empty(shape: Shape, device: str | torch.device, dtype: torch.dtype) -> Tensor:
     """Return room for a tensor: if it is large and on the CPU, in a temporary file that nobody sees.
 
-    So the kernel can put it away, as it can what is mapped to the checkpoint: of FLUX.1-dev in diffusers'
-    layout 7.2 GB are made, and opening it raises anonymous memory by 10 MB (measured, 49 s). They are in
-    memory where TMPDIR has no room, with a warning, and on systems other than Linux.
+    So the kernel can put it away, as it can what is mapped to the checkpoint; of FLUX.1-dev in diffusers'
+    layout 7.2 GB are made. They are in memory where TMPDIR has no room, with a warning, and on systems other
+    than Linux.
     """
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type == "cpu" and size >= LARGE and hasattr(os, "posix_fallocate"):  # Linux

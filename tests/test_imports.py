@@ -25,7 +25,7 @@ MAP = {
     "survey": ("data", "flux"),
     "encoding": ("data", "survey", "parallel", "flux"),
     "parallel": ("flux",),
-    "runs": ("data", "flux"),
+    "runs": ("flux",),
     "metaphd": ("data", "vision", "flux", "arguments"),
     "judges": ("data", "vision", "flux"),
     "report": ("data", "flux"),

@@ -472,6 +472,7 @@ def test_layers_outside_the_blocks_have_no_slots(path):
         inject_loras(model, [[(lora, 1.0)]])
     ((inside, strength),), ((outside, _),) = split_loras(model, [(lora, 0.5)])
     assert [*outside] == ["x_embedder"] and inside | outside == lora and strength == 0.5
+    assert split_loras(model, [(outside, 1.0)]) == ([], [(outside, 1.0)])
 
 
 # --- info --------------------------------------------------------------------------------------------------
