@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -379,7 +380,12 @@ def make(args: argparse.Namespace) -> None:
 
     rng = random.Random(args.seed)
     questions = make_questions(pictures, photos, texts, styles, args.questions // 4, pair, rng)
-    write_page(args.out, questions, args.size, {**vars(args), "systems": systems, "pair": pair})
+    try:
+        write_page(args.out, questions, args.size, {**vars(args), "systems": systems, "pair": pair})
+    except BaseException:  # Ctrl-C too: what is left of it would be in the way of the next try
+        shutil.rmtree(args.out / "page", ignore_errors=True)
+        (args.out / "key.json").unlink(missing_ok=True)
+        raise
     print(f"{len(questions)} questions in {args.out / 'page'}; keep {args.out / 'key.json'} to yourself")
 
 

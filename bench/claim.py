@@ -18,6 +18,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 SCORES = ROOT / "docs" / "claim"
 PROMPTS = ROOT / "bench" / "claim_prompts.txt"
 STEPS = (10, 20, 30, 45, 60, 90, 120, 180)
+STEPS_LOOKED = (15, 30, 45, 60, 90, 120, 180)  # with the people for choosing
 RATES = (4e-3, 8e-3, 2e-2, 4e-2)
 PEOPLE = {
     "validation": (12, 200),
@@ -52,7 +54,7 @@ class Group:
 
     part: str
     base: str = "tiny"
-    prior: str = "0"  # the seed of stage 1; or a control made from it; "" for LoRA alone
+    prior: str = "0"  # the seed of stage 1, or a name of SPECTRA or RECIPES
     targets: str = "all"
     methods: tuple[str, ...] = ("meta-lora-noaug", "lora-noaug")
     rates: tuple[float, ...] = RATES
@@ -90,6 +92,14 @@ def plan(bases: Sequence[str]) -> list[Group]:
     groups.append(Group("attention", targets="attention"))
     groups.append(Group("crops", methods=("meta-lora", "lora")))
     groups.append(Group("ranks", ranks=(2, 4, 8, 16), rates=(8e-3,)))
+    attempt = partial(Group, "attempts", people="validation", steps=STEPS_LOOKED)
+    groups.append(attempt(rates=(1.3e-2, 2.8e-2)))
+    groups += [
+        attempt(prior=name, methods=only, rates=(8e-3, 2e-2))
+        for name in (*SPECTRA, *RECIPES)
+        if name not in CONTROLS
+    ]
+    groups += [attempt(base, rates=(8e-3, 2e-2)) for base in bases[2:]]
     return list(dict.fromkeys(groups))
 
 
@@ -114,20 +124,35 @@ def find_prior(group: Group, out: Path) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    if not group.prior.isdecimal():
+    if group.prior in SPECTRA:
         trained = find_prior(Group(group.part, group.base, "0", group.targets), out)
         tensors, metadata = load_meta(trained)
         generator = torch.Generator().manual_seed(0)
-        made = {name: CONTROLS[group.prior](down.float(), generator) for name, down in tensors.items()}
+        made = {name: SPECTRA[group.prior](down.float(), generator) for name, down in tensors.items()}
         write_tensors({name: down.half() for name, down in made.items()}, path, metadata)
         return path
-    write_people(out / "meta_people", people=400, photos=20, seed=100)
-    argv = ["--data", out / "meta_people", "--model", group.base, "--out", folder, "--r1", 32]
-    argv += ["--targets", group.targets, "--steps", 4000, "--bucket-ids", 20, "--uses-per-image", 2]
-    argv += ["--lr", 4e-3, "--seed", group.prior, "--sample-every", 0]
+    recipe = RECIPE | RECIPES.get(group.prior, {})
+    people = recipe.pop("people")
+    data = out / f"meta_people_{people}"
+    write_people(data, people=people, photos=20, seed=100)
+    seed = group.prior if group.prior.isdecimal() else 0
+    argv = ["--data", data, "--model", group.base, "--out", folder, "--targets", group.targets]
+    argv += ["--seed", seed, "--sample-every", 0]
+    argv += itertools.chain.from_iterable((f"--{name}", value) for name, value in recipe.items())
     train_meta.main([*map(str, argv)])
     shutil.rmtree(folder / "buckets")
     return path
+
+
+# Options of train_meta.py, and how many people it sees: the prior of the study, and attempts at a better one.
+RECIPE = {"people": 400, "r1": 32, "steps": 4000, "bucket-ids": 20, "uses-per-image": 2, "lr": 4e-3}
+RECIPES = {
+    "uses-10": {"uses-per-image": 10},
+    "r1-8": {"r1": 8},
+    "steps-12000-people-1200": {"steps": 12000, "people": 1200},
+    "r1-64": {"r1": 64},
+    "buckets-of-5": {"bucket-ids": 5},
+}
 
 
 def random_like(down: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -141,7 +166,31 @@ def flatten(down: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return u @ vt * random_like(down, generator).norm(dim=(-2, -1), keepdim=True) / down.shape[-2] ** 0.5
 
 
+def even_layers(down: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Keep the directions and the shape of the spectrum, with each part as large as it was at the start."""
+    return down * (random_like(down, generator).norm(dim=(-2, -1)) / down.norm(dim=(-2, -1)))[..., None, None]
+
+
+def reshape_spectrum(down: torch.Tensor, power: float) -> torch.Tensor:
+    """Raise the singular values of each part to a power, its norm kept."""
+    u, values, vt = torch.linalg.svd(down, full_matrices=False)
+    made = u * values[..., None, :] ** power @ vt
+    return made * (values.norm(dim=-1) / made.norm(dim=(-2, -1)))[..., None, None]
+
+
+def principal_axes(down: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Rotate the rows to the singular vectors, so that Adam steps along these."""
+    _, values, vt = torch.linalg.svd(down, full_matrices=False)
+    return values[..., None] * vt
+
+
 CONTROLS = {"random": random_like, "flat": flatten}
+SPECTRA = CONTROLS | {  # meta_downs that are made from the trained one
+    "even-layers": even_layers,
+    "root-of-spectrum": lambda down, _: reshape_spectrum(down, 0.5),
+    "square-of-spectrum": lambda down, _: reshape_spectrum(down, 2),
+    "principal-axes": principal_axes,
+}
 
 
 def run(group: Group, out: Path) -> None:

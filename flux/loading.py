@@ -150,8 +150,10 @@ def given_parts(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def local_parts(path: Path) -> dict[str, Path]:
-    """Return the parts in a model's folder, or those inside and beside a transformer's file."""
+    """Return the parts in a model's folder, or those inside a transformer's file and around it."""
     folder, parts = (path, PLACES) if path.is_dir() else (path.parent, OPTIONS)
+    if path != folder and folder.name == "transformer":  # diffusers' layout
+        folder = folder.parent
     found = {part: place for part in parts if (place := part_in(folder, part))}
     if path == folder and "transformer" not in found:
         raise FileNotFoundError(

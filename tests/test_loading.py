@@ -388,6 +388,8 @@ def test_a_folder_in_diffusers_layout(copy, snapshot):
     files = find_files(arguments(in_diffusers_layout(copy)))
     assert files == replace(ours(copy), transformer=copy / "transformer", autoencoder=copy / "vae")
     assert flux.load_flux(files.transformer).sizes.theta == 100  # of its config
+    file = files.transformer / "diffusion_pytorch_model.safetensors"
+    assert find_files(arguments(file)) == replace(files, transformer=file)
 
 
 def test_a_file_and_options(copy, model, snapshot):

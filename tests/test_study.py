@@ -300,6 +300,22 @@ def test_a_study_is_never_overwritten(world):
     assert (world / "study" / "key.json").read_bytes() == before
 
 
+def test_an_interrupted_study_leaves_nothing(world, monkeypatch):
+    clean, times = study.clean, iter(range(9))
+
+    def interrupted(*args):
+        if next(times) == 8:
+            raise KeyboardInterrupt
+        return clean(*args)
+
+    monkeypatch.setattr(study, "clean", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(world, out="broken")
+    assert not any((world / "broken").iterdir())
+    monkeypatch.undo()
+    make(world, out="broken")
+
+
 def test_nothing_in_common(tmp_path):
     write_world(tmp_path, people=PEOPLE[:1], systems=("alpha",))
     write_picture(tmp_path / "beta" / "someone" / "00" / "0.png", (0, 0, 0), "")
