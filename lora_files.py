@@ -6,6 +6,7 @@ Here a LoRA is a dictionary from the diffusers name of a projection to lora_A (r
 
 import json
 import re
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -345,6 +346,9 @@ def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path)
     metadata = {**fresh(metadata), "modelspec.merged_from": stems}
     text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    needed, free = checkpoint.stat().st_size, shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise OSError(f"{out} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there")
     with opened(checkpoint) as source, atomic(out) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         mapped = file_ranges()

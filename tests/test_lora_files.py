@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,6 +348,17 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(path, tmp_path):
     refused("linear2.weight has numbers too large for torch.float16", single_blocks__0__linear2__weight=huge)
     state.clear()
     refused("is no FLUX.1 file with the original names", x=torch.zeros(1))
+
+
+def test_merging_needs_room_on_the_disk(path, tmp_path, monkeypatch):
+    checkpoint, out = tmp_path / "flux1-x.safetensors", tmp_path / "out.safetensors"
+    save_file(randomize(Flux(DEV)).half().state_dict(), checkpoint)
+    export_lora(adapted(), path, META)
+    room = SimpleNamespace(free=checkpoint.stat().st_size - 1)
+    monkeypatch.setattr(lora_files.shutil, "disk_usage", lambda folder: room)
+    with pytest.raises(OSError, match="out.safetensors needs .* GiB are free there"):
+        run("merge", checkpoint, out, "--lora", path)
+    assert not list(tmp_path.glob("*out*"))
 
 
 # --- What is wrong with a file -----------------------------------------------------------------------------
