@@ -129,7 +129,7 @@ def find_prior(group: Group, out: Path) -> Path:
         tensors, metadata = load_meta(trained)
         generator = torch.Generator().manual_seed(0)
         made = {name: SPECTRA[group.prior](down.float(), generator) for name, down in tensors.items()}
-        write_tensors({name: down.half() for name, down in made.items()}, path, metadata)
+        write_tensors({name: down.half().contiguous() for name, down in made.items()}, path, metadata)
         return path
     recipe = RECIPE | RECIPES.get(group.prior, {})
     people = recipe.pop("people")
@@ -256,7 +256,7 @@ def missing(groups: Sequence[Group], scores: Path) -> list[str]:
         name = f"{Path(group.base).name} {group.prior}, {PLACEMENTS.get(group.targets, group.targets)}"
         planned[group.part].append(name)
         if not wanted <= there:
-            absent[group.part].append(name)
+            absent[group.part].append(name + ", in part" * bool(wanted & there))
     return [part if some == planned[part] else f"{part} ({'; '.join(some)})" for part, some in absent.items()]
 
 

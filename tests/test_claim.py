@@ -218,7 +218,8 @@ def whole(tmp_path_factory) -> Path:
         "attention": [alter(first, targets="attention")],
         "crops": [[[*row[:3], crops[row[3]], *row[4:]] for row in first]],
         "looked": [looked],
-        "attempts": [alter([row for row in looked if row[1] or row[3] == "base"], prior="small-buckets")],
+        "attempts": [alter([row for row in looked if row[1] or row[3] == "base"], prior="small-buckets"),
+            alter(looked, base="weak")],
     }  # fmt: skip
     for name, some in parts.items():
         write(folder / f"{name}.csv", [*map(list, dict.fromkeys(map(tuple, sum(some, []))))])
@@ -232,7 +233,8 @@ def test_a_whole_study_leaves_nothing_out(whole):
     assert all(text.values())
     for title in ("Controls", "Draws", "Ranks", "Crops", "Attention only"):
         assert f"### {title}\n" in text["aside"]
-    assert "small-buckets" in text["attempts"] and "2 bases, 4 priors" in text["claim"]
+    assert text["attempts"].count("small-buckets") == 2 and "| weak | 0 " in text["attempts"]
+    assert "2 bases, 4 priors" in text["claim"]
     rows = [line.split(" | ") for line in text["primary"].split("\n") if line.startswith("| ")]
     ratios = {re.search(r": \**([\d.]+)", row[3])[1] for row in rows[2:] if ":" in row[3]}
     assert len(ratios) == 1  # replicates that are copies, alone and pooled
