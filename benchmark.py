@@ -17,7 +17,6 @@ A faces.json beside the photos, {"01.jpg": [x0, y0, x1, y1]}, is believed instea
 """
 
 import argparse
-import hashlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -195,14 +194,14 @@ class Benchmark:
         for run in self.runs:  # does the stage-1 file fit? reads no weights
             own = self.settings(run)
             if own.method == "meta-lora":
-                self.meta = self.meta or personalize.find_meta(self.files.folder, own)
+                self.meta = self.meta or personalize.find_meta(self.transformer, own)
             personalize.prepare(flux.load_flux(self.transformer, "meta"), own, self.meta_of(run), [0])
         self.way = plan(args, self.device, self.dtype, vars(self.files), self.meta)
 
     def settings(self, run: Run) -> argparse.Namespace:
         """Return what personalize.py's functions want to know."""
         own = {"method": run.method.removesuffix("-noaug"), "rank": run.rank, "lr": run.lr}
-        own |= {"steps": max(run.steps), "resolution": self.side}
+        own |= {"steps": max(run.steps), "resolution": self.side, "no_augment": not run.augment}
         return argparse.Namespace(**{**vars(self.args), **own})
 
     def meta_of(self, run: Run) -> tuple | None:
@@ -247,10 +246,10 @@ class Benchmark:
         own = {key: value for key, value in vars(self.args).items() if key not in MAY_CHANGE}
         own |= {"dtype": str(self.dtype), "transformer": fingerprint(self.transformer)}
         own |= {"fp8": self.way.fp8}
-        own |= {"stage 1": hash_of(self.meta[2])} if self.meta else {}
+        own |= {"stage 1": personalize.hash_of(self.meta[2])} if self.meta else {}
         for s in self.subjects:
             own[f"prompts of {s.kind}"] = s.prompts
-            own[f"photo of {s.name}"] = [s.kind, s.caption, hash_of(s.photos[0])]
+            own[f"photo of {s.name}"] = [s.kind, s.caption, personalize.hash_of(s.photos[0])]
         own |= {f"crops of {s.name}": boxes for (augment, s), boxes in self.boxes.items() if augment}
         own = json.loads(json.dumps(own, default=str))
         if changed := [key for key in own if self.before.get(key, own[key]) != own[key]]:
@@ -329,7 +328,8 @@ class Benchmark:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         own = {"steps": step, "caption": subject.caption, "seed": seeds[slot]}
                         args_then = argparse.Namespace(**{**vars(args), **own})
-                        about = personalize.describe(args_then, self.transformer, meta, subject.photos[:1])
+                        photos = subject.photos[:1]
+                        about = personalize.describe(args_then, self.transformer, meta, photos, self.way)
                         export_lora(self.model, path, about, slot)
             eject(self.model)
 
@@ -406,10 +406,6 @@ def plan(
     r1s = {None if x.startswith("lora") else int(meta[1]["r1"]) if meta else 128 for x in args.method}
     r1 = max(r1s, key=lambda r1: cost(Job("stage2", r1=r1, **people), Way()).adapters)
     return make_plan(args, "stage2", device, dtype, parts, args.resolution, r1=r1, **people)
-
-
-def hash_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def chunks(items: Sequence, size: int) -> list[Sequence]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arguments import Parser
+from flux.formats import FLUX, SWAPPED
 from flux.loading import HelpFormatter, atomic, check_writable, opened, read_tensors
 from flux.memory import drop_pages, file_ranges
 from flux.terminal import printable
@@ -28,49 +29,12 @@ FORMATS = ("diffusers", "kohya")
 
 # --- Names -------------------------------------------------------------------------------------------------
 
-# Linear layers of a block -> the names of their parts in diffusers, in the order of the fused rows.
-DOUBLE_BLOCK = {
-    "img_mod.lin": ["norm1.linear"],
-    "txt_mod.lin": ["norm1_context.linear"],
-    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-    "img_attn.proj": ["attn.to_out.0"],
-    "txt_attn.proj": ["attn.to_add_out"],
-    "img_mlp.0": ["ff.net.0.proj"],
-    "img_mlp.2": ["ff.net.2"],
-    "txt_mlp.0": ["ff_context.net.0.proj"],
-    "txt_mlp.2": ["ff_context.net.2"],
-}
-SINGLE_BLOCK = {
-    "modulation.lin": ["norm.linear"],
-    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
-    "linear2": ["proj_out"],
-}
+# Every linear layer, with # for the block's number -> its parts in diffusers, in the order of the fused rows.
 # We adapt nothing outside the blocks; others do.
-OUTSIDE = {
-    "img_in": ["x_embedder"],
-    "txt_in": ["context_embedder"],
-    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
-    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
-    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
-    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
-    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
-    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
-    "final_layer.linear": ["proj_out"],
-    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
-}
-SWAPPED = "final_layer.adaLN_modulation.1"  # rows: shift, scale; in diffusers scale, shift
-# Every layer of every block, with # for the block's number -> its parts.
 PARTS = {
-    **{
-        f"double_blocks.#.{name}": [f"transformer_blocks.#.{p}" for p in parts]
-        for name, parts in DOUBLE_BLOCK.items()
-    },
-    **{
-        f"single_blocks.#.{name}": [f"single_transformer_blocks.#.{p}" for p in parts]
-        for name, parts in SINGLE_BLOCK.items()
-    },
-    **OUTSIDE,
+    layer.replace("{}", "#"): [part.replace("{}", "#") for part in parts]
+    for layer, parts in FLUX.items()
+    if not layer.endswith(".scale")
 }
 LAYER_OF = {part: layer for layer, parts in PARTS.items() for part in parts}
 # Kohya writes underscores for dots, which nobody can undo; so every name is looked up with underscores.
@@ -172,12 +136,13 @@ def sort_tensors(tensors: dict[str, Tensor]) -> tuple[dict[str, dict], list[str]
 
 
 def place(name: str, order: list[str]) -> tuple[int, int]:
+    """Return what sorts layers by block, then as in `order`; those outside the blocks come first."""
     known, number = find_name(name)
     return int(number or -1), order.index(known)
 
 
 class Alphas:
-    """What a file's update is multiplied by: alpha / rank, where it says so, else 1."""
+    """What a file's update is multiplied by: alpha / rank, with rsLoRA / its root, if it says so, else 1."""
 
     def __init__(self, path: Path, metadata: dict[str, str]):
         # diffusers keeps PEFT's settings in the header; PEFT in a file beside its adapter_model.safetensors.
@@ -237,6 +202,7 @@ def read_layer(name: str, halves: dict[str, Tensor], alphas: Alphas, problems: l
 
 
 def swap_halves(b: Tensor) -> Tensor:
+    """Exchange the upper and the lower half of the rows: shift and scale of SWAPPED, either way."""
     return torch.cat(b.chunk(2)[::-1])
 
 
@@ -433,6 +399,8 @@ def show_info(path: Path) -> None:
     """Print what a file is: method, format, rank, base, what its header says, and the norm of each layer."""
     tensors, metadata = read_tensors(path)
     if downs := {name: t for name, t in tensors.items() if name.endswith(".meta_down")}:
+        if any(t.ndim != 3 for t in downs.values()):
+            raise ValueError(f"{path}: its meta_down should be (parts, r1, d_in)")
         print(f"{path}: stage 1 of Meta-LoRA, meta_down of {len(downs)} layers; no LoRA yet")
         rows = [(name, f"{t.shape[-2]}", t.float().norm().item()) for name, t in downs.items()]
     else:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from flux.loading import read_tensors, run_script
 from lora_files import (
-    DOUBLE_BLOCK,
-    SINGLE_BLOCK,
+    PARTS,
     Lora,
     clean,
     layer_updates,
@@ -131,15 +130,11 @@ TARGETS = {
 
 def linear_names(model: nn.Module, targets: str = "all") -> Iterator[tuple[str, list[str]]]:
     """Yield each adapted linear layer's name and the diffusers names of its parts."""
-    blocks = [
-        ("double_blocks", "transformer_blocks", DOUBLE_BLOCK),
-        ("single_blocks", "single_transformer_blocks", SINGLE_BLOCK),
-    ]
-    for ours, theirs, layers in blocks:
-        for i in range(len(getattr(model, ours))):
-            for name, parts in layers.items():
-                if TARGETS[targets](name):
-                    yield f"{ours}.{i}.{name}", [f"{theirs}.{i}.{part}" for part in parts]
+    for kind in ("double_blocks", "single_blocks"):
+        layers = [name for name in PARTS if name.startswith(kind) and TARGETS[targets](name)]
+        for i in range(len(getattr(model, kind))):
+            for name in layers:
+                yield name.replace("#", f"{i}"), [part.replace("#", f"{i}") for part in PARTS[name]]
 
 
 def inject(

@@ -7,9 +7,12 @@ writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_sam
 
 import argparse
 import hashlib
+import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
 
@@ -46,7 +49,8 @@ from flux.loading import (
 )
 from flux.memory import memory_in_use, release
 from flux.sampling import flow_loss, generate, spread_times
-from lora_files import FORMATS
+from flux.terminal import printable
+from lora_files import FORMATS, read_header
 from metalora import (
     TARGETS,
     assign_meta,
@@ -198,22 +202,34 @@ def show_crops(photos: dict[Path, Image.Image], crops: list[tuple[Path, Box]], p
     print(f"{path}: {len(pictures)} crops")
 
 
-def find_meta(
-    folder: Path, args: argparse.Namespace
-) -> tuple[dict[str, Tensor], dict[str, str], Path] | None:
-    """Load the stage-1 file, if the method needs one: tensors, metadata, path.
-
-    Raises FileNotFoundError, saying how to get one, when there is none.
-    """
-    if args.method == "lora":
-        return None
-    path = args.meta or folder / "meta.safetensors"
+def named_meta(path: Path) -> Path:
+    """Return the path of a stage-1 file; FileNotFoundError, saying how to get one, when there is none."""
     if not path.is_file():
         raise FileNotFoundError(
             f"no stage-1 file at {path}. Train one (python train_meta.py --data PEOPLE, which ends with "
             "meta.safetensors) and pass it as --meta FILE; plain LoRA needs none: --method lora"
         )
-    return *load_meta(path), path
+    return path
+
+
+def find_meta(
+    transformer: Path, args: argparse.Namespace
+) -> tuple[dict[str, Tensor], dict[str, str], Path] | None:
+    """Load the stage-1 file, if the method needs one: tensors, metadata, path.
+
+    Raises FileNotFoundError when there is none; warns when it is of another base.
+    """
+    if args.method == "lora":
+        return None
+    path = named_meta(args.meta or transformer.parent / "meta.safetensors")
+    tensors, metadata = load_meta(path)
+    if metadata.get("base_hash", base := fingerprint(transformer)) != base:
+        warnings.warn(
+            f"{path} was trained with {printable(metadata.get('base_model', 'another file'))}, which is not "
+            f"{transformer}: as a prior it is worth less, unless they are two files of the same weights",
+            stacklevel=2,
+        )
+    return tensors, metadata, path
 
 
 def encode_crops(
@@ -285,7 +301,7 @@ def train(
     """Run Algorithm 2's loop and yield the number of updates done, after each.
 
     people: what `draw_batches` yields, of the person in each slot. Several learn side by side, each with the
-    loss, the gradient norm and the optimiser states it would have alone.
+    loss, gradient norm and optimiser states it would have alone. ValueError when a loss is infinite or NaN.
     """
     optimiser = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
     bar = tqdm(zip(*people), "personalizing", args.steps, mininterval=1, dynamic_ncols=True)
@@ -301,6 +317,8 @@ def train(
             loss = flow_loss(model, **batch, guidance=args.train_guidance) * len(group)  # the sum over people
             loss.backward()
             mean += loss.item() / len(batches)
+        if not math.isfinite(mean):
+            raise ValueError(f"step {step}: the loss is {mean}; a smaller --lr than {args.lr:g} may help")
         clip_slots(trained, args.clip_grad)
         optimiser.step()
         optimiser.zero_grad()
@@ -308,15 +326,23 @@ def train(
         yield step
 
 
+@cache
+def hash_of(path: Path) -> str:
+    """Return a file's SHA-256 as it was when it was first asked for."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def describe(
-    args: argparse.Namespace, transformer: Path, meta: tuple | None, photos: Sequence[Path]
+    args: argparse.Namespace, transformer: Path, meta: tuple | None, photos: Sequence[Path], way: Way
 ) -> dict[str, object]:
     """Return what a LoRA file says of itself; photos and the stage-1 file by their hashes."""
-    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
-    about = {"base_model": transformer.name, "base_hash": fingerprint(transformer)}
-    about |= {"photos": [digest(path) for path in photos]}
-    about |= {"stage_1": digest(meta[2])} if meta else {}
-    told = ("method", "rank", "steps", "lr", "resolution", "caption", "seed")
+    about = {"base_model": transformer.name, "base_hash": fingerprint(transformer), "base_fp8": way.fp8}
+    about |= {"photos": [hash_of(path) for path in photos]}
+    about |= {"stage_1": hash_of(meta[2])} if meta else {}
+    about |= {"targets": meta[1]["targets"] if meta else args.targets}
+    told = ("method", "rank", "steps", "lr", "resolution", "caption", "seed", "no_augment", "batch", "draws")
+    told += ("weight_decay", "clip_grad", "t_mean", "t_std", "train_guidance", "latents")
     return about | {key: getattr(args, key) for key in told}
 
 
@@ -343,19 +369,22 @@ def main(argv: list[str] | None = None) -> None:
         plan(args, device, dtype, files_to_plan(args), load_meta(args.meta) if args.meta else None)
         return
 
-    # What can be wrong shows before anything takes long: the photos, the files, the face.
+    # What can be wrong shows before anything takes long: the photos, the face, the files.
     photos = {path: read_photo(path) for path in args.photos}
     check_writable(args.out.parent, "--out")
+    crops = list_crops(photos, args)
     if args.show_crops:
-        return show_crops(photos, list_crops(photos, args), beside(args.out, "_crops.png"))
+        return show_crops(photos, crops, beside(args.out, "_crops.png"))
+    if args.meta:
+        read_header(named_meta(args.meta))  # before anything is downloaded
     files = flux.find_files(args)
     transformer = files.transformer
     args.resolution = side = args.resolution or native_size(files.folder)
-    meta = find_meta(files.folder, args)
+    meta = find_meta(transformer, args)
     # Does the stage-1 file fit? This reads no weights.
     prepare(flux.load_flux(transformer, "meta"), args, meta, [args.seed])
-    crops = list_crops(photos, args)
     way = plan(args, device, dtype, vars(files), meta)
+    about = describe(args, transformer, meta, args.photos, way)
 
     # Everything that does not change is computed once; then the encoders leave.
     autoencoder, cache = flux.load_autoencoder(files.autoencoder, device, dtype), MemoryCache()
@@ -378,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
         pass  # nothing to do between the updates
     use_slots(model, None)
 
-    export_lora(model, args.out, describe(args, transformer, meta, args.photos), form=args.format)
+    export_lora(model, args.out, about, form=args.format)
     print(f"{args.out}: rank {args.rank}, {args.out.stat().st_size / 1e6:.1f} MB")
     if args.samples:
         autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)

@@ -5,7 +5,7 @@ The peaks are a model of what bench/memory.py counts operation by operation; it 
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -52,7 +52,8 @@ class Job:
     t5_length: int = 512
     r1: int | None = 128  # None: plain LoRA
     r2: int = 1
-    identities: int = 1  # slots of mid and up; when sampling, of LoRAs kept apart from the weights
+    identities: int = 1  # slots of mid and up; when sampling, of LoRAs
+    merge: bool = False  # LoRAs go into the weights where those are all resident
     average: bool = False  # of meta_down, beside it
     pixels: int = 16  # per side of an image token
     width: int = 2  # bytes of the compute dtype
@@ -155,6 +156,7 @@ def cost(job: Job, way: Way, peak_flops: float = PEAKS["A6000"]) -> Cost:
     resident += 0 if training else AUTOENCODER * job.width
     states = {"stage1": (3 + job.average, 3), "stage2": (1, 3), "sample": (0, 1)}[job.kind]
     adapters = sum(n * size for kind in blocks for n, size in zip(states, adapter_bytes(job, kind)))
+    adapters = 0 if job.merge and way.resident else adapters
     activations = training_peak(job, way.checkpoint, way.fp8) if training else sampling_peak(job, way.fp8)
 
     flops = step_flops(job, way.checkpoint)
@@ -229,8 +231,8 @@ def step_flops(job: Job, checkpoint: str | int) -> float:
 # --- The choice --------------------------------------------------------------------------------------------
 
 
-def ways(job: Job, checkpoint: str, stream: str, fp8: bool) -> Iterator[Way]:
-    """Yield every way that the flags leave open."""
+def ways(job: Job, checkpoint: str, stream: str, fp8: bool, compiled: bool = False) -> Iterator[Way]:
+    """Yield every way that the flags leave open; kept attention cannot be compiled."""
     total = len(kinds(job.sizes))
     for name, text in (("checkpoint", checkpoint), ("stream", stream)):
         if text.isdecimal() and int(text) > total:
@@ -238,12 +240,12 @@ def ways(job: Job, checkpoint: str, stream: str, fp8: bool) -> Iterator[Way]:
     if job.kind == "sample":
         checkpoints = ["none"]
     elif checkpoint == "auto":
-        checkpoints = ["none", "attention", *range(1, total), "all"]
+        checkpoints = ["none", *["attention"] * (not compiled), *range(1, total), "all"]
     else:
         checkpoints = [int(checkpoint) if checkpoint.isdecimal() else checkpoint]
     for some in checkpoints:
         for count in range(total + 1) if stream == "auto" else [int(stream)]:
-            yield Way(some, count, fp8)
+            yield Way(some, count, fp8, compiled)
 
 
 def choose(
@@ -253,6 +255,7 @@ def choose(
     stream: str = "auto",
     base: str = "auto",
     peak_flops: float = PEAKS["A6000"],
+    compiled: bool = False,
 ) -> tuple[Way, Cost, str]:
     """Return the fastest way that fits the budget in GiB, its cost, and a line of text that says why.
 
@@ -262,7 +265,7 @@ def choose(
     """
     least, open_way = None, checkpoint == stream == "auto"
     for fp8 in {"auto": [False, True], "bf16": [False], "fp8": [True]}[base]:
-        costs = [(way, cost(job, way, peak_flops)) for way in ways(job, checkpoint, stream, fp8)]
+        costs = [(way, cost(job, way, peak_flops)) for way in ways(job, checkpoint, stream, fp8, compiled)]
         fitting = [(way, some) for way, some in costs if some.peak / GIB + RESERVE <= budget]
         if fitting:
             enough = 1.03 * min(some.seconds for _, some in fitting)
@@ -378,14 +381,18 @@ def make_plan(
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         card = next((known for known in PEAKS if known in name), card)
-    if args.compile and args.stream not in ("auto", "0"):
-        raise ValueError(f"--compile and --stream {args.stream}: streamed blocks cannot be compiled")
-    stream = "0" if args.compile else args.stream
-    checkpoint = getattr(args, "checkpoint", "none")
+    stream, checkpoint = args.stream, getattr(args, "checkpoint", "none")
+    if args.compile:
+        if stream not in ("auto", "0") or checkpoint == "attention":
+            raise ValueError("--compile: neither with --stream nor with --checkpoint attention")
+        stream = "0"
     peak_flops = PEAKS[card or "A6000"]
-    way, some, line = choose(job, budget, checkpoint, stream, args.base_dtype, peak_flops)
+    way, some, line = choose(job, budget, checkpoint, stream, args.base_dtype, peak_flops, args.compile)
+    older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    if args.compile and way.fp8 and older:
+        raise ValueError("--compile: cards before Ada cannot compile 8-bit weights; leave it away")
     print(table(job, way, some, line, budget, card))
-    return replace(way, compiled=args.compile)
+    return way
 
 
 def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:

@@ -29,7 +29,7 @@ from flux.loading import (
 )
 from flux.memory import release
 from flux.sampling import generate
-from lora_files import pair_strengths, read_header, read_lora
+from lora_files import linear_shapes, misfits, pair_strengths, read_header, read_lora, refuse
 from metalora import inject_loras, merge_loras, split_loras
 from plan import add_memory_arguments, files_to_plan, follow, make_plan
 
@@ -136,23 +136,26 @@ def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
-    area = {"resolution": math.isqrt(math.prod(args.size))} if args.size else {}
+    # What can be wrong shows before anything is downloaded.
+    loras = [(read_lora(path)[0], strength) for path, strength in args.lora]
+    rank = sum(max(len(a) for a, _ in lora.values()) for lora, _ in loras)
+    job = {"r1": None, "r2": rank, "identities": int(bool(loras)), "merge": not args.no_merge}
+    job |= {"resolution": math.isqrt(math.prod(args.size))} if args.size else {}
     if args.plan:
-        make_plan(args, "sample", device, dtype, files_to_plan(args), identities=0, **area)
+        make_plan(args, "sample", device, dtype, files_to_plan(args), **job)
         return
+    check_writable(args.out, "--out")
     files = flux.find_files(args)
     transformer = files.transformer
     # Do they fit? That reads no weights of the model.
-    empty = flux.load_flux(transformer, "meta") if args.lora else None
-    loras = [(read_lora(path, empty)[0], strength) for path, strength in args.lora]
+    shapes = linear_shapes(flux.load_flux(transformer, "meta"))
+    for (path, _), (lora, _) in zip(args.lora, loras):
+        refuse(path, misfits(lora, shapes))
     hashes = [(path.stem, strength, hash_weights(path)) for path, strength in args.lora]
     size = args.size or (native_size(files.folder),) * 2
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
     check_size(size, 2 * autoencoder.sizes.reduction)
-    rank = sum(max(len(a) for a, _ in lora.values()) for lora, _ in loras)
-    held = {"r1": None, "r2": rank, "identities": int(bool(loras))}  # if they are kept apart
-    way = make_plan(args, "sample", device, dtype, vars(files), **held, **area)
-    check_writable(args.out, "--out")
+    way = make_plan(args, "sample", device, dtype, vars(files), **job)
 
     # The text encoders come first and go before the transformer is there: together they would not fit 24 GB.
     conditioner = flux.load_conditioner(files, device, dtype, args.t5_length, args.vram)

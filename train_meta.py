@@ -45,7 +45,7 @@ from flux.loading import (
     native_size,
     run_script,
 )
-from flux.memory import memory_in_use, weight_bytes
+from flux.memory import checkpoint_blocks, memory_in_use, weight_bytes
 from flux.sampling import flow_loss, generate
 from flux.terminal import printable
 from metalora import TARGETS, SlotAdamW, factors, inject, kaiming_, save_meta, use_slots
@@ -371,6 +371,7 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
     if args.shard:
         blocks = "all" if args.checkpoint == "auto" else args.checkpoint
         way = Way(int(blocks) if blocks.isdecimal() else blocks)
+        checkpoint_blocks(flux.load_flux(files.transformer, "meta"), way.checkpoint)  # are there so many?
     else:
         way = team.once(lambda: plan(args, device, dtype, vars(files)))
     recipe = Recipe(files, args, dtype)
@@ -445,14 +446,15 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
                     line["t"] = team.joined(batch["t"].tolist())
                 log.write(line)
                 stopping = team.any(stop.wanted)
-                if args.sample_every and trainer.step % args.sample_every == 0 and not stopping:
-                    shown = bucket[: min(2, len(buckets[number]) // team.size)]  # as many on every rank
-                    sample_grid(trainer, shown, sample_prompts, files, device, dtype)
                 ends = trainer.bucket_step == q_bucket or trainer.step == args.steps
                 gives_up = trainer.skipped >= MOST_SKIPPED
                 if ends or gives_up or stopping or trainer.step % args.save_every == 0:
                     trainer.save()
                     log.draw()
+                sampling = args.sample_every and trainer.step % args.sample_every == 0
+                if sampling and not (stopping or gives_up):
+                    shown = bucket[: min(2, len(buckets[number]) // team.size)]  # as many on every rank
+                    sample_grid(trainer, shown, sample_prompts, files, device, dtype)
                 if gives_up:
                     raise ValueError(
                         f"{trainer.skipped} steps in a row had a loss or gradient that is not finite, see "

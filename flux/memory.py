@@ -7,6 +7,7 @@ blocks from host memory, store weights in 8 bits, let models go. `plan.py` choos
 import ctypes
 import gc
 import mmap
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -103,13 +104,17 @@ def compile_blocks(model: Flux, **options) -> None:
     """Compile every block with torch.compile, anew for each shape; blocks of a kind share what is compiled.
 
     It comes after `checkpoint_blocks`, which would undo it; what is run again is then compiled as well.
-    options: further arguments of torch.compile. Raises ValueError for streamed blocks, whose weights move.
+    options: further arguments of torch.compile. Raises ValueError for streamed blocks, whose weights move,
+    and for kept attention, within whose contexts torch would compile nothing.
     """
     if any(getattr(layer, "stream", None) for layer in model.modules()):
         raise ValueError("streamed blocks cannot be compiled: choose --compile or --stream, not both")
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-    for block in blocks_of(model):
-        run = block.forward
+    runs = [block.forward for block in blocks_of(model)]
+    if any(isinstance(run, partial) and "context_fn" in run.keywords for run in runs):
+        raise ValueError("blocks that keep their attention cannot be compiled: take another --checkpoint")
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, SHAPES)  # recompile_limit, from torch 2.7 on
+    for block, run in zip(blocks_of(model), runs):
         if isinstance(run, partial):  # checkpointed
             compiled = torch.compile(*run.args, dynamic=False, **options)
             block.forward = partial(run.func, compiled, **run.keywords)
@@ -248,7 +253,8 @@ class Stream:
         layers = [layer for block in self.blocks for layer in block]
         # PyTorch pins memory in powers of two.
         needed = sum(1 << (layer.stored.nbytes - 1).bit_length() for layer in layers)
-        pin = self.side and needed < 0.7 * available_memory()
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun on this host: all pin at once
+        pin = self.side and ranks * needed < 0.7 * available_memory()
         for layer in layers:
             layer.stored = layer.stored.cpu()
             if pin:

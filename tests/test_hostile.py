@@ -271,7 +271,7 @@ def test_damaged_stage_1_files(model, files, tmp_path, data):
     transformer = flux.load_flux(transformer_of(model), "meta")
     args = argparse.Namespace(method="meta-lora", meta=path, rank=1)
     try:
-        meta = personalize.find_meta(tmp_path, args)
+        meta = personalize.find_meta(transformer_of(model), args)
         personalize.prepare(transformer, args, meta, [0])
     except OURS:
         return

@@ -510,6 +510,9 @@ def test_info_says_what_a_file_is(path, tmp_path, capsys):
     save_meta(eject(model) and adapted(), path, META)
     run("info", path)
     assert "stage 1 of Meta-LoRA, meta_down of 29 layers" in capsys.readouterr().out
+    save_file({"x.meta_down": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"should be \(parts, r1, d_in\)"):
+        run("info", path)
 
 
 def test_nothing_from_a_file_reaches_the_terminal_raw(path, capsys):

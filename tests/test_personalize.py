@@ -1,6 +1,7 @@
 """Stage 2: what is trained, what is written, and that what can be wrong is said before the work begins."""
 
 import hashlib
+import math
 import os
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import train_meta
 from flux.loading import read_tensors
 from flux.memory import Stream
 from flux.sampling import flow_loss
-from lora_files import read_lora
+from lora_files import read_lora, write_tensors
 from metalora import load_meta
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
@@ -262,6 +263,7 @@ def test_stage_1_file_beside_the_weights(photo, meta, model):
     assert Path("ref.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.* was trained with")
 def test_stage_1_file_of_another_model(run, photo, nothing_expensive, other_model, model):
     with pytest.raises(ValueError, match="does not fit this model"):
         run(photo, *FACE, "--model", other_model)
@@ -269,6 +271,47 @@ def test_stage_1_file_of_another_model(run, photo, nothing_expensive, other_mode
         run(photo, *FACE, "--meta", model / "ae.safetensors")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         run(photo, *FACE, "--meta", photo)
+
+
+def test_stage_1_file_of_another_base(run, photo, meta, tmp_path):
+    """It fits, so it is not refused."""
+    tensors, metadata = read_tensors(Path(meta))
+    write_tensors(
+        tensors, other := tmp_path / "krea.safetensors", metadata | {"base_hash": "1", "base_model": "K"}
+    )
+    with pytest.warns(UserWarning, match="krea.safetensors was trained with K, which is not"):
+        run(photo, *FACE, "--meta", other)
+
+
+def test_what_is_noticed_before_a_download(run, photo, monkeypatch):
+    monkeypatch.setattr(personalize.flux, "find_files", None)  # calling it would be a TypeError
+    with pytest.raises(FileNotFoundError, match="no stage-1 file at nowhere.safetensors"):
+        run(photo, *FACE, "--meta", "nowhere.safetensors")
+    with pytest.raises(ValueError, match="not inside the photo"):
+        run(photo, "--face", "500,500,600,600")
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(run, photo, monkeypatch):
+    losses = iter([1.0, math.nan])
+    monkeypatch.setattr(
+        personalize, "flow_loss", lambda *_, **__: torch.tensor(next(losses), requires_grad=True)
+    )
+    monkeypatch.setattr(personalize, "clip_slots", lambda *_: None)
+    with pytest.raises(ValueError, match="step 2: the loss is nan; a smaller --lr than 0.01"):
+        run(photo, *FACE)
+    assert not Path("ref.safetensors").exists()
+
+
+def test_a_photo_may_go_while_it_is_learned(run, photo, monkeypatch):
+    train = personalize.train
+
+    def watched(*args):
+        photo.unlink()
+        yield from train(*args)
+
+    monkeypatch.setattr(personalize, "train", watched)
+    run(photo, *FACE)
+    assert Path("ref.safetensors").exists()
 
 
 def test_no_place_for_the_result(run, photo, nothing_expensive):
@@ -320,7 +363,7 @@ def test_without_weights_it_says_what_to_do(photo, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("flux.loading.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(FileNotFoundError, match="not whole in the hub cache(.|\n)*--model tiny"):
-        personalize.main(["ref.png"])
+        personalize.main(["ref.png", *FACE])
 
 
 # --- Real photos -------------------------------------------------------------------------------------------

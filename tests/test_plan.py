@@ -238,6 +238,25 @@ def test_flags_override_each_choice(capsys):
         plan("--stream", "58")
 
 
+def test_what_cannot_be_compiled_is_not_chosen():
+    assert choose(STAGE1, 48)[0].checkpoint == "attention"
+    assert choose(STAGE1, 48, stream="0", compiled=True)[0].checkpoint != "attention"
+    assert plan("--vram", "80", "--compile") == Way(compiled=True)
+    for wrong in (["--stream", "3"], ["--checkpoint", "attention"]):
+        with pytest.raises(ValueError, match="--compile: neither with --stream nor with --checkpoint att"):
+            plan("--vram", "80", "--compile", *wrong)
+
+
+def test_a_lora_that_is_merged_takes_no_memory():
+    """Where all weights are resident it is; else its factors count, as many as are there."""
+    job = Job("sample", r1=None, r2=128, merge=True)
+    without = replace(job, identities=0)
+    assert cost(job, Way()) == cost(without, Way())
+    assert cost(job, Way(stream=3)).adapters == cost(replace(job, merge=False), Way(stream=3)).adapters > 0
+    tight = cost(without, Way()).peak / GIB + RESERVE
+    assert choose(job, tight)[0] == Way() and choose(replace(job, merge=False), tight)[0].stream > 0
+
+
 def test_sizes_come_from_the_headers(capsys):
     """The small model's own: 8 pixels to a token's side, its pictures, its text length; it all fits."""
     files = files_to_plan(argparse.Namespace(model="tiny"))

@@ -355,6 +355,16 @@ def test_sample_grids(run, undisturbed, tmp_path):
     run(tmp_path / "c", "--sample-every", 1, "--resolution", 35, steps=1)
 
 
+def test_nothing_is_lost_when_a_sample_grid_fails(run, tmp_path, monkeypatch):
+    def fails(*args):
+        raise Killed
+
+    monkeypatch.setattr(train_meta, "sample_grid", fails)
+    with pytest.raises(Killed):
+        run(tmp_path, "--sample-every", 5, steps=7)
+    assert [file.name for file in (tmp_path / "checkpoints").glob("*.pt")] == ["000005.pt"]
+
+
 def test_broken_weights_are_not_saved(run, tmp_path, monkeypatch):
     update = Trainer.update
 
