@@ -336,7 +336,9 @@ def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True)
         help="bf16: weights as they are; fp8: rounded to 8 bits; auto: rounded if nothing else fits",
     )
     group.add_argument(
-        "--compile", action="store_true", help="torch.compile each block, once per shape; not with --stream"
+        "--compile",
+        action="store_true",
+        help="torch.compile each block, once per shape; not with --stream nor with --checkpoint attention",
     )
     group.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     return group
