@@ -6,6 +6,7 @@ bring small ones of its own.
 
 import argparse
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -138,7 +139,7 @@ class PaperJudges(Judges):
 
 
 class SmallJudges(Judges):
-    """The two of `vision/small.py`, for pictures of a model that brings them along."""
+    """The two of `vision/small.py`, for pictures of a model that brings them along; large ones are shrunk."""
 
     def __init__(self, folder: Path, cache, device="cpu"):
         super().__init__(cache, device)
@@ -151,12 +152,16 @@ class SmallJudges(Judges):
 
     def read(self, path: Path) -> Image.Image:
         image = super().read(path)
-        if not small.fits(image.height, image.width):
+        if small.fits(image.height, image.width):
+            return image
+        shrink = math.sqrt(image.height * image.width) / small.SIZE
+        if shrink < 1:
             size = f"{image.width} x {image.height} pixels"
             raise ValueError(
                 f"{path} has {size}; {self.name} know pictures of about {small.SIZE} x {small.SIZE}"
             )
-        return image
+        size = round(image.width / shrink), round(image.height / shrink)
+        return image.resize(size, Image.Resampling.LANCZOS)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Share 1 among the words that each prompt names, (n, d); ValueError when the judge knows none."""

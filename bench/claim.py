@@ -41,11 +41,12 @@ PROMPTS = ROOT / "bench" / "claim_prompts.txt"
 STEPS = (10, 20, 30, 45, 60, 90, 120, 180)
 STEPS_LOOKED = (15, 30, 45, 60, 90, 120, 180)  # with the people for choosing
 RATES = (4e-3, 8e-3, 2e-2, 4e-2)
-PEOPLE = {
-    "validation": (12, 200),
-    "test": (30, 300),
-    "quick": (8, 400),
-}  # how many, and the seed they are drawn from
+PEOPLE = {  # how many, the seed they are drawn from, and the side of a photo in pixels
+    "validation": (12, 200, 64),
+    "large": (12, 200, 160),
+    "test": (30, 300, 64),
+    "quick": (8, 400, 64),
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def plan(bases: Sequence[str]) -> list[Group]:
         if name not in CONTROLS
     ]
     groups += [attempt(base, rates=(8e-3, 2e-2)) for base in bases[2:]]
+    methods, rates, steps = ("lora", "lora-noaug"), (8e-3,), (180, 360, 720)
+    groups.append(Group("large", methods=methods, rates=rates, people="large", steps=steps))
     return list(dict.fromkeys(groups))
 
 
@@ -196,8 +199,8 @@ SPECTRA = CONTROLS | {  # meta_downs that are made from the trained one
 def run(group: Group, out: Path) -> None:
     """Make all pictures and scores of a group; what is there is not made again."""
     people = out / "people" / group.people
-    count, seed = PEOPLE[group.people]
-    write_people(people, people=count, photos=8, seed=seed, photo_share=1)
+    count, seed, size = PEOPLE[group.people]
+    write_people(people, people=count, photos=8, seed=seed, photo_share=1, size=size)
     judges = folder_of(group.base) / "judges"
     if not judges.exists():
         shutil.copytree(folder_of("tiny") / "judges", judges)

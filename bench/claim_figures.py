@@ -42,7 +42,7 @@ BEST = "each at its best placement"
 WORDS = PLACEMENTS | {META: "Meta-LoRA", LORA: "LoRA", "meta-lora": "Meta-LoRA, crops", "lora": "LoRA, crops"}
 WORDS |= {"targets": "placement", "lr": "rate"}
 SHOWN = (30, 60, 120, 180)  # steps, in tables of differences
-ASIDE = ("looked", "attempts", "validation")  # parts with people of their own
+ASIDE = ("looked", "attempts", "large", "validation")  # parts with people of their own
 
 
 class Study:
@@ -338,7 +338,18 @@ def crops(study: Study) -> str:
     }
     for name, (a, b) in rows.items():
         lines.append([name, *(tell_speed(compare_speed(a, b, level, LIMIT)) for level in LEVELS)])
-    return f"### Crops\n\nSteps, all layers, each at its own best rate: ratio [95 %].\n\n{markdown(lines)}"
+    told = f"### Crops\n\nSteps, all layers, each at its own best rate: ratio [95 %].\n\n{markdown(lines)}"
+    if large := study.aside.get("large"):
+        steps = next(iter(large.values())).steps[1:]
+        gap = {WORDS[key[3]]: cell.scores[-1].mean(axis=(0, 1)) for key, cell in large.items()}
+        gap = [f"{number(100 * (x[FACESIM] - x[SIMILAR]))} for {name}" for name, x in gap.items()]
+        told += (
+            "\n\nOn the people for choosing, with photos of 160 pixels, whose crops are no smaller than the "
+            "pictures that the base knows: R-FaceSim / adherence after longer trainings, percent.\n\n"
+            f"{means(large, steps, ('base', 'prior', 'rank', 'targets', 'draws'))}\n\n"
+            f"FaceSim minus R-FaceSim after {steps[-1]} steps: {enumerate_words(gap)}."
+        )
+    return told
 
 
 def attention(study: Study) -> str:

@@ -218,6 +218,7 @@ def whole(tmp_path_factory) -> Path:
         "attention": [alter(first, targets="attention")],
         "crops": [[[*row[:3], crops[row[3]], *row[4:]] for row in first]],
         "looked": [looked],
+        "large": [[[*row[:3], crops[row[3]], *row[4:]] for row in looked if row[3] in crops and not row[1]]],
         "attempts": [alter([row for row in looked if row[1] or row[3] == "base"], prior="small-buckets"),
             alter(looked, base="weak")],
     }  # fmt: skip
@@ -233,6 +234,7 @@ def test_a_whole_study_leaves_nothing_out(whole):
     assert all(text.values())
     for title in ("Controls", "Draws", "Ranks", "Crops", "Attention only"):
         assert f"### {title}\n" in text["aside"]
+    assert "160 pixels" in text["aside"] and "for LoRA, crops" in text["aside"]
     assert text["attempts"].count("small-buckets") == 2 and "| weak | 0 " in text["attempts"]
     assert "2 bases, 4 priors" in text["claim"]
     rows = [line.split(" | ") for line in text["primary"].split("\n") if line.startswith("| ")]

@@ -241,6 +241,16 @@ def test_small_judges_embed_a_picture_once(drawn, monkeypatch):
     assert judge_drawn("right")["overall"] == scores["overall"]
 
 
+def test_small_judges_shrink_a_large_picture(drawn):
+    look = judges.SmallJudges(LOCAL_MODELS["tiny"] / "judges", data.MemoryCache())
+    own, other, *_ = sorted(Path("right").glob("*/00/0.png"))
+    Image.open(own).resize((192, 192), Image.Resampling.BICUBIC).save(large := Path("large.png"))
+    faces, _ = look.embed_faces([own, large, other])
+    assert faces[0] @ faces[1] > 0.95 > faces[0] @ faces[2]
+    seen = look.embed_images([own, large])
+    assert (seen[0] - seen[1]).abs().max() < 0.1
+
+
 def test_what_small_judges_cannot_judge_is_told(drawn):
     prompts = sorted(Path("prompts").iterdir())[0]
     lines = prompts.read_text().splitlines()
@@ -249,8 +259,8 @@ def test_what_small_judges_cannot_judge_is_told(drawn):
         judge_drawn("right")
     prompts.write_text("\n".join(lines))
     picture = sorted(Path("right").glob("*/00/0.png"))[0]
-    Image.new("RGB", (64, 640)).save(picture)
-    with pytest.raises(ValueError, match=f"{picture} has 64 x 640 pixels; .*judges know .* 64 x 64"):
+    Image.new("RGB", (64, 32)).save(picture)
+    with pytest.raises(ValueError, match=f"{picture} has 64 x 32 pixels; .*judges know .* 64 x 64"):
         judge_drawn("right")
     with pytest.raises(ValueError, match="--clip is of no use: --model tiny brings judges"):
         judge_drawn("right", "--clip", ".")
