@@ -188,14 +188,22 @@ def primary(study: Study) -> str:
 
 def rates(study: Study) -> str:
     """Lay out the secondary measure: both methods at the same learning rate, over all replicates."""
-    lines = [["placement", "rate of both", *(f"to {level}" for level in LEVELS)]]
+    lines, told = [["placement", "rate of both", *(f"to {level}" for level in LEVELS)]], ""
     for targets, name in PLACEMENTS.items():
         if study.replicates([targets]):
             sample = study.pooled([targets])
             for _, lr in sorted(sample.curves(targets, META), key=lambda key: float(key[1])):
                 found = speeds(sample, targets, LIMIT, lr=lr)
                 lines.append([name, tell_rate(lr), *map(tell_speed, found)])
-    return markdown(lines)
+                if (targets, lr) == ("all", "0.004"):
+                    walked = [number(float(lr) * n, 2) for n in (found[1].ours, found[1].theirs)]
+                    told = (
+                        "\n\nIn a step Adam moves a number by about the learning rate. With all layers at "
+                        f"{tell_rate(lr)} that comes to {walked[0]} and {walked[1]} until {LEVELS[1]}; in "
+                        f"the paper, at 4e-4, to {number(375 * 4e-4, 2)} in Meta-LoRA's 375 steps and to "
+                        f"{number(625 * 4e-4, 2)} in LoRA's 625."
+                    )
+    return markdown(lines) + told
 
 
 def equal(study: Study) -> str:
@@ -259,7 +267,7 @@ def looked(study: Study) -> str:
 
 def aside(study: Study) -> str:
     """Put together the side questions that have scores."""
-    asked = (controls, draws, ranks, crops, attention)
+    asked = (controls, draws, ranks, attention, crops)
     return "\n\n".join(filter(None, (question(study) for question in asked)))
 
 
@@ -395,7 +403,8 @@ def verdict(found: Sequence[Speed]) -> str:
     for level, one in zip(LEVELS, found):
         kind = 0 if one.low > 1 else 1 if one.high < 1 else 2
         kinds[[*kinds][kind]].append(f"{level}")
-    return "; ".join(f"{kind} {enumerate_words(some)}" for kind, some in kinds.items() if some)
+    told = "; ".join(f"{kind} {enumerate_words(some)}" for kind, some in kinds.items() if some)
+    return told[0].upper() + told[1:]
 
 
 def setting(study: Study, name: str) -> str:
@@ -406,15 +415,15 @@ def setting(study: Study, name: str) -> str:
     return f"{people} drawn people, {bases}, {count(len(replicates), 'prior')}, {name}"
 
 
-def headline(study: Study) -> tuple[str, list[Speed]]:
-    """Return the comparison that is reported first, and its measures: the last that is there."""
-    name, placements = [*study.placements().items()][-1]
-    return name, speeds(study.pooled(placements), placements, LIMIT)
+def headlines(study: Study) -> dict[str, list[Speed]]:
+    """Return the primary measure of every comparison by name, that of most replicates first."""
+    order = sorted(study.placements().items(), key=lambda pair: -len(study.replicates(pair[1])))
+    return {name: speeds(study.pooled(placements), placements, LIMIT) for name, placements in order}
 
 
 def claim(study: Study) -> str:
     """Say the result in a few lines, for the README."""
-    name, found = headline(study)
+    name, found = next(iter(headlines(study).items()))
     return (
         f"In the small world ({setting(study, name)}), each at its own best learning rate, LoRA needs "
         f"{tell_ratios(found)} [95 %]. More in [docs/claim.md](docs/claim.md)."
@@ -423,10 +432,13 @@ def claim(study: Study) -> str:
 
 def summary(study: Study) -> str:
     """Say what was shown, in the order of the plan."""
-    name, found = headline(study)
+    (name, found), *others = headlines(study).items()
     lines = [
         f"**Each at its own best learning rate** ({setting(study, name)}): LoRA needs {tell_ratios(found)}. "
         f"{verdict(found)}. {tell_paper(found)}"
+    ]
+    lines += [
+        f"The same ({setting(study, other)}): {tell_ratios(more)}. {verdict(more)}." for other, more in others
     ]
     pool = study.pooled(["all"])
     alike = {}
