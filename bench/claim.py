@@ -90,6 +90,7 @@ def plan(bases: Sequence[str]) -> list[Group]:
         for control in ("random", "flat"):
             groups.append(Group("controls", prior=control, targets=targets, methods=only))
         groups.append(Group("draws", targets=targets, draws="independent", rates=(8e-3, 2e-2)))
+    groups.append(Group("controls", prior="even-layers", methods=only, rates=(8e-3, 2e-2, 4e-2)))
     groups.append(Group("attention", targets="attention"))
     groups.append(Group("crops", methods=("meta-lora", "lora")))
     groups.append(Group("ranks", ranks=(2, 4, 8, 16), rates=(8e-3,)))
@@ -97,8 +98,7 @@ def plan(bases: Sequence[str]) -> list[Group]:
     groups.append(attempt(rates=(1.3e-2, 2.8e-2)))
     groups += [
         attempt(prior=name, methods=only, rates=(8e-3, 2e-2))
-        for name in (*SPECTRA, *RECIPES)
-        if name not in CONTROLS
+        for name in ("even-layers", "root-of-spectrum", "principal-axes", *RECIPES)
     ]
     groups += [attempt(base, rates=(8e-3, 2e-2)) for base in bases[2:]]
     methods, rates, steps = ("lora", "lora-noaug"), (8e-3,), (180, 360, 720)
@@ -174,10 +174,10 @@ def even_layers(down: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return down * (random_like(down, generator).norm(dim=(-2, -1)) / down.norm(dim=(-2, -1)))[..., None, None]
 
 
-def reshape_spectrum(down: torch.Tensor, power: float) -> torch.Tensor:
-    """Raise the singular values of each part to a power, its norm kept."""
+def root_of_spectrum(down: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Replace the singular values of each part by their square roots, its norm kept."""
     u, values, vt = torch.linalg.svd(down, full_matrices=False)
-    made = u * values[..., None, :] ** power @ vt
+    made = u * values.sqrt()[..., None, :] @ vt
     return made * (values.norm(dim=-1) / made.norm(dim=(-2, -1)))[..., None, None]
 
 
@@ -187,11 +187,11 @@ def principal_axes(down: torch.Tensor, generator: torch.Generator) -> torch.Tens
     return values[..., None] * vt
 
 
-CONTROLS = {"random": random_like, "flat": flatten}
-SPECTRA = CONTROLS | {  # meta_downs that are made from the trained one
+SPECTRA = {  # meta_downs that are made from the trained one
+    "random": random_like,
     "even-layers": even_layers,
-    "root-of-spectrum": lambda down, _: reshape_spectrum(down, 0.5),
-    "square-of-spectrum": lambda down, _: reshape_spectrum(down, 2),
+    "flat": flatten,
+    "root-of-spectrum": root_of_spectrum,
     "principal-axes": principal_axes,
 }
 

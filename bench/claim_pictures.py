@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.claim_figures import PLACEMENTS, Study, tell_rate
+from bench.claim_figures import CONTROLS, PLACEMENTS, Study, tell_rate
 from bench.claim_scores import ADHERENT, FACESIM, LIMIT, LORA, META, SIMILAR, Sample, best_rate
 from flux.loading import atomic
 from report import COLOURS
 
 TITLES = {LORA: "LoRA", META: "Meta-LoRA"}
-COLOUR = {LORA: COLOURS[1], META: COLOURS[0], "random": COLOURS[2], "flat": COLOURS[3]}
+COLOUR = {LORA: COLOURS[1], META: COLOURS[0]} | dict(zip(CONTROLS, COLOURS[2:]))
 MEASURED = (10, 20, 30, 45, 60, 90, 120, 180)  # steps with a marker; between them is interpolated
 NAMED = (20, 60, 180)  # steps with a number
 
@@ -36,7 +36,7 @@ def draw_pictures(study: Study) -> None:
     panels = {
         name: (study.first(), targets)
         for targets, name in PLACEMENTS.items()
-        if any(study.first().curves(targets, META, prior=control) for control in ("random", "flat"))
+        if any(study.first().curves(targets, META, prior=control) for control in CONTROLS)
     }
     if panels:
         with page(study.folder / "controls.png", 1, panels, "lower right") as axes:
@@ -89,8 +89,10 @@ def draw_frontier(ax, sample: Sample, targets: str) -> tuple[float, float]:
 
     ends = []
     for title, colour, curve, others in each_method(sample, targets):
-        for other in others.values():
+        for (_, lr), other in others.items():
             ax.plot(*plane(other), color=colour, linewidth=0.8, alpha=0.3)
+            end = dict(xy=[scores[-1] for scores in plane(other)], xytext=(2, 0), textcoords="offset points")
+            ax.annotate(tell_rate(lr), **end, fontsize=6, color=colour, alpha=0.6, annotation_clip=True)
         x, y = plane(curve)
         steps = marked(curve)
         ax.plot(x, y, color=colour, linewidth=1.6, label=title)
@@ -149,7 +151,7 @@ def draw_controls(ax, sample: Sample, targets: str) -> None:
     """Draw R-FaceSim over steps of the learned meta_down, of its controls, and of LoRA."""
     for title, colour, curve, _ in each_method(sample, targets):
         draw_band(ax, curve, lambda scores: scores[..., SIMILAR], color=colour, label=title)
-    for control in ("random", "flat"):
+    for control in CONTROLS:
         if curves := sample.curves(targets, META, prior=control):
             best = best_rate(curves)
             label = f"{control}, rate {tell_rate(best[1])}"
