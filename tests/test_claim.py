@@ -112,6 +112,19 @@ def test_controls_are_what_they_are_called():
     start = claim.random_like(learned, generator)
     assert start.abs().max() <= 40**-0.5 and flat.norm() == pytest.approx(start.norm().item(), rel=0.1)
 
+    even = claim.even_layers(learned, generator)
+    torch.testing.assert_close(even.norm(dim=(1, 2)), start.norm(dim=(1, 2)), rtol=0.2, atol=0)
+    torch.testing.assert_close(
+        even * (learned.norm(dim=(1, 2)) / even.norm(dim=(1, 2)))[:, None, None], learned
+    )
+    root = claim.root_of_spectrum(learned, generator)
+    torch.testing.assert_close(root.norm(dim=(1, 2)), learned.norm(dim=(1, 2)))
+    old, new = torch.linalg.svdvals(learned), torch.linalg.svdvals(root)
+    torch.testing.assert_close(old[:, :1] / old, (new[:, :1] / new) ** 2, rtol=1e-3, atol=0)
+    axes = claim.principal_axes(learned, generator)
+    torch.testing.assert_close(axes.mT @ axes, learned.mT @ learned, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(axes @ axes.mT, torch.diag_embed(old**2), rtol=1e-4, atol=1e-2)
+
 
 def test_scores_come_back_from_their_file_and_gaps_are_told(tmp_path):
     lines = []
