@@ -6,6 +6,7 @@ that name. A part of the study that has no scores yet is left out.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -269,27 +270,28 @@ def aside(study: Study) -> str:
 
 
 def controls(study: Study) -> str:
-    """Compare the learned meta_down with a random one and with its own row space, all directions alike."""
-    sample, lines, pairs = study.first(), [["placement", "control", *(f"to {x}" for x in LEVELS)]], {}
+    """Compare the learned meta_down with others, and all of them with LoRA."""
+    head, sample, pairs = [f"to {level}" for level in LEVELS], study.first(), {}
+    lines, lora = [["placement", "control", *head]], [["placement", "meta_down", "rates", *head]]
     for targets, name in PLACEMENTS.items():
         learned = sample.curves(targets, META)
-        for control in CONTROLS:
-            made = sample.curves(targets, META, prior=control)
-            if made and learned:
-                found = [compare_speed(learned, made, level, LIMIT) for level in LEVELS]
-                lines.append([name, control, *map(tell_speed, found)])
-                both = {key[1]: (learned[key], made[key]) for key in made if key in learned}
-                pairs |= {(name, control, tell_rate(lr)): pair for lr, pair in both.items()}
-                if control == "random":
-                    free = sample.curves(targets, LORA)
-                    found = [compare_speed(free, made, level, LIMIT) for level in LEVELS]
-                    lines.append([name, "random, against LoRA", *map(tell_speed, found)])
+        there = {x: made for x in CONTROLS if (made := sample.curves(targets, META, prior=x)) and learned}
+        for control, made in there.items():
+            found = [compare_speed(learned, made, level, LIMIT) for level in LEVELS]
+            lines.append([name, control, *map(tell_speed, found)])
+            both = {key[1]: (learned[key], made[key]) for key in made if key in learned}
+            pairs |= {(name, control, tell_rate(lr)): pair for lr, pair in both.items()}
+        for lr, control in product((None, EQUAL), (None, *there) if there else ()):
+            made, theirs = (sample.curves(targets, m, lr=lr, prior=control) for m in (META, LORA))
+            found = [compare_speed(made, theirs, level, LIMIT) for level in LEVELS]
+            rate = f"both {tell_rate(lr)}" if lr else "own best"
+            lora.append([name, control or "learned", rate, *map(tell_speed, found)])
     if not pairs:
         return ""
     return (
-        "### Controls\n\nSteps with the learned meta_down / with the control: ratio [95 %], each at its own "
-        f"best rate, on the shipped base and prior. Against LoRA: steps of LoRA / with the control, which is "
-        f"what it costs that meta_down is frozen.\n\n{markdown(lines)}\n\n"
+        "### Controls\n\nOn the shipped base and prior, each at its own best rate: steps with the learned "
+        f"meta_down / with the control, ratio [95 %].\n\n{markdown(lines)}\n\n"
+        f"Steps of Meta-LoRA with each of them / of LoRA.\n\n{markdown(lora)}\n\n"
         "<details><summary>Learned minus control at the same rate, percentage points</summary>\n\n"
         f"{differences(pairs, ['placement', 'control', 'rate'])}\n\n</details>\n\n"
         "![R-FaceSim against steps with the learned and other meta_downs](claim/controls.png)"
