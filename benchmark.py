@@ -322,15 +322,15 @@ class Benchmark:
                 personalize.draw_batches(*pair, seed, args, self.device, self.dtype)
                 for pair, seed in zip(learned_from, seeds)
             ]
+            abouts = []
+            for s, seed in zip(group, seeds):
+                own = argparse.Namespace(**{**vars(args), "caption": s.caption, "seed": seed})
+                abouts.append(personalize.describe(own, self.transformer, meta, s.photos[:1], self.way))
             for step in personalize.train(self.model, trained, people, args, self.device):
                 for slot, subject in enumerate(group if step in run.steps else ()):
                     if not (path := self.lora(run.system(step), subject)).exists():
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        own = {"steps": step, "caption": subject.caption, "seed": seeds[slot]}
-                        args_then = argparse.Namespace(**{**vars(args), **own})
-                        photos = subject.photos[:1]
-                        about = personalize.describe(args_then, self.transformer, meta, photos, self.way)
-                        export_lora(self.model, path, about, slot)
+                        export_lora(self.model, path, abouts[slot] | {"steps": step}, slot)
             eject(self.model)
 
     def draw(self, system: str) -> None:

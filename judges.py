@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 from flux.conditioner import clip_tokenizer
-from flux.loading import find_named, fingerprint
+from flux.loading import find_named, fingerprint, folder_around
 from vision import detector as yunet
 from vision import inception_resnet, small
 from vision.clip_vit import find_clip_vit, load_clip_vit
@@ -187,7 +187,9 @@ def load_judges(args: argparse.Namespace, cache, device="cpu") -> Judges:
         if vars(args)[name] and not vars(args)[name].exists():
             raise FileNotFoundError(f"--{name} {vars(args)[name]}: no such file")
     place, _ = find_named(args.model) if args.model else (None, None)
-    own = place and (place if place.is_dir() else place.parent) / "judges"  # beside a transformer's file
+    own = (
+        place and (place if place.is_dir() else folder_around(place)) / "judges"
+    )  # beside a transformer's file
     if own and own.is_dir():
         if unused := [name for name in ("clip", "recognizer") if vars(args)[name]]:
             raise ValueError(f"--{unused[0]} is of no use: --model {args.model} brings judges of its own")

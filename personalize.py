@@ -12,7 +12,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import chain, count
 from pathlib import Path
 
@@ -44,6 +43,7 @@ from flux.loading import (
     check_writable,
     choose_device,
     fingerprint,
+    folder_around,
     native_size,
     run_script,
 )
@@ -221,9 +221,10 @@ def find_meta(
     """
     if args.method == "lora":
         return None
-    path = named_meta(args.meta or transformer.parent / "meta.safetensors")
+    path = named_meta(args.meta or folder_around(transformer) / "meta.safetensors")
     tensors, metadata = load_meta(path)
-    if metadata.get("base_hash", base := fingerprint(transformer)) != base:
+    base = fingerprint(transformer)
+    if metadata.get("base_hash", base) != base:
         warnings.warn(
             f"{path} was trained with {printable(metadata.get('base_model', 'another file'))}, which is not "
             f"{transformer}: as a prior it is worth less, unless they are two files of the same weights",
@@ -326,9 +327,8 @@ def train(
         yield step
 
 
-@cache
 def hash_of(path: Path) -> str:
-    """Return a file's SHA-256 as it was when it was first asked for."""
+    """Return a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -369,14 +369,14 @@ def main(argv: list[str] | None = None) -> None:
         plan(args, device, dtype, files_to_plan(args), load_meta(args.meta) if args.meta else None)
         return
 
-    # What can be wrong shows before anything takes long: the photos, the face, the files.
+    # What can be wrong shows before anything takes long: the photos, the stage-1 file, the face, the rest.
     photos = {path: read_photo(path) for path in args.photos}
     check_writable(args.out.parent, "--out")
+    if args.meta:
+        read_header(named_meta(args.meta))
     crops = list_crops(photos, args)
     if args.show_crops:
         return show_crops(photos, crops, beside(args.out, "_crops.png"))
-    if args.meta:
-        read_header(named_meta(args.meta))  # before anything is downloaded
     files = flux.find_files(args)
     transformer = files.transformer
     args.resolution = side = args.resolution or native_size(files.folder)

@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 
 from flux.conditioner import load_tokenizers
-from flux.loading import HUB_MODELS, find_named, load_autoencoder, load_flux, local_parts, native_size
+from flux.loading import (
+    HUB_MODELS,
+    find_named,
+    folder_around,
+    load_autoencoder,
+    load_flux,
+    local_parts,
+    native_size,
+)
 from flux.memory import LINE, arrange, blocks_run_again, device_memory, spread
 from flux.model import Flux, FluxSizes
 
@@ -372,7 +380,7 @@ def make_plan(
     own = {"t5_length": args.t5_length or Job.t5_length, "width": dtype.itemsize}
     if "transformer" in parts:
         own["sizes"] = load_flux(parts["transformer"], "meta").sizes
-        resolution = resolution or native_size(parts["transformer"].parent)
+        resolution = resolution or native_size(folder_around(parts["transformer"]))
     if "autoencoder" in parts:
         own["pixels"] = 2 * load_autoencoder(parts["autoencoder"], "meta").sizes.reduction
     if "tokenizers" in parts:

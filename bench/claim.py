@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 SCORES = ROOT / "docs" / "claim"
 PROMPTS = ROOT / "bench" / "claim_prompts.txt"
 STEPS = (10, 20, 30, 45, 60, 90, 120, 180)
-STEPS_LOOKED = (15, 30, 45, 60, 90, 120, 180)  # with the people for choosing
+STEPS_LOOKED = (15, 30, 45, 60, 90, 120, 180)  # of attempts, and of looked.csv
 RATES = (4e-3, 8e-3, 2e-2, 4e-2)
 PEOPLE = {  # how many, the seed they are drawn from, and the side of a photo in pixels
     "validation": (12, 200, 64),
@@ -79,7 +79,7 @@ def plan(bases: Sequence[str]) -> list[Group]:
     ):  # the rates are looked at on validation people, and all reported on test people
         for targets in ("all", "no-modulation"):
             groups.append(Group("primary" if people == "test" else people, targets=targets, people=people))
-    for base in bases:
+    for base in bases[:2]:
         for targets in ("all", "no-modulation"):
             for prior in ("0", "1"):
                 # LoRA has no prior, so it comes with the first one.
@@ -277,7 +277,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--figures", action="store_true", help="run nothing: tables and pictures from the scores there are"
     )
     parser.add_argument(
-        "--bases", nargs="+", default=["tiny"], help="model folders; the first should be tiny"
+        "--bases",
+        nargs="+",
+        default=["tiny"],
+        help="model folders: tiny, a second base, and others to attempt a larger effect",
     )
     parser.add_argument("--parts", nargs="+", help="run only these, such as primary")
     parser.add_argument("--out", type=Path, default=Path("out/claim"), help="pictures, LoRAs, priors")

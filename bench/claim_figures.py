@@ -145,7 +145,9 @@ def count(n: int, noun: str) -> str:
 # --- Tables ------------------------------------------------------------------------------------------------
 
 
-def speeds(sample: Sample, placements: Sequence[str], limit: float | None, **which: str) -> list[Speed]:
+def speeds(
+    sample: Sample, placements: str | Sequence[str], limit: float | None, **which: str | None
+) -> list[Speed]:
     """Return the primary measure at every level, or the same at one learning rate (lr="0.008")."""
     ours, theirs = (sample.curves(placements, method, **which) for method in (META, LORA))
     return [compare_speed(ours, theirs, level, limit) for level in LEVELS] if ours and theirs else []
@@ -282,16 +284,15 @@ def controls(study: Study) -> str:
             both = {key[1]: (learned[key], made[key]) for key in made if key in learned}
             pairs |= {(name, control, tell_rate(lr)): pair for lr, pair in both.items()}
         for lr, control in product((None, EQUAL), (None, *there) if there else ()):
-            made, theirs = (sample.curves(targets, m, lr=lr, prior=control) for m in (META, LORA))
-            found = [compare_speed(made, theirs, level, LIMIT) for level in LEVELS]
-            rate = f"both {tell_rate(lr)}" if lr else "own best"
-            lora.append([name, control or "learned", rate, *map(tell_speed, found)])
+            if found := speeds(sample, targets, LIMIT, lr=lr, prior=control):
+                rate = f"both {tell_rate(lr)}" if lr else "own best"
+                lora.append([name, control or "learned", rate, *map(tell_speed, found)])
     if not pairs:
         return ""
     return (
         "### Controls\n\nOn the shipped base and prior, each at its own best rate: steps with the learned "
-        f"meta_down / with the control, ratio [95 %].\n\n{markdown(lines)}\n\n"
-        f"Steps of Meta-LoRA with each of them / of LoRA.\n\n{markdown(lora)}\n\n"
+        f"meta_down / with the control: the second by the first [95 %].\n\n{markdown(lines)}\n\n"
+        f"Steps of Meta-LoRA with each of them / of LoRA: LoRA's by Meta-LoRA's.\n\n{markdown(lora)}\n\n"
         "<details><summary>Learned minus control at the same rate, percentage points</summary>\n\n"
         f"{differences(pairs, ['placement', 'control', 'rate'])}\n\n</details>\n\n"
         "![R-FaceSim against steps with the learned and other meta_downs](claim/controls.png)"
@@ -345,7 +346,8 @@ def crops(study: Study) -> str:
     }
     for name, (a, b) in rows.items():
         lines.append([name, *(tell_speed(compare_speed(a, b, level, LIMIT)) for level in LEVELS)])
-    told = f"### Crops\n\nSteps, all layers, each at its own best rate: ratio [95 %].\n\n{markdown(lines)}"
+    told = "### Crops\n\nSteps, all layers, each at its own best rate: the second by the first [95 %].\n\n"
+    told += markdown(lines)
     if large := study.aside.get("large"):
         steps = next(iter(large.values())).steps[1:]
         gap = {WORDS[key[3]]: cell.scores[-1].mean(axis=(0, 1)) for key, cell in large.items()}
@@ -372,28 +374,28 @@ def attempts(study: Study) -> str:
     """Compare attempts at a larger effect with LoRA and with the study's prior, on people for choosing."""
     if "attempts" not in study.aside:
         return ""
-    cells = study.aside["looked"] | study.aside["attempts"]
+    cells = study.aside.get("looked", {}) | study.aside["attempts"]
     head = [f"to {level}" for level in LEVELS]
     lora, same, own = [["base", "prior", *head]], [["base", "prior", *head]], [["prior", *head]]
     own[0] += ["adherence at .5", "at .7"]
     for base, prior in sorted({key[:2] for key in cells if key[1]}, key=lambda one: (one[0] != "tiny", one)):
         sample = Sample(cells, [(base, prior)], study.resamples)
-        ours, theirs = (sample.curves("all", method) for method in (META, LORA))
-        found = [compare_speed(ours, theirs, level, LIMIT) for level in LEVELS]
-        lora.append([base, prior, *map(tell_speed, found)])
-        same.append([base, prior, *map(tell_speed, speeds(sample, "all", LIMIT, lr=EQUAL))])
-        if prior != "0":
-            before = {key: one for key, one in sample.curves("all", META, prior="0").items() if key in ours}
+        for lines, lr in ((lora, None), (same, EQUAL)):
+            if found := speeds(sample, "all", LIMIT, lr=lr):
+                lines.append([base, prior, *map(tell_speed, found)])
+        ours, before = (sample.curves("all", META, prior=x) for x in (prior, "0"))
+        before = {key: curve for key, curve in before.items() if key in ours}
+        if before and prior != "0":
             found = [compare_speed(ours, before, level, LIMIT) for level in LEVELS]
             more = [at_level(ours, level) - at_level(before, level) for level in (0.5, 0.7)]
             told = [tell_points(estimate(one[:, ADHERENT])) for one in more]
             own.append([prior, *map(tell_speed, found), *told])
     return (
-        "Steps of Meta-LoRA / of LoRA, each at its own best rate of those that were tried, six of LoRA's on "
-        f"tiny: LoRA's by Meta-LoRA's [95 %].\n\n{markdown(lora)}\n\n"
+        "Steps of Meta-LoRA / of LoRA, each at its own best of the rates that were tried: LoRA's by "
+        f"Meta-LoRA's [95 %].\n\n{markdown(lora)}\n\n"
         f"The same with both at {tell_rate(EQUAL)}.\n\n{markdown(same)}\n\n"
-        "Steps with the attempt / with prior 0, at the rates that both have; and the difference in adherence "
-        f"at the same R-FaceSim, percentage points.\n\n{markdown(own)}"
+        "Steps with the attempt / with prior 0, at the rates that both have: the second by the first; and "
+        f"what the attempt has more in adherence at the same R-FaceSim, percentage points.\n\n{markdown(own)}"
     )
 
 

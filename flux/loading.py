@@ -83,7 +83,13 @@ class ModelFiles:
     @property
     def folder(self) -> Path:
         """Where other files of the model lie: config.json, meta.safetensors, judges."""
-        return self.transformer.parent
+        return folder_around(self.transformer)
+
+
+def folder_around(transformer: Path) -> Path:
+    """Return the model's folder: where the transformer lies, or in diffusers' layout what is around that."""
+    folder = transformer.parent
+    return folder.parent if folder.name == "transformer" else folder
 
 
 def find_files(args: argparse.Namespace) -> ModelFiles:
@@ -151,9 +157,7 @@ def given_parts(args: argparse.Namespace) -> dict[str, Path]:
 
 def local_parts(path: Path) -> dict[str, Path]:
     """Return the parts in a model's folder, or those inside a transformer's file and around it."""
-    folder, parts = (path, PLACES) if path.is_dir() else (path.parent, OPTIONS)
-    if path != folder and folder.name == "transformer":  # diffusers' layout
-        folder = folder.parent
+    folder, parts = (path, PLACES) if path.is_dir() else (folder_around(path), OPTIONS)
     found = {part: place for part in parts if (place := part_in(folder, part))}
     if path == folder and "transformer" not in found:
         raise FileNotFoundError(

@@ -225,7 +225,7 @@ def whole(tmp_path_factory) -> Path:
         "primary": [alter(first, base=b, prior=p, targets=t) for b, p, t in product(
             ("tiny", "second"), "01", ("all", "no-modulation"))],
         "controls": [base, *(alter(meta, prior=p, targets=t) for p, t in product(
-            ("random", "flat"), ("all", "no-modulation")))],
+            ("random", "flat"), ("all", "no-modulation"))), alter(meta, prior="even-layers")],
         "draws": [alter(few, draws="independent", targets=t) for t in ("all", "no-modulation")],
         "ranks": [alter(rank, rank=r) for r in ("2", "4", "8", "16")],
         "attention": [alter(first, targets="attention")],
@@ -248,7 +248,7 @@ def test_a_whole_study_leaves_nothing_out(whole):
     for title in ("Controls", "Draws", "Ranks", "Crops", "Attention only"):
         assert f"### {title}\n" in text["aside"]
     assert "160 pixels" in text["aside"] and "for LoRA, crops" in text["aside"]
-    assert text["attempts"].count("small-buckets") == 2 and "| weak | 0 " in text["attempts"]
+    assert text["attempts"].count("small-buckets") == 3 and "| weak | 0 " in text["attempts"]
     assert "2 bases, 4 priors" in text["claim"]
     rows = [line.split(" | ") for line in text["primary"].split("\n") if line.startswith("| ")]
     ratios = {re.search(r": \**([\d.]+)", row[3])[1] for row in rows[2:] if ":" in row[3]}

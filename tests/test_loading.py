@@ -390,6 +390,7 @@ def test_a_folder_in_diffusers_layout(copy, snapshot):
     assert flux.load_flux(files.transformer).sizes.theta == 100  # of its config
     file = files.transformer / "diffusion_pytorch_model.safetensors"
     assert find_files(arguments(file)) == replace(files, transformer=file)
+    assert find_files(arguments(file)).folder == files.folder == copy
 
 
 def test_a_file_and_options(copy, model, snapshot):
