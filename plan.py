@@ -311,7 +311,7 @@ def table(job: Job, way: Way, some: Cost, line: str, budget: float, card: str | 
         "streamed": f"{way.stream} of {total} blocks",
         "resident": gib(some.resident),
         "adapters, AdamW": gib(some.adapters),
-        "activations": f"{gib(some.activations)}, with gradients",
+        "activations": gib(some.activations) + ", with gradients" * (job.kind != "sample"),
         "peak": f"{gib(some.peak)}, and up to {RESERVE} for the device's own",
         "a step": f"{some.flops / 1e12:8.3g} TFLOP{time}",
     }
