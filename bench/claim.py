@@ -1,6 +1,6 @@
 """Meta-LoRA against LoRA in the small world: runs the study that docs/claim.md planned.
 
-    python bench/claim.py --quick              # a smaller answer from the shipped weights, about 10 minutes
+    python bench/claim.py --quick              # a smaller answer from the shipped weights, in minutes
     python bench/claim.py --bases tiny second  # all of it; hours; the same command again goes on
     python bench/claim.py --figures            # tables and pictures anew from the committed scores
 

@@ -363,10 +363,14 @@ def crops(study: Study) -> str:
 
 def attention(study: Study) -> str:
     """Compare the methods on the attention layers only."""
-    found = speeds(study.first(), "attention", LIMIT)
+    sample = study.first()
+    if not (found := speeds(sample, "attention", LIMIT)):
+        return ""
+    rates = enumerate_words([tell_rate(lr) for _, lr in sample.curves("attention", META)])
     lines = [[f"to {level}" for level in LEVELS], [*map(tell_speed, found)]]
-    return f"### Attention only\n\nSteps of Meta-LoRA / of LoRA: ratio [95 %].\n\n{markdown(lines)}" * bool(
-        found
+    return (
+        "### Attention only\n\nSteps of Meta-LoRA / of LoRA: LoRA's by Meta-LoRA's [95 %], each at its own "
+        f"best of {rates}.\n\n{markdown(lines)}"
     )
 
 
