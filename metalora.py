@@ -208,7 +208,7 @@ class SlotAdamW:
 
     @torch.no_grad()
     def step(self, slots: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        """Update the given slots, once each however often they are named; drop the gradients."""
+        """Update the given slots, (n,) long, once each however often they are named; drop the gradients."""
         self.count[slots] += 1
         for p, mean, square in zip(self.params, self.mean, self.square):
             grad = p.grad[slots]

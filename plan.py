@@ -97,7 +97,7 @@ class Way:
 class Cost:
     """Bytes on the device, and what a step takes."""
 
-    resident: int  # frozen weights and the buffers of streamed ones
+    resident: int  # frozen weights and the buffers of streamed ones; when sampling the autoencoder too
     adapters: int  # factors and their AdamW states
     peak: int
     flops: float

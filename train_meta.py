@@ -204,10 +204,12 @@ class Trainer:
         self.visit, self.bucket_step = self.visit + 1, 0
 
     def bucket_state(self) -> dict:
+        """Return mid, up and the optimiser's state of the open bucket's people, of all ranks together."""
         own = {"factors": [p.data for p in self.personal], "optimiser": self.optimiser.state_dict()}
         return self.team.gather(own, self.most)
 
     def save(self) -> None:
+        """Write a checkpoint: all that the run needs to go on."""
         state = {
             "step": self.step,
             "visit": self.visit,

@@ -73,10 +73,7 @@ class Group:
 def plan(bases: Sequence[str]) -> list[Group]:
     """List the whole study, what matters most first."""
     groups = []
-    for people in (
-        "validation",
-        "test",
-    ):  # the rates are looked at on validation people, and all reported on test people
+    for people in ("validation", "test"):  # rates are looked at on the first, all is reported on the second
         for targets in ("all", "no-modulation"):
             groups.append(Group("primary" if people == "test" else people, targets=targets, people=people))
     for base in bases[:2]:

@@ -144,6 +144,7 @@ def find_named(name: str) -> tuple[Path | None, str | None]:
 
 
 def existing(path: Path, what: str) -> Path:
+    """Return a path that is there; FileNotFoundError, which says what named it, when it is not."""
     if not path.exists():
         raise FileNotFoundError(f"{what} {path}: no such file or folder")
     return path
@@ -247,6 +248,7 @@ def hub_names(repo: str, names: list[str], part: str) -> list[str]:
 
 
 def refusal(repo: str, parts: list[str], error: Exception) -> str:
+    """Say why the hub did not give parts of a model, and what to do."""
     reason = str(error).strip().partition("\n")[0]
     return (
         f"{repo} is not whole in the hub cache and cannot be downloaded ({type(error).__name__}: {reason}).\n"
