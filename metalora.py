@@ -15,20 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux.loading import read_tensors, run_script
-from lora_files import (
-    PARTS,
-    Lora,
-    clean,
-    layer_updates,
-    linear_shapes,
-    merged,
-    name_tensors,
-    part_sizes,
-    read_lora,
-    refuse,
-    write_tensors,
-)
+from flux.checkpoint import read_tensors
+from flux.errors import UserError
+from lora.merging import layer_updates, merged
+from lora.names import PARTS, Lora, clean, linear_shapes, part_sizes, refuse
+from lora.reading import read_lora
+from lora.writing import name_tensors, write_tensors
 
 
 class MetaLoRALinear(nn.Module):
@@ -315,7 +307,7 @@ def inject_loras(model: nn.Module, slots: Sequence[Sequence[tuple[Lora, float]]]
     known = dict(linear_names(model))
     parts = [part for own in known.values() for part in own]
     if outside := {part for own in slots for lora, _ in own for part in lora}.difference(parts):
-        raise ValueError(f"in no block: {', '.join(sorted(outside))}")
+        raise UserError(f"in no block: {', '.join(sorted(outside))}")
     rank = max(sum(len(lora[part][0]) for lora, _ in own if part in lora) for own in slots for part in parts)
     inject(model, None, rank, len(slots), reset=False)
     for name, layer in adapters(model).items():
@@ -360,9 +352,9 @@ def load_meta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, metadata = read_tensors(path)
     named = all(name.endswith(".meta_down") for name in tensors)
     if not tensors or not named or not {"r1", "targets"} <= metadata.keys():
-        raise ValueError(f"{path} is no file of stage 1 (python train_meta.py writes it as meta.safetensors)")
+        raise UserError(f"{path} is no file of stage 1 (python train_meta.py writes it as meta.safetensors)")
     if metadata["targets"] not in TARGETS:
-        raise ValueError(f"{path}: targets {clean(metadata['targets'])}, must be one of {', '.join(TARGETS)}")
+        raise UserError(f"{path}: targets {clean(metadata['targets'])}, must be one of {', '.join(TARGETS)}")
     r1 = clean(metadata["r1"])
     fits = lambda t: t.ndim == 3 and str(t.shape[1]) == r1 and t.is_floating_point()
     problems = [
@@ -387,9 +379,3 @@ def assign_meta(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> Non
     refuse(path, sorted(problems))
     for name, own in expected.items():
         own.data.copy_(tensors[name])
-
-
-if __name__ == "__main__":
-    from lora_files import main
-
-    run_script(main)

@@ -1,23 +1,30 @@
 """CLIP-T, CLIP-I, FaceSim and R-FaceSim on pictures by any system (paper, section 4.3 and Algorithm 3)."""
 
 import argparse
-import csv
-import json
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 
 import torch.nn.functional as F
 from torch import Tensor
 
-import metaphd
-from arguments import Parser
-from data import TensorCache
-from flux.loading import LOCAL_MODELS, Manual, atomic, check_writable, choose_device, run_script
-from judges import Judges, add_judge_arguments, load_judges
-from report import TITLES, markdown, student, write_report
+from flux.errors import UserError
+from flux.finding import LOCAL_MODELS
+from people.cache import TensorCache
+from run.arguments import Manual, Parser, choose_device
+from run.command import run_script
+from run.files import check_writable
+from scoring.evaluators import Judges, add_judge_arguments, load_judges
+from scoring.report import write_report
+from scoring.samples import (
+    class_of,
+    find_missing,
+    find_photos,
+    make_rows,
+    read_names,
+    read_prompts,
+    scan_samples,
+)
+from scoring.tables import TITLES, shorten, summarize, write_scores
 
 NEEDS = {"clip-t": "prompts", "clip-i": "base", "facesim": "people", "r-facesim": "people"}
 
@@ -44,31 +51,11 @@ def r_facesim(faces: Tensor, others: Tensor) -> Tensor:
     return F.cosine_similarity(faces[:, None], others, dim=-1).mean(dim=1)  # (n, k) -> (n,)
 
 
-def relative_difference(facesim: float, r_facesim: float) -> float | None:
-    """Return what FaceSim loses without the reference (paper, Table 3): -0.11 for a copier of poses."""
-    return (r_facesim - facesim) / facesim if facesim > 0 else None
-
-
-def average(scores: Sequence[tuple[str, float | None]]) -> float | None:
-    """Average one person's (prompt, score) over seeds, then over prompts; None are pictures left out."""
-    seeds = defaultdict(list)
-    for prompt, value in scores:
-        if value is not None:
-            seeds[prompt].append(value)
-    return fmean(map(fmean, seeds.values())) if seeds else None
-
-
-def interval(people: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % interval of a mean over people, by Student's t; None for one."""
-    n = len(people)
-    return student(n - 1) * stdev(people) / math.sqrt(n) if n > 1 else None
-
-
 # Scores
 
 
 def score(rows: Sequence[dict], judges: Judges, photos=None, no_face: str = "zero") -> None:
-    """Add to the rows of `metaphd.make_rows` the scores that they allow, and the number of faces.
+    """Add to the rows of `make_rows` the scores that they allow, and the number of faces.
 
     A score that is not to be had is None. photos: of each person, the reference first. no_face: zero or skip.
     Raises ValueError on photos without a face.
@@ -97,55 +84,13 @@ def embed_photos(photos: dict[str, Sequence[Path]], judges: Judges) -> dict[str,
         real[name], counts = judges.embed_faces(paths)
         blank += [str(path) for path, count in zip(paths, counts) if count == 0]
     if blank:
-        raise ValueError(f"no face found in {shorten(blank)}: replace or remove")
+        raise UserError(f"no face found in {shorten(blank)}: replace or remove")
     return real
 
 
 def put(rows: Sequence[dict], metric: str, values: Tensor) -> None:
     for row, value in zip(rows, values.tolist(), strict=True):
         row[metric] = value
-
-
-def summarize(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, dict]:
-    """Average the rows of `score` for each person, class, and over all people; cosines, not times 100."""
-    people, groups = {}, {}
-    for name in dict.fromkeys(row["person"] for row in rows):
-        own = [row for row in rows if row["person"] == name]
-        means = {metric: average([(row["prompt"], row[metric]) for row in own]) for metric in metrics}
-        people[name] = {"class": own[0]["class"], **means}
-        groups.setdefault(own[0]["class"], []).append(people[name])
-    classes = {kind: describe(groups[kind], metrics) for kind in sorted(groups)}
-    return {"overall": describe([*people.values()], metrics), "classes": classes, "people": people}
-
-
-def describe(people: Sequence[dict], metrics: Sequence[str]) -> dict:
-    """Return the mean over people of each metric, its interval, and Table 3's relative difference."""
-    summary = {"people": len(people)}
-    for metric in metrics:
-        values = [person[metric] for person in people if person[metric] is not None]
-        mean = fmean(values) if values else None
-        summary[metric] = {"mean": mean, "ci95": interval(values), "people": len(values)}
-    pairs = [(person.get("facesim"), person.get("r-facesim")) for person in people]
-    pairs = [pair for pair in pairs if None not in pair]  # the same people on both sides
-    if pairs and summary["facesim"]["mean"] > (summary["facesim"]["ci95"] or 0.1):  # else divided by chance
-        summary["relative difference"] = relative_difference(*map(fmean, zip(*pairs)))
-    return summary
-
-
-def table(groups: dict[str, dict], metrics: Sequence[str]) -> str:
-    """Lay out in Markdown, as the paper's tables: times 100, mean ± half the 95 % interval.
-
-    groups: what `describe` returned, a line each: the classes of one system, or several systems.
-    """
-    lines = [["", "people", *(TITLES[metric] for metric in metrics), "relative difference"]]
-    for name, group in groups.items():
-        lines.append([name, str(group["people"])])
-        for mean, half, n in (group[metric].values() for metric in metrics):
-            cell = "–" if mean is None else f"{100 * mean:.2f}" + (f" ± {100 * half:.2f}" if n > 1 else "")
-            lines[-1].append(cell + (f" (of {n})" if 0 < n < group["people"] else ""))
-        change = group.get("relative difference")
-        lines[-1].append("–" if change is None else f"{change:+.1%}")
-    return markdown(lines if metrics[-2:] == ["facesim", "r-facesim"] else [line[:-1] for line in lines])
 
 
 def evaluate(
@@ -253,20 +198,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     check_writable(args.out.parent, "--out")
-    samples, photos, prompts = metaphd.scan_samples(args.images), None, None
+    samples, photos, prompts = scan_samples(args.images), None, None
     people = sorted({sample.person for sample in samples})
     if args.people:
         least = 2 if args.command == "r-facesim" else 1  # the reference, and one to compare with
-        references = metaphd.read_names(args.references, "--references")
-        people = list(photos := metaphd.find_photos(args.people, references, people, least))
-    given = metaphd.read_names(args.classes, "--classes")
-    classes = {name: metaphd.class_of(name, given) for name in people}
+        references = read_names(args.references, "--references")
+        people = list(photos := find_photos(args.people, references, people, least))
+    given = read_names(args.classes, "--classes")
+    classes = {name: class_of(name, given) for name in people}
     if args.prompts:
-        prompts = {kind: metaphd.read_prompts(args.prompts, kind) for kind in set(classes.values())}
-    rows = metaphd.make_rows(samples, classes, prompts, args.base)
-    missing = metaphd.find_missing(samples, classes, prompts)
+        prompts = {kind: read_prompts(args.prompts, kind) for kind in set(classes.values())}
+    rows = make_rows(samples, classes, prompts, args.base)
+    missing = find_missing(samples, classes, prompts)
     if missing and not args.incomplete:
-        raise ValueError(f"{args.images} lacks {shorten(missing)}; --incomplete scores what is there")
+        raise UserError(f"{args.images} lacks {shorten(missing)}; --incomplete scores what is there")
 
     judges = load_judges(args, TensorCache(args.cache), choose_device(args)[0])
     scores = evaluate(rows, judges, photos, args.metrics, args.no_face, missing, settings=vars(args))
@@ -275,31 +220,6 @@ def main(argv: list[str] | None = None) -> None:
         page = args.out.with_suffix(".html")
         write_report(page, {args.images.name: scores}, photos, table=text)
         print(f"{page} to look at")
-
-
-def write_scores(path: Path, scores: dict, metrics: Sequence[str]) -> str:
-    """Write all numbers as JSON, the pictures' as CSV, table and remarks as Markdown; return the latter."""
-    groups = scores["classes"] if len(scores["classes"]) > 1 else {}
-    text = table({**groups, "overall": scores["overall"]}, metrics)
-    notes = [f"{title}: {shorten(names)}" for title, names in scores["remarks"].items()]
-    text = "\n\n".join([text, *filter(None, [scores["judges"]["note"]]), *notes])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.name.removesuffix(".json")
-    with (
-        atomic(path.with_name(name + ".csv")) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, scores["pictures"][0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(scores["pictures"])
-    for suffix, content in {".md": text + "\n", ".json": json.dumps(scores, indent=1, default=str)}.items():
-        with atomic(path.with_name(name + suffix)) as temporary:
-            temporary.write_text(content, "utf-8")
-    return text
-
-
-def shorten(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 if __name__ == "__main__":

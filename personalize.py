@@ -6,7 +6,6 @@ writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_sam
 """
 
 import argparse
-import hashlib
 import math
 import warnings
 from collections import defaultdict
@@ -21,36 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flux
-from arguments import Parser
-from data import (
-    Box,
-    MemoryCache,
-    Picture,
-    add_training_arguments,
-    contact_sheet,
-    crop_boxes,
-    deal_batches,
-    encode_pictures,
-    encode_prompts,
-    fit_shape,
-    make_batch,
-    read_photo,
-)
-from flux.loading import (
-    HelpFormatter,
-    add_model_arguments,
-    atomic,
-    check_writable,
-    choose_device,
-    fingerprint,
-    folder_around,
-    native_size,
-    run_script,
-)
+from flux.errors import UserError
+from flux.loading import folder_around, native_size
 from flux.memory import memory_in_use, release
 from flux.sampling import flow_loss, generate, spread_times
-from flux.terminal import printable
-from lora_files import FORMATS, read_header
+from lora.merging import read_header
+from lora.names import FORMATS
 from metalora import (
     TARGETS,
     assign_meta,
@@ -62,7 +37,24 @@ from metalora import (
     load_meta,
     use_slots,
 )
-from plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
+from people.buckets import deal_batches
+from people.cache import MemoryCache
+from people.crops import crop_boxes, fit_shape
+from people.latents import Picture, encode_pictures, encode_prompts, make_batch
+from people.photos import Box, read_photo
+from run.arguments import (
+    HelpFormatter,
+    Parser,
+    add_memory_arguments,
+    add_model_arguments,
+    add_training_arguments,
+    choose_device,
+)
+from run.command import run_script
+from run.files import atomic, check_writable, fingerprint, hash_of
+from run.pictures import contact_sheet
+from run.plan import Way, files_to_plan, follow, make_plan
+from run.terminal import printable
 from vision.detector import find_faces, load_detector
 
 STEPS = {"meta-lora": 375, "lora": 625}  # paper, section 4.2
@@ -166,7 +158,7 @@ def find_face(
     """Return the box of the only face that matters; ValueError with advice when there is none or several."""
     faces = find_faces(photo, detector)
     if not faces:
-        raise ValueError(
+        raise UserError(
             f"{path}: no face found in {photo.width}x{photo.height} pixels. Take a photo in which the face "
             f"is upright and unobstructed, or {advice}"
         )
@@ -174,7 +166,7 @@ def find_face(
     prominent = [face for face in faces if face.area > faces[0].area / 4]
     if len(prominent) > 1:
         boxes = "\n".join("  " + ",".join(map(str, face.box)) for face in prominent)
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(prominent)} faces found. Crop the photo, or {advice}. Largest first:\n{boxes}"
         )
     return faces[0].box
@@ -319,18 +311,12 @@ def train(
             loss.backward()
             mean += loss.item() / len(batches)
         if not math.isfinite(mean):
-            raise ValueError(f"step {step}: the loss is {mean}; a smaller --lr than {args.lr:g} may help")
+            raise UserError(f"step {step}: the loss is {mean}; a smaller --lr than {args.lr:g} may help")
         clip_slots(trained, args.clip_grad)
         optimiser.step()
         optimiser.zero_grad()
         bar.set_postfix(loss=f"{mean:.3f}", memory=memory_in_use(device), refresh=False)
         yield step
-
-
-def hash_of(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(

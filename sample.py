@@ -11,27 +11,22 @@ import math
 import re
 from pathlib import Path
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import flux
-from arguments import Parser
-from data import contact_sheet
-from flux.loading import (
-    HelpFormatter,
-    add_model_arguments,
-    atomic,
-    check_writable,
-    choose_device,
-    native_size,
-    run_script,
-)
+from flux.errors import UserError
+from flux.loading import native_size
 from flux.memory import release
 from flux.sampling import generate
-from lora_files import linear_shapes, misfits, pair_strengths, read_header, read_lora, refuse
+from lora.merging import pair_strengths, read_header
+from lora.names import linear_shapes, misfits, refuse
+from lora.reading import read_lora
 from metalora import inject_loras, merge_loras, split_loras
-from plan import add_memory_arguments, files_to_plan, follow, make_plan
+from run.arguments import HelpFormatter, Parser, add_memory_arguments, add_model_arguments, choose_device
+from run.command import run_script
+from run.files import atomic, check_writable
+from run.pictures import contact_sheet, save_picture
+from run.plan import files_to_plan, follow, make_plan
 
 MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
 
@@ -124,15 +119,6 @@ def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, fl
     return "\n".join(lines)
 
 
-def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
-    """Write a PNG with its settings in text chunks, a chunk per setting."""
-    chunks = PngInfo()
-    for name, value in settings.items():
-        chunks.add_itxt(name, str(value))
-    with atomic(path) as temporary:
-        picture.save(temporary, pnginfo=chunks)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
@@ -213,7 +199,7 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
         near = "x".join(
             str(min(max(1, round(side / multiple)), MAX_SIDE // multiple) * multiple) for side in size[::-1]
         )
-        raise ValueError(
+        raise UserError(
             f"--size {size[1]}x{size[0]}: both sides must be multiples of {multiple}, from {multiple} to "
             f"{MAX_SIDE}; {near} is near"
         )

@@ -18,51 +18,36 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import flux
-from arguments import Parser
-from data import (
-    Person,
-    Size,
-    TensorCache,
-    add_training_arguments,
-    contact_sheet,
-    count_batches,
-    deal_batches,
-    deal_buckets,
-    fit_shape,
-    list_folders,
-    make_batch,
-    read_photo,
-)
-from encoding import Recipe
-from flux.loading import (
-    HelpFormatter,
-    ModelFiles,
-    add_model_arguments,
-    atomic,
-    choose_device,
-    find_files,
-    fingerprint,
-    native_size,
-    run_script,
-)
+from flux.errors import UserError
+from flux.finding import find_files
+from flux.loading import ModelFiles, native_size
 from flux.memory import checkpoint_blocks, memory_in_use, weight_bytes
 from flux.sampling import flow_loss, generate
-from flux.terminal import printable
 from metalora import TARGETS, SlotAdamW, factors, inject, kaiming_, save_meta, use_slots
-from parallel import Team, shard
-from plan import Way, add_memory_arguments, files_to_plan, follow, make_plan
-from runs import (
-    Bank,
-    Checkpoints,
-    Log,
-    Stop,
-    alone,
-    bytes_of,
-    check_settings,
-    command_line,
-    explain_out_of_memory,
+from people.buckets import count_batches, deal_batches, deal_buckets
+from people.cache import TensorCache
+from people.crops import fit_shape
+from people.dataset import Recipe
+from people.folders import Person, list_folders
+from people.latents import make_batch
+from people.manifest import Roster, survey
+from people.photos import Size, read_photo
+from run.arguments import (
+    HelpFormatter,
+    Parser,
+    add_memory_arguments,
+    add_model_arguments,
+    add_training_arguments,
+    choose_device,
 )
-from survey import Roster, survey
+from run.checkpoints import Bank, Checkpoints, check_settings
+from run.command import Stop, bytes_of, command_line, explain_out_of_memory, run_script
+from run.files import alone, atomic, fingerprint
+from run.log import Log
+from run.pictures import contact_sheet
+from run.plan import Way, files_to_plan, follow, make_plan
+from run.ranks import Team, shard
+from run.terminal import printable
 
 # All other settings must stay as they are when a run goes on.
 MAY_CHANGE = ("data", "out", "steps", "save_every", "sample_every", "keep_buckets", "strict")
@@ -234,7 +219,7 @@ class Trainer:
             state = self.checkpoints.load()
         newest = self.team.once(lambda: state and state["step"])
         if newest != (state and state["step"]):
-            raise ValueError(f"{self.checkpoints.folder} is not the same folder for all ranks")
+            raise UserError(f"{self.checkpoints.folder} is not the same folder for all ranks")
         if state is None:
             self.bank.forget(since=0)  # another run's
             return
@@ -343,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
         plan(args, *choose_device(args), files_to_plan(args))
         return
     if args.shard and team.size == 1:
-        raise ValueError("--shard spreads weights over several processes: start them with torchrun")
+        raise UserError("--shard spreads weights over several processes: start them with torchrun")
     device, dtype = choose_device(args)
     device = team.device(device)
     args.dtype = str(dtype)
@@ -359,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 finished = train(args, files, device, dtype, stop, team)
             except torch.OutOfMemoryError as error:
-                raise ValueError(explain_out_of_memory(error, device, stop.resident)) from error
+                raise UserError(explain_out_of_memory(error, device, stop.resident)) from error
             except KeyboardInterrupt:
                 if stop.wanted or team.size > 1:  # the second time, or the other ranks are elsewhere
                     raise
@@ -388,7 +373,7 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
     people = team.once(look)
     checkpoints = Checkpoints(args.out / "checkpoints", team.leads)
     if (old := args.out / "checkpoint.pt").exists() and not checkpoints.any():
-        raise ValueError(f"{old} is of a version that this one cannot go on from: take another --out")
+        raise UserError(f"{old} is of a version that this one cannot go on from: take another --out")
     base = fingerprint(files.transformer)
     settings = {**vars(args), "base": base, "fp8": way.fp8, **people.contents()}
     file, started = args.out / "settings.json", checkpoints.any()
@@ -458,7 +443,7 @@ def train(args: argparse.Namespace, files: ModelFiles, device, dtype, stop: Stop
                     shown = bucket[: min(2, len(buckets[number]) // team.size)]  # as many on every rank
                     sample_grid(trainer, shown, sample_prompts, files, device, dtype)
                 if gives_up:
-                    raise ValueError(
+                    raise UserError(
                         f"{trainer.skipped} steps in a row had a loss or gradient that is not finite, see "
                         f"the end of {log.file}; the weights as before them are in {checkpoints.folder}"
                     )

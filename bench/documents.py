@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flux.loading import atomic
+from run.files import atomic
 
 BLOCK = re.compile(
     r"^(?P<indent> *)<!-- (?P<name>\w+) -->\n.*?^ *<!-- end -->$", flags=re.MULTILINE | re.DOTALL

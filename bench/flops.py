@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
-from data import Box, Size, crop_boxes, fit_shape
-from plan import Job, Way, choose, step_flops
-from report import markdown
+from people.crops import crop_boxes, fit_shape
+from people.photos import Box, Size
+from run.plan import Job, Way, choose, step_flops
+from scoring.tables import markdown
 
 
 def crop_shapes(photo: Size, face: Box, resolution: int, pixels: int = 16) -> list[Size]:

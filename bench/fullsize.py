@@ -34,9 +34,10 @@ from flux import Flux, load_flux
 from flux.memory import arrange, blocks_of
 from flux.model import FluxSizes
 from flux.sampling import denoise, flow_loss
-from lora_files import name_tensors, part_sizes
+from lora.names import part_sizes
+from lora.writing import name_tensors
 from metalora import SlotAdamW, factors, inject, linear_names, use_slots
-from plan import FLUX_DEV, GIB
+from run.plan import FLUX_DEV, GIB
 
 ROOT = Path(__file__).parents[1]
 ROWS = ("open", "forward", "stage2", "stage1", "merge")
@@ -170,7 +171,7 @@ def measure(row: str, args: argparse.Namespace, folder: Path) -> str:
     if row == "merge":
         write_lora(lora := folder / "lora.safetensors", load_flux(args.file, "meta").sizes, args.rank)
         out, began = folder / "merged.safetensors", time.perf_counter()
-        command = [sys.executable, ROOT / "metalora.py", "merge", args.file, out, "--lora", lora]
+        command = [sys.executable, "-m", "lora", "merge", args.file, out, "--lora", lora]
         _, peaks = watch(command)
         seconds = time.perf_counter() - began
         out.unlink()

@@ -28,7 +28,7 @@ from flux.memory import FrozenLinear
 from flux.model import Flux
 from flux.sampling import euler_step, flow_loss, pack, position_ids, unpack
 from metalora import SlotAdamW, factors, inject, use_slots
-from plan import FLUX_DEV, GIB, Job, Way, cost, follow
+from run.plan import FLUX_DEV, GIB, Job, Way, cost, follow
 
 STAGE1 = Job("stage1", batch=4, identities=50)
 STAGE2 = Job("stage2")

@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
 from bench.documents import write
-from plan import GIB, SHARE, Job, choose, kinds
-from report import markdown
+from run.plan import GIB, SHARE, Job, choose, kinds
+from scoring.tables import markdown
 
 README = Path(__file__).parents[1] / "README.md"
 # What cards of these names report in GiB: less than it says on the box.

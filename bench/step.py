@@ -24,7 +24,7 @@ from flux.memory import checkpoint_blocks
 from flux.model import Flux, FluxSizes
 from flux.sampling import position_ids
 from metalora import collapse, export_lora, factors, inject, linear_names, load_lora, use_slots
-from report import markdown
+from scoring.tables import markdown
 
 
 def our_model(args: argparse.Namespace) -> Flux:

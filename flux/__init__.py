@@ -6,15 +6,8 @@ Weights are read from the original safetensors files; nothing here knows of LoRA
 from flux.autoencoder import AutoEncoder
 from flux.clip import CLIPText
 from flux.conditioner import Conditioner, load_tokenizers
-from flux.loading import (
-    ModelFiles,
-    find_files,
-    load_autoencoder,
-    load_clip,
-    load_conditioner,
-    load_flux,
-    load_t5,
-)
+from flux.finding import find_files
+from flux.loading import ModelFiles, load_autoencoder, load_clip, load_conditioner, load_flux, load_t5
 from flux.model import Flux
 from flux.t5 import T5
 

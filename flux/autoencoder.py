@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Generator, Tensor, nn
 
+from flux.errors import UserError
+
 
 @dataclass(frozen=True)
 class AutoEncoderSizes:
@@ -29,7 +31,7 @@ class AutoEncoderSizes:
 
     def __post_init__(self):
         if self.encoder_blocks == 0 and set(self.ch_mult) != {1}:
-            raise ValueError(f"only residual blocks can widen: encoder_blocks 0 with ch_mult {self.ch_mult}")
+            raise UserError(f"only residual blocks can widen: encoder_blocks 0 with ch_mult {self.ch_mult}")
 
     @property
     def reduction(self) -> int:
@@ -49,7 +51,7 @@ class AutoEncoderSizes:
 
         levels = count("decoder.up.")  # not the encoder's, which may have no blocks
         if levels == 0 or "encoder.conv_in.weight" not in shapes:
-            raise ValueError("not a FLUX autoencoder: encoder.conv_in or decoder.up.0.block.0 is missing")
+            raise UserError("not a FLUX autoencoder: encoder.conv_in or decoder.up.0.block.0 is missing")
         ch, in_channels = shapes["encoder.conv_in.weight"][:2]
         return cls(
             in_channels=in_channels,
@@ -87,7 +89,7 @@ class AutoEncoder(nn.Module):
         """
         h, w = image.shape[-2:]
         if h % self.sizes.reduction or w % self.sizes.reduction:
-            raise ValueError(f"image is {h}x{w}, both sides must be multiples of {self.sizes.reduction}")
+            raise UserError(f"image is {h}x{w}, both sides must be multiples of {self.sizes.reduction}")
         mean, logvar = self.encoder(image.to(self.encoder.conv_in.weight.dtype)).float().chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(-30, 20))  # the clamp is diffusers'; upstream has none
         return self.sizes.scale_factor * (mean - self.sizes.shift_factor), self.sizes.scale_factor * std

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from flux.errors import UserError
 from flux.formats import FLOATS, Header, Shape, Source, is_config_of, translate
 from flux.memory import drop_pages, file_ranges
 
@@ -42,7 +43,7 @@ def opened(file: Path) -> Iterator[safe_open]:
         with safe_open(file, "pt") as f:
             yield f
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {_damage(file) or error}") from error
+        raise UserError(f"{file} is not a whole safetensors file: {_damage(file) or error}") from error
 
 
 def _damage(file: Path) -> str:
@@ -73,9 +74,9 @@ def unpickle(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # from six modules: damaged, cut short, of another kind, or with code in it
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{file} is not a whole PyTorch file of weights ({reason})") from error
+        raise UserError(f"{file} is not a whole PyTorch file of weights ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{file} holds something else than a dictionary of tensors")
+        raise UserError(f"{file} holds something else than a dictionary of tensors")
     return state
 
 
@@ -90,7 +91,7 @@ def shards(path: Path) -> list[Path]:
     elif indices := [x for x in path.glob("*.index.json") if x.name.count(".") == 3]:  # not a variant's
         listed = read_json(indices[0]).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise ValueError(f"{indices[0]} does not say which tensor is in which file")
+            raise UserError(f"{indices[0]} does not say which tensor is in which file")
         names = sorted(set(listed.values()))
     else:
         names = [name for name in WHOLE if (path / name).is_file()][:1]
@@ -112,9 +113,9 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from error
+        raise UserError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise UserError(f"{file} holds no JSON object")
     return content
 
 
@@ -141,7 +142,7 @@ class Checkpoint:
             with opened(file) as f:
                 for name in f.keys():
                     if name in file_of:
-                        raise ValueError(f"{path}: {name} is in {file_of[name].name} and in {file.name}")
+                        raise UserError(f"{path}: {name} is in {file_of[name].name} and in {file.name}")
                     file_of[name], entry = file, f.get_slice(name)
                     header[name] = (tuple(entry.get_shape()), entry.get_dtype())
         return cls(path, file_of, header)
@@ -169,7 +170,7 @@ class Checkpoint:
                 get = lambda name: handles[self.file_of[name]].get_tensor(name)
             tensors = {name: make(source, get, device, dtype) for name, source in sources.items()}
         if broken := [name for name, tensor in tensors.items() if not _ends_are_finite(tensor)]:
-            raise ValueError(f"{self.path} is damaged: NaN or infinity in {', '.join(broken)}")
+            raise UserError(f"{self.path} is damaged: NaN or infinity in {', '.join(broken)}")
         return tensors
 
 
@@ -251,7 +252,7 @@ def fit(
         reason = reasons.get(type(error), error)
         some = ", ".join(sorted(checkpoint.header)[:3]) or "no tensor"
         message = f"{path} is not a {kind.__name__} checkpoint: {reason}; it begins with {some}"
-        raise ValueError(message) from error
+        raise UserError(message) from error
     expected = model.state_dict()
     problems += [f"missing {x} {tuple(t.shape)}" for x, t in expected.items() if x not in sources]
     for name, source in sources.items():
@@ -264,5 +265,14 @@ def fit(
         if expected[name].is_floating_point() and not {*source.dtypes} <= {*FLOATS}:
             problems.append(f"{called} is {', '.join(source.dtypes)}, must be {', '.join(FLOATS)}")
     if problems:
-        raise ValueError(f"{path} does not fit {sizes}:\n  " + "\n  ".join(problems))
+        raise UserError(f"{path} does not fit {sizes}:\n  " + "\n  ".join(problems))
     return model.to(dtype), sources
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a small safetensors file whole, with its metadata; ValueError names a file that is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with opened(path) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flux.errors import UserError
+
 
 @dataclass(frozen=True)
 class CLIPSizes:
@@ -68,7 +70,7 @@ class TextModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         positions = self.embeddings.position_embedding.weight  # (max_length, d)
         if tokens.shape[1] > len(positions):
-            raise ValueError(f"{tokens.shape[1]} tokens given, CLIP takes at most {len(positions)}")
+            raise UserError(f"{tokens.shape[1]} tokens given, CLIP takes at most {len(positions)}")
         x = self.embeddings.token_embedding(tokens) + positions[: tokens.shape[1]]
         for layer in self.encoder.layers:
             x = layer(x, causal=True)

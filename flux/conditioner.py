@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 
 from flux.clip import CLIPText
+from flux.errors import UserError
 from flux.t5 import T5
 
 
@@ -86,7 +87,7 @@ def named(load: Callable) -> Callable:
         except (OSError, ImportError):
             raise
         except Exception as error:
-            raise ValueError(f"{folder} is no whole tokenizer ({error})") from error
+            raise UserError(f"{folder} is no whole tokenizer ({error})") from error
 
     return told
 

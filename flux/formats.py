@@ -11,6 +11,7 @@ from torch import nn
 
 from flux.autoencoder import AutoEncoder
 from flux.clip import CLIPText
+from flux.errors import UserError
 from flux.model import Flux
 from flux.t5 import T5
 
@@ -218,7 +219,7 @@ def _own(kind: type[nn.Module], header: Header) -> dict[str, str]:
         if kind is CLIPText and short.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
             short = f"text_model.{short}"  # transformers 5 leaves it out
         if short in result:
-            raise ValueError(f"{result[short]} and {name} are the same tensor")
+            raise UserError(f"{result[short]} and {name} are the same tensor")
         result[short] = name
     return result
 
@@ -253,10 +254,10 @@ PATTERNS = {
 def _refuse_others(ours: dict[str, str], header: Header) -> None:
     for pattern, model in OTHER_MODELS.items():
         if found := next((name for name in ours if re.match(pattern, name)), None):
-            raise ValueError(f"this is {model}: it has {ours[found]}; accepted are {ACCEPTED}")
+            raise UserError(f"this is {model}: it has {ours[found]}; accepted are {ACCEPTED}")
     shape = lambda *names: next((header[ours[name]][0] for name in names if name in ours), ())
     img_in = shape("img_in.weight", "x_embedder.weight")
     last = shape("final_layer.linear.weight", "proj_out.weight")
     if len(img_in) == len(last) == 2 and (model := WIDER_INPUT.get(img_in[1] / max(1, last[0]))):
         found = f"{img_in[1]} channels go in, {last[0]} come out"
-        raise ValueError(f"this is {model}: {found}; accepted are {ACCEPTED}")
+        raise UserError(f"this is {model}: {found}; accepted are {ACCEPTED}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from flux.errors import UserError
 from flux.model import Flux
 
 FP8 = torch.float8_e4m3fn
@@ -44,7 +45,7 @@ def checkpoint_blocks(model: Flux, what: str | int = "all") -> None:
     blocks = blocks_of(model)
     count = blocks_run_again(what, len(blocks))
     if count not in range(len(blocks) + 1):
-        raise ValueError(f"checkpoint {what}: none, all, attention, or from 0 to {len(blocks)} blocks")
+        raise UserError(f"checkpoint {what}: none, all, attention, or from 0 to {len(blocks)} blocks")
     for number, block in enumerate(blocks):
         vars(block).pop("forward", None)
         if number < count:
@@ -108,10 +109,10 @@ def compile_blocks(model: Flux, **options) -> None:
     and for kept attention, within whose contexts torch would compile nothing.
     """
     if any(getattr(layer, "stream", None) for layer in model.modules()):
-        raise ValueError("streamed blocks cannot be compiled: choose --compile or --stream, not both")
+        raise UserError("streamed blocks cannot be compiled: choose --compile or --stream, not both")
     runs = [block.forward for block in blocks_of(model)]
     if any(isinstance(run, partial) and "context_fn" in run.keywords for run in runs):
-        raise ValueError("blocks that keep their attention cannot be compiled: take another --checkpoint")
+        raise UserError("blocks that keep their attention cannot be compiled: take another --checkpoint")
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, SHAPES)  # recompile_limit, from torch 2.7 on
     for block, run in zip(blocks_of(model), runs):
@@ -379,7 +380,7 @@ def arrange(
     """
     blocks = blocks_of(model)
     if stream not in range(len(blocks) + 1):
-        raise ValueError(f"stream {stream}: from 0 to {len(blocks)} blocks")
+        raise UserError(f"stream {stream}: from 0 to {len(blocks)} blocks")
     streamed = spread(stream, len(blocks)) if stream else []
     for number, block in enumerate(blocks if fp8 else ()):
         quantize(block, device)

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from flux.errors import UserError
 from flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, rope_table, timestep_embedding
 
 
@@ -69,11 +70,11 @@ class Flux(nn.Module):
     def __init__(self, sizes: FluxSizes):
         super().__init__()
         if sum(sizes.axes) != sizes.head_dim:
-            raise ValueError(
+            raise UserError(
                 f"rotary axes {sizes.axes} add up to {sum(sizes.axes)}, the head size is {sizes.head_dim}"
             )
         if any(dim % 2 for dim in sizes.axes):
-            raise ValueError(f"rotary axes {sizes.axes} must be even: channels are rotated in pairs")
+            raise UserError(f"rotary axes {sizes.axes} must be even: channels are rotated in pairs")
         self.sizes = sizes
         d, block = sizes.hidden_size, (sizes.hidden_size, sizes.head_dim, sizes.mlp_size)
         self.img_in = nn.Linear(sizes.in_channels, d)
@@ -104,7 +105,7 @@ class Flux(nn.Module):
         vec = self.time_in(timestep_embedding(t)) + self.vector_in(pooled)  # (b, hidden_size)
         if self.guidance_in is not None:
             if guidance is None:
-                raise ValueError("this model has a guidance input: pass guidance, a (b,) tensor such as 3.5")
+                raise UserError("this model has a guidance input: pass guidance, a (b,) tensor such as 3.5")
             vec = vec + self.guidance_in(timestep_embedding(guidance))
         pe = rope_table(torch.cat([txt_ids, img_ids], dim=1), self.sizes.axes, self.sizes.theta)
 

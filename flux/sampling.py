@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux.autoencoder import AutoEncoder
+from flux.errors import UserError
 from flux.model import Flux
 
 
@@ -127,7 +128,7 @@ def denoise(
     (schnell). `progress` is called with the number of steps done.
     """
     if cfg > 1 and negative is None:
-        raise ValueError(f"cfg {cfg} needs a negative prompt; 1 turns it off")
+        raise UserError(f"cfg {cfg} needs a negative prompt; 1 turns it off")
     batch, _, height, width = noise.shape
     device, dtype = model.img_in.weight.device, model.img_in.weight.dtype
     img = pack(noise).to(device)

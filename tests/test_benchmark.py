@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-import benchmark
 import metalora
 import personalize
-from flux.loading import read_tensors
+from flux.checkpoint import read_tensors
 from metalora import save_meta
+from metaphd import benchmark
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
 JUDGES = Path(__file__).parents[1] / "tiny" / "weights" / "judges"

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import claim, claim_figures, documents
-from bench.claim_pictures import draw_pictures
-from bench.claim_scores import (
+from bench import documents
+from studies.claim import __main__ as claim
+from studies.claim import figures as claim_figures
+from studies.claim.pictures import draw_pictures
+from studies.claim.scores import (
     KEY,
     METRICS,
     PLACE,
@@ -168,7 +170,7 @@ def study():
 @pytest.mark.parametrize("path", claim_figures.DOCUMENTS, ids=lambda path: path.name)
 def test_the_documents_say_what_the_scores_say(study, path):
     text = path.read_text(encoding="utf-8")
-    assert claim_figures.fill(text, study) == text, "run python bench/claim.py --figures"
+    assert claim_figures.fill(text, study) == text, "run python -m studies.claim --figures"
     for picture in re.findall(r"\]\((claim/\w+\.png)\)", text):
         assert (path.parent / picture).exists()
 

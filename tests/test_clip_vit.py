@@ -213,6 +213,6 @@ def test_without_network_the_message_says_what_to_do(monkeypatch):
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr("flux.loading.get_hf_file_metadata", offline)
+    monkeypatch.setattr("flux.hub.get_hf_file_metadata", offline)
     with pytest.raises(OSError, match=r"model.safetensors, .*\n.*huggingface.co/openai/.*\n.*--clip FOLDER"):
         find_clip_vit()

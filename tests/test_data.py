@@ -11,24 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from data import (
-    MemoryCache,
-    Picture,
-    TensorCache,
-    atomic,
-    common_shape,
-    contact_sheet,
-    crop_boxes,
-    deal_batches,
-    deal_buckets,
-    encode_pictures,
-    fit_shape,
-    photo_size,
-    read_photo,
-    scan_people,
-    to_tensor,
-)
+from people import folders, photos
+from people.buckets import deal_batches, deal_buckets
+from people.cache import MemoryCache, TensorCache
+from people.crops import common_shape, crop_boxes, fit_shape, to_tensor
+from people.folders import scan_people
+from people.latents import Picture, encode_pictures
+from people.photos import photo_size, read_photo
+from run.files import atomic
+from run.pictures import contact_sheet
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -91,7 +82,7 @@ def test_large_photos_are_read_and_absurd_ones_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_000_000)
     Image.new("L", (14_000, 14_000)).save(tmp_path / "a.png")  # 196 megapixels: PIL alone refuses 179
     assert read_photo(tmp_path / "a.png").size == (14_000, 14_000)
-    monkeypatch.setattr(data, "MAX_PIXELS", 100_000_000)
+    monkeypatch.setattr(photos, "MAX_PIXELS", 100_000_000)
     with pytest.raises(ValueError, match="14000 x 14000 pixels, more than 100 megapixels"):
         read_photo(tmp_path / "a.png")
     assert Image.MAX_IMAGE_PIXELS == 89_000_000
@@ -336,7 +327,7 @@ def test_crop_boxes_refuses_a_face_outside(face):
     "count, sizes", [(100, [50, 50]), (51, [26, 25]), (50, [50]), (3, [3]), (101, [34, 34, 33])]
 )
 def test_buckets_are_even_and_hold_everyone_once(count, sizes):
-    people = [data.Person(pid, str(pid), ()) for pid in range(count)]
+    people = [folders.Person(pid, str(pid), ()) for pid in range(count)]
     buckets = deal_buckets(people, 50, generator())
     assert [len(bucket) for bucket in buckets] == sizes
     assert sorted(person.pid for bucket in buckets for person in bucket) == list(range(count))

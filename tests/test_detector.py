@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from flux.errors import UserError
 from vision import detector
 from vision.detector import find_faces, load_detector
 
@@ -153,7 +154,7 @@ def test_without_network_the_message_says_what_to_do(monkeypatch):
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr("flux.loading.get_hf_file_metadata", offline)
+    monkeypatch.setattr("flux.hub.get_hf_file_metadata", offline)
     with pytest.raises(OSError) as error:
         load_detector()
     for part in (
@@ -167,7 +168,7 @@ def test_without_network_the_message_says_what_to_do(monkeypatch):
 
 def test_without_opencv_the_message_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ImportError, match="pip install opencv-python-headless"):
+    with pytest.raises(UserError, match="pip install opencv-python-headless"):
         load_detector(WEIGHTS)
 
 

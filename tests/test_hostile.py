@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from run.models import choose_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_benchmark import pictures
@@ -28,22 +29,24 @@ from test_survival import kill_at
 from test_train_meta import assert_same, log_of
 from test_train_meta import run as train_fixture
 
-import benchmark
-import data
 import flux
-import lora_files
-import metaphd
 import metrics
 import personalize
 import sample
-import study
 import train_meta
-from data import TensorCache
-from flux.loading import find_files, local_parts, run_script
-from flux.terminal import Shown, printable, printable_lines
+from flux.finding import find_files, local_parts
+from lora import __main__, names, reading, writing
 from metalora import export_lora, factors, inject, load_meta, save_meta
-from runs import Checkpoints, Log, command_line
+from metaphd import admission, benchmark, user_study
+from people import crops, photos
+from people.cache import TensorCache
+from run.checkpoints import Checkpoints
+from run.command import command_line, run_script
+from run.files import atomic
+from run.log import Log
+from run.terminal import Shown, printable, printable_lines
 from sample import slug
+from scoring import samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees", "ignore:.*LoRA is zero")
 train, bench, world = train_fixture, benchmark_fixture, world_fixture
@@ -112,17 +115,17 @@ def test_bars_are_drawn_and_ascii_terminals_are_served(tmp_path):
 
 def test_line_ends_in_arguments_are_no_line_ends(monkeypatch, capsys, tmp_path):
     file = tmp_path / "no\nsuch\x1b[2J.safetensors"
-    out, err, message = cli(lora_files.main, monkeypatch, capsys, "info", file)
+    out, err, message = cli(__main__.main, monkeypatch, capsys, "info", file)
     assert message.endswith("no\\nsuch\\x1b[2J.safetensors: no such file") and "\n" not in message
     file.write_bytes(b"")
-    message = cli(lora_files.main, monkeypatch, capsys, "info", file)[2]
+    message = cli(__main__.main, monkeypatch, capsys, "info", file)[2]
     assert "\n" not in message and "it has 0 bytes" in message and is_plain(message)
 
 
 def test_a_hostile_lora_and_photo_end_in_print(model, monkeypatch, capsys, tmp_path):
     lora, photo = tmp_path / "a\x1b[31m\n.safetensors", tmp_path / "p\x1b[31m\n.png"
     export_lora(adapted(model), lora, {"caption": EVIL, EVIL: EVIL, "base_model": EVIL, "method": EVIL})
-    out, err, status = cli(lora_files.main, monkeypatch, capsys, "info", lora)
+    out, err, status = cli(__main__.main, monkeypatch, capsys, "info", lora)
     assert status == 0 and is_plain(out) and out.count("a\\x1b[31m\\n.safetensors") == 1
     photo.write_bytes(b"\x1b[2J")
     monkeypatch.chdir(tmp_path)
@@ -143,7 +146,7 @@ def test_the_command_that_continues_can_be_pasted():
 
 def test_sigterm_ends_a_script_as_ctrl_c_does(monkeypatch, capsys, tmp_path):
     def main():
-        with data.atomic(tmp_path / "a.txt") as temporary:
+        with atomic(tmp_path / "a.txt") as temporary:
             temporary.write_text("half")
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -246,13 +249,13 @@ def test_damaged_loras(model, files, tmp_path, capsys, data):
     path.write_bytes(content := data.draw(changed(files[data.draw(st.sampled_from(["diffusers", "kohya"]))])))
     empty = flux.load_flux(transformer_of(model), "meta")
     try:
-        lora, metadata = lora_files.read_lora(path, empty)
-        assert lora and not lora_files.misfits(lora, lora_files.linear_shapes(empty))
+        lora, metadata = reading.read_lora(path, empty)
+        assert lora and not names.misfits(lora, names.linear_shapes(empty))
         for pair in lora.values():
             assert all(half.isfinite().all() and half.is_floating_point() for half in pair)
-        lora_files.main(["info", str(path)])
-        lora_files.main(["convert", str(path), str(out), "--format", "diffusers"])
-        again, _ = lora_files.read_lora(out, empty)
+        __main__.main(["info", str(path)])
+        __main__.main(["convert", str(path), str(out), "--format", "diffusers"])
+        again, _ = reading.read_lora(out, empty)
         for part, (a, b) in lora.items():
             assert torch.equal(again[part][0].float(), a.float()) and torch.equal(
                 again[part][1].float(), b.float()
@@ -536,7 +539,7 @@ def test_classes_name_no_other_folder(bench, people, tmp_path, kind):
     name = sorted(path.name for path in people.iterdir() if path.is_dir())[0]
     (tmp_path / "classes.json").write_text(json.dumps({name: kind}))
     if not kind:  # as if none were given
-        assert metaphd.class_of("anna", {"anna": ""}) == "person"
+        assert samples.class_of("anna", {"anna": ""}) == "person"
         return
     with pytest.raises(ValueError, match="--classes: .* must be a word"):
         bench("--classes", tmp_path / "classes.json")
@@ -578,9 +581,9 @@ def test_boxes_of_faces(people, tmp_path, box):
     for content in (f'{{"a.png": {box}}}', "[]", "[" * 10**5, "\xff"):
         (tmp_path / "faces.json").write_text(content, "latin-1")
         with pytest.raises(ValueError):
-            photo = data.read_photo(tmp_path / "a.png")
+            photo = photos.read_photo(tmp_path / "a.png")
             face = benchmark.find_face(tmp_path / "a.png", photo, lambda: pytest.fail("looked for a face"))
-            data.crop_boxes(photo.size[::-1], face)
+            crops.crop_boxes(photo.size[::-1], face)
 
 
 # --- Stopped while writing ---------------------------------------------------------------------------------
@@ -614,8 +617,8 @@ def scripts(model, people, files, tmp_path) -> dict:
             sample.main,
             ["--model", model, "--prompt", "a", "b", "--steps", 1, "--size", 32, "--out", "out"],
         ),
-        "convert": (lora_files.main, ["convert", lora, "x.safetensors", "--format", "diffusers"]),
-        "merge": (lora_files.main, ["merge", transformer, "flux1-x.safetensors", "--lora", lora]),
+        "convert": (__main__.main, ["convert", lora, "x.safetensors", "--format", "diffusers"]),
+        "merge": (__main__.main, ["merge", transformer, "flux1-x.safetensors", "--lora", lora]),
     }
 
 
@@ -668,8 +671,8 @@ def test_a_benchmark_that_is_stopped_says_how_to_go_on(bench, tmp_path, monkeypa
     for path in map(Path, strays):
         path.unlink()
     assert pictures(out).keys() == whole.keys()
-    samples = metaphd.scan_samples(out / "pictures" / "lora-noaug_r1_lr0.01_s1")
-    assert len(samples) == 20 and (out / "report.html").stat().st_size > 10_000
+    made = samples.scan_samples(out / "pictures" / "lora-noaug_r1_lr0.01_s1")
+    assert len(made) == 20 and (out / "report.html").stat().st_size > 10_000
 
 
 def test_what_safetensors_makes_of_a_full_disk_is_an_error_of_ours(files, tmp_path, monkeypatch, capsys):
@@ -685,10 +688,10 @@ def test_what_safetensors_makes_of_a_full_disk_is_an_error_of_ours(files, tmp_pa
         "diffusers",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(lora_files, "save_file", fails)
-        assert "b.safetensors: No space left" in cli(lora_files.main, monkeypatch, capsys, *words)[2]
+        patch.setattr(writing, "save_file", fails)
+        assert "b.safetensors: No space left" in cli(__main__.main, monkeypatch, capsys, *words)[2]
     assert not list((tmp_path / "new").iterdir())
-    assert cli(lora_files.main, monkeypatch, capsys, *words)[2] == 0
+    assert cli(__main__.main, monkeypatch, capsys, *words)[2] == 0
 
 
 def test_strays_in_a_folder_of_weights_are_not_weights(model, tmp_path):
@@ -713,8 +716,8 @@ PARSERS = {
     "sample": (sample.parse_arguments, ["--prompt", "a"]),
     "benchmark": (benchmark.parse_arguments, ["--people", "ids"]),
     "metrics": (metrics.parse_arguments, ["report", "--images", "a", "--people", "ids"]),
-    "metaphd": (metaphd.parse_arguments, ["check", "ids"]),
-    "study": (study.parse_arguments, ["make", "--systems", "a=b", "--people", "ids", "--prompts", "x"]),
+    "metaphd": (admission.parse_arguments, ["check", "ids"]),
+    "study": (user_study.parse_arguments, ["make", "--systems", "a=b", "--people", "ids", "--prompts", "x"]),
 }
 NONSENSE = ["0", "-1", "nan", "inf", "-inf", "1e999", "", "x", "1" * 5000, "٣x", "\x1b[2J", "a\nb", "\udcff"]
 
@@ -770,10 +773,10 @@ def test_the_message_names_what_was_found_and_what_is_accepted(script, flags, me
 def test_a_damaged_key_of_a_study(tmp_path, content):
     (tmp_path / "key.json").write_text(content)
     with pytest.raises(ValueError, match="key.json"):
-        study.main(["tally", "answers.json", "--study", str(tmp_path)])
+        user_study.main(["tally", "answers.json", "--study", str(tmp_path)])
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:77", "meta", "cpu:", "\x1b"])
 def test_devices(device):
     with pytest.raises(ValueError, match="(?s)--device .*this machine has"):
-        flux.loading.choose_device(argparse.Namespace(device=device, dtype=None))
+        choose_device(argparse.Namespace(device=device, dtype=None))

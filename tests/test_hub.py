@@ -18,13 +18,13 @@ DEV = "black-forest-labs/FLUX.1-dev"
 COMMIT = "a" * 40
 TRANSFORMER = "flux1-random.safetensors"
 ASK = """
-import argparse, json, sys
+import json, sys
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 4096  # or small files would be resumed from their beginning
-from flux.loading import find_files
+from flux.finding import find_files
 for model in sys.argv[1:]:
     try:
-        result = {"folder": str(find_files(argparse.Namespace(model=model)).folder)}
+        result = {"folder": str(find_files(model).folder)}
     except (OSError, ValueError) as error:
         result = {"error": str(error)}
     print("RESULT", json.dumps(result))

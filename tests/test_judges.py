@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import judges as judging
-from data import MemoryCache
 from flux import find_files
-from flux.loading import native_size, read_tensors
+from flux.checkpoint import read_tensors
+from flux.loading import native_size
+from people.cache import MemoryCache
+from scoring import evaluators
 from tiny.judges import NAMED
 from tiny.people import STYLES, VIEW, caption, draw_identities, draw_views, render, to_pil
 from vision.small import IdentityNet, PromptNet, load_judges, named_in
@@ -177,7 +178,7 @@ def world(model, tmp_path) -> Path:
 
 def judges_for(model: str | None, **options: Path | None):
     given = {"clip": None, "recognizer": None, "detector": None, **options}
-    return judging.load_judges(argparse.Namespace(model=model, **given), MemoryCache())
+    return evaluators.load_judges(argparse.Namespace(model=model, **given), MemoryCache())
 
 
 def test_folder_file_and_variable_bring_the_same(world, monkeypatch):
@@ -186,7 +187,7 @@ def test_folder_file_and_variable_bring_the_same(world, monkeypatch):
     monkeypatch.setenv("FLUX_DEV", str(file))
     for name in (str(world), str(file), "flux-dev"):
         found = judges_for(name)
-        assert isinstance(found, judging.SmallJudges) and found.folder == world / "judges"
+        assert isinstance(found, evaluators.SmallJudges) and found.folder == world / "judges"
         files = find_files(argparse.Namespace(model=name))
         assert files.folder == world and native_size(files.folder) == 64
     with pytest.raises(ValueError, match="--clip is of no use: --model .* brings judges of its own"):
@@ -204,6 +205,6 @@ def test_a_diffusers_layout_is_one_folder(world):
 def test_others_are_judged_by_the_papers(model, monkeypatch):
     monkeypatch.delenv("FLUX_DEV", raising=False)
     for name in (None, "flux-dev", "somebody/flux", str(model)):
-        assert isinstance(judges_for(name), judging.PaperJudges)
+        assert isinstance(judges_for(name), evaluators.PaperJudges)
     with pytest.raises(FileNotFoundError, match="--model flux-dve: neither a folder nor a file"):
         judges_for("flux-dve")

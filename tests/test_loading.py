@@ -27,9 +27,11 @@ from torch import nn
 
 import flux
 from bench import fullsize
-from flux import T5, AutoEncoder, CLIPText, Flux, checkpoint, loading
-from flux.loading import HUB_MODELS, ModelFiles, find_files
-from plan import FLUX_DEV
+from flux import T5, AutoEncoder, CLIPText, Flux, checkpoint, finding, loading
+from flux.finding import HUB_MODELS, find_files
+from flux.loading import ModelFiles
+from run.arguments import add_model_arguments
+from run.plan import FLUX_DEV
 
 SIZES = test_model.DEV
 KINDS = {
@@ -332,7 +334,7 @@ def test_the_random_file_of_full_size_is_flux_dev(tmp_path):
 
 def arguments(model, *options: str):
     parser = argparse.ArgumentParser()
-    loading.add_model_arguments(parser)
+    add_model_arguments(parser)
     return parser.parse_args(["--model", str(model), *map(str, options)])
 
 
@@ -352,7 +354,7 @@ def snapshot(tmp_path, monkeypatch) -> Path:
     """Return where a snapshot of FLUX.1-dev would be in an empty hub cache; there is no network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in (*loading.VARIABLES.values(), "FLUX_DEV", "FLUX_SCHNELL", "FLUX_KREA_DEV"):
+    for name in (*finding.VARIABLES.values(), "FLUX_DEV", "FLUX_SCHNELL", "FLUX_KREA_DEV"):
         monkeypatch.delenv(name, raising=False)
     return snapshot_of("flux-dev", tmp_path / "hub")
 
@@ -379,7 +381,7 @@ def in_diffusers_layout(folder: Path) -> Path:
 def test_a_folder(model, snapshot, monkeypatch):
     assert find_files(arguments(model)) == ours(model)
     assert find_files(arguments(model)).folder == model
-    monkeypatch.setitem(loading.LOCAL_MODELS, "small", model)
+    monkeypatch.setitem(finding.LOCAL_MODELS, "small", model)
     assert find_files(arguments("small")) == ours(model)
     assert find_files(arguments(ours(model).transformer)) == ours(model)  # the rest lies beside it
 
@@ -448,7 +450,7 @@ def all_in_one(model, tmp_path) -> Path:
     }
     state = {}
     for part, prefix in prefixes.items():
-        for file in loading.shards(getattr(ours(model), part)):
+        for file in checkpoint.shards(getattr(ours(model), part)):
             state |= {prefix + name: tensor for name, tensor in load_file(file).items()}
     file = tmp_path / "one" / "flux1-all.safetensors"
     file.parent.mkdir()

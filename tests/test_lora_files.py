@@ -1,7 +1,6 @@
 """LoRA files of every origin against diffusers and PEFT, both formats to and fro, merging, broken files."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +16,13 @@ from test_metalora import META, adapted, pipeline_of, reader_for_our_width, thei
 from test_model import DEV, inputs, pair
 from torch import Tensor
 
-import lora_files
+from flux.checkpoint import read_tensors
 from flux.model import Flux
-from lora_files import Lora, main, name_tensors, read_lora, split_fused
+from lora import merging
+from lora.__main__ import main
+from lora.names import Lora
+from lora.reading import read_lora, split_fused
+from lora.writing import name_tensors
 from metalora import (
     collapse,
     eject,
@@ -35,6 +38,8 @@ OUTSIDE = ["x_embedder", "context_embedder", "proj_out", "norm_out.linear"]
 OUTSIDE += [
     f"time_text_embed.{kind}_embedder.linear_{n}" for kind in ("timestep", "text", "guidance") for n in (1, 2)
 ]
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -315,7 +320,7 @@ def test_merging_into_a_file_is_merging_into_the_model(prefix, path, tmp_path):
     name, lora = "single_blocks.1.linear2.weight", read_lora(path)[0]
     exact = kept[prefix + name].double() + 0.8 * updates(lora)["single_transformer_blocks.1.proj_out"]
     assert (found[prefix + name] == exact.bfloat16()).float().mean() > 0.999  # what is rounded twice differs
-    _, metadata = lora_files.read_tensors(out)
+    _, metadata = read_tensors(out)
     assert metadata == {"about": "ä base", "modelspec.merged_from": "flux1-x, person, other"}
     assert checkpoint.read_bytes() == before
     with pytest.raises(FileExistsError, match="out.safetensors is there already"):
@@ -355,7 +360,7 @@ def test_merging_needs_room_on_the_disk(path, tmp_path, monkeypatch):
     save_file(randomize(Flux(DEV)).half().state_dict(), checkpoint)
     export_lora(adapted(), path, META)
     room = SimpleNamespace(free=checkpoint.stat().st_size - 1)
-    monkeypatch.setattr(lora_files.shutil, "disk_usage", lambda folder: room)
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda folder: room)
     with pytest.raises(OSError, match="out.safetensors needs .* GiB are free there"):
         run("merge", checkpoint, out, "--lora", path)
     assert not list(tmp_path.glob("*out*"))
@@ -528,15 +533,12 @@ def test_nothing_from_a_file_reaches_the_terminal_raw(path, capsys):
     assert all(c.isprintable() or c == "\n" for c in str(error.value)) and len(str(error.value)) < 1000
 
 
-def test_python_metalora_runs_it(path):
+def test_python_m_lora_runs_it(path):
     export_lora(adapted(), path, META)
-    script = Path(lora_files.__file__).with_name("metalora.py")
-    done = subprocess.run([sys.executable, script, "info", path], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "lora", "info", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert "one adapter of 46 projections" in done.stdout
-    shutil.copy(script, path)
-    done = subprocess.run([sys.executable, script, "info", path], capture_output=True, text=True)
-    assert (
-        done.returncode == 1
-        and done.stderr.count("\n") == 1
-        and "not a whole safetensors file" in done.stderr
-    )
+    path.write_text("no LoRA")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("lora: ") and "not a whole safetensors file" in done.stderr

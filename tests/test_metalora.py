@@ -18,10 +18,10 @@ from test_model import DEV, REAL, inputs, pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import lora_files
 from flux import load_flux
 from flux.model import Flux
-from lora_files import read_lora
+from lora import writing
+from lora.reading import read_lora
 from metalora import (
     MetaLoRALinear,
     SlotAdamW,
@@ -485,7 +485,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         temporary.write_bytes(before[:99])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora_files, "save_file", crash)
+    monkeypatch.setattr(writing, "save_file", crash)
     with pytest.raises(KeyboardInterrupt):
         export_lora(adapted(seed=1), path, META)
     assert list(tmp_path.iterdir()) == [path]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-import metaphd
+from metaphd import admission
 from vision.detector import SHAPE, Face, find_faces, load_detector, yaw
 
-PROMPTS = Path(__file__).parents[1] / "prompts"
+PROMPTS = Path(__file__).parents[1] / "metaphd" / "prompts"
 
 
 # How far a face is turned
@@ -106,8 +106,8 @@ def find(image: Image.Image, network: object) -> list[Face]:
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A small Meta-PHD without a fault."""
-    monkeypatch.setattr(metaphd, "find_faces", find)
-    monkeypatch.setattr(metaphd, "load_detector", lambda path: None)
+    monkeypatch.setattr(admission, "find_faces", find)
+    monkeypatch.setattr(admission, "load_detector", lambda path: None)
     for k in range(4):
         photo(tmp_path / "unsplash" / "anna" / f"{k}.png", turned=15 * k)
         photo(tmp_path / "ffhq" / "man" / f"{k}.png", turned=-9 * k)
@@ -121,7 +121,7 @@ def check(capsys, *argv: str) -> list[str]:
     """The lines that `check` prints, which ends with 1 just when something is rejected."""
     code = 0
     try:
-        metaphd.main(["check", *argv])
+        admission.main(["check", *argv])
     except SystemExit as stop:
         code = stop.code
     lines = capsys.readouterr().out.splitlines()
@@ -193,11 +193,11 @@ def test_a_plain_folder_of_people_and_its_limits(folder, capsys):
 def test_folders_laid_out_otherwise_are_told(folder):
     Path("ffhq/man").rename("ffhq/men")
     with pytest.raises(ValueError, match="ffhq should hold man and woman, not men"):
-        metaphd.main(["check", "."])
+        admission.main(["check", "."])
     with pytest.raises(FileNotFoundError, match="nothing: no such folder"):
-        metaphd.main(["check", "nothing"])
+        admission.main(["check", "nothing"])
     with pytest.raises(SystemExit):
-        metaphd.main(["check", ".", "--out", "check.txt"])
+        admission.main(["check", ".", "--out", "check.txt"])
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_wrong_prompts_are_told(tmp_path, spoil, message):
     file = tmp_path / "prompts" / "man.txt"
     lines = spoil(file.read_text().splitlines())
     file.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
-    (problem,) = metaphd.check_prompts(tmp_path / "prompts")
+    (problem,) = admission.check_prompts(tmp_path / "prompts")
     assert re.search(message, problem)
 
 
@@ -242,7 +242,7 @@ def test_real_photos_are_checked(portraits, yunet, tmp_path, capsys):
 
 def test_the_manual_says_what_is_not_measured(capsys):
     with pytest.raises(SystemExit):
-        metaphd.parse_arguments(["--help"])
+        admission.parse_arguments(["--help"])
     said = capsys.readouterr().out
     assert "unsplash/<person>/*.jpg" in said and "ffhq/<man|woman>/*.jpg" in said and "--max-yaw" in said
     assert "not measured" in said and "licence" in said and "sunglasses" in said

@@ -13,21 +13,21 @@ from compare import randomize
 from PIL import Image
 from safetensors.torch import save_file
 
-import data
-import judges
-import metaphd
 import metrics
 from flux.clip import CLIPSizes
 from flux.conditioner import clip_tokenizer
-from flux.loading import LOCAL_MODELS, fingerprint
-from sample import save_picture
+from flux.finding import LOCAL_MODELS
+from people import cache
+from run.files import fingerprint
+from run.pictures import save_picture
+from scoring import evaluators, samples, tables
 from tiny.people import write_people
 from vision.clip_vit import CLIPViT, CLIPViTSizes, load_clip_vit
 from vision.small import IdentityNet, PromptNet, load_judges
 
 SHARED = Path(__file__).parents[2] / "shared"
 RECOGNIZER = SHARED / "weights" / "inception_resnet_v1_128d.safetensors"
-PROMPTS = Path(__file__).parents[1] / "prompts"
+PROMPTS = Path(__file__).parents[1] / "metaphd" / "prompts"
 
 
 def unit(degrees: float) -> torch.Tensor:
@@ -56,8 +56,8 @@ class FakeJudges(metrics.Judges):
 
 def rows_of(*places: str, **more) -> list[dict]:
     """Rows of files <person>/<prompt>/<degrees>.png; nothing is read from the disk."""
-    samples = [metaphd.Sample(*Path(place).parts[:2], Path(place).stem, Path(place)) for place in places]
-    return metaphd.make_rows(samples, {sample.person: "woman" for sample in samples}, **more)
+    made = [samples.Sample(*Path(place).parts[:2], Path(place).stem, Path(place)) for place in places]
+    return samples.make_rows(made, {sample.person: "woman" for sample in made}, **more)
 
 
 def cosine(degrees: float) -> float:
@@ -73,7 +73,7 @@ def test_r_facesim_by_hand_on_six_embeddings():
     assert rows[1]["facesim"] == pytest.approx(cosine(50), abs=1e-6)
     first, second = (cosine(30) + cosine(50) + cosine(80)) / 3, (cosine(10) + cosine(10) + cosine(40)) / 3
     assert [row["r-facesim"] for row in rows] == pytest.approx([first, second], abs=1e-6)
-    overall = metrics.summarize(rows, ["facesim", "r-facesim"])["overall"]
+    overall = tables.summarize(rows, ["facesim", "r-facesim"])["overall"]
     assert overall["r-facesim"]["mean"] == pytest.approx((first + second) / 2, abs=1e-6)
     facesim = (cosine(10) + cosine(50)) / 2
     assert overall["relative difference"] == pytest.approx(
@@ -103,19 +103,19 @@ def test_every_prompt_and_person_weighs_the_same():
             ("c", "woman", "01", 0.3),
         ]
     ]
-    summary = metrics.summarize(rows, ["facesim"])
+    summary = tables.summarize(rows, ["facesim"])
     assert [person["facesim"] for person in summary["people"].values()] == pytest.approx([0.5, 0.9, 0.3])
     assert summary["classes"]["man"]["facesim"]["mean"] == pytest.approx(0.7)
     assert summary["overall"]["facesim"]["mean"] == pytest.approx(1.7 / 3)  # over people, not over classes
     # deviation .30551, divided by sqrt(3), times 4.3027 of Student's table for two degrees of freedom
     assert summary["overall"]["facesim"]["ci95"] == pytest.approx(4.3027 * 0.305505 / math.sqrt(3), abs=1e-4)
     groups = {**summary["classes"], "overall": summary["overall"]}
-    assert metrics.table(groups, ["facesim"]).endswith("| overall | 3      | 56.67 ± 75.89  |")
+    assert tables.table(groups, ["facesim"]).endswith("| overall | 3      | 56.67 ± 75.89  |")
 
 
 @pytest.mark.parametrize("freedom, value", [(1, 12.706), (2, 4.303), (5, 2.571), (15, 2.131), (59, 2.001)])
 def test_student_equals_the_printed_table(freedom, value):
-    assert metrics.student(freedom) == pytest.approx(value, rel=3e-4)
+    assert tables.student(freedom) == pytest.approx(value, rel=3e-4)
 
 
 def test_pictures_without_a_face_are_zero_or_left_out_and_named():
@@ -124,7 +124,7 @@ def test_pictures_without_a_face_are_zero_or_left_out_and_named():
     means = {}
     for no_face in ("zero", "skip"):
         metrics.score(rows := rows_of(*places), FakeJudges(), photos, no_face)
-        overall = metrics.summarize(rows, ["facesim", "r-facesim"])["overall"]
+        overall = tables.summarize(rows, ["facesim", "r-facesim"])["overall"]
         means[no_face] = [overall[metric]["mean"] for metric in ("facesim", "r-facesim")]
         remarks = metrics.remark(rows, [], no_face)
         said = "no face found, " + {"zero": "counted as 0", "skip": "left out"}[no_face]
@@ -242,7 +242,7 @@ def test_small_judges_embed_a_picture_once(drawn, monkeypatch):
 
 
 def test_small_judges_shrink_a_large_picture(drawn):
-    look = judges.SmallJudges(LOCAL_MODELS["tiny"] / "judges", data.MemoryCache())
+    look = evaluators.SmallJudges(LOCAL_MODELS["tiny"] / "judges", cache.MemoryCache())
     own, other, *_ = sorted(Path("right").glob("*/00/0.png"))
     Image.open(own).resize((192, 192), Image.Resampling.BICUBIC).save(large := Path("large.png"))
     faces, _ = look.embed_faces([own, large, other])
@@ -274,8 +274,8 @@ def test_what_small_judges_cannot_judge_is_told(drawn):
 def test_models_without_judges_are_judged_by_the_papers(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = metrics.parse_arguments(["clip-t", "--images", "x", "--prompts", "y", "--model", name])
-    found = metrics.load_judges(args, data.MemoryCache())
-    assert isinstance(found, judges.PaperJudges) and "CLIP" in found.name and not found.note
+    found = metrics.load_judges(args, cache.MemoryCache())
+    assert isinstance(found, evaluators.PaperJudges) and "CLIP" in found.name and not found.note
 
 
 # The command line
@@ -449,12 +449,12 @@ def test_the_manual_names_every_option(capsys):
 
 
 def test_the_prompt_lists():
-    man, woman = (metaphd.read_prompts(PROMPTS, kind) for kind in ("man", "woman"))
+    man, woman = (samples.read_prompts(PROMPTS, kind) for kind in ("man", "woman"))
     assert len(man) == len(woman) == len({*man}) == len({*woman}) == 20
     for prompts, word in ((man, "man"), (woman, "woman")):
         assert all(re.search(rf"\b{word}\b", prompt) for prompt in prompts)
     for kind, other in (("man", r"\b(woman|her|she)\b"), ("woman", r"\b(man|his|he)\b")):
-        frontal = metaphd.read_prompts(PROMPTS / "frontal.txt", kind)
+        frontal = samples.read_prompts(PROMPTS / "frontal.txt", kind)
         assert len(frontal) == 10
         for prompt in frontal + {"man": man, "woman": woman}[kind]:
             assert not re.search(other, prompt) and not set(prompt) & set("[]/")
@@ -465,5 +465,5 @@ def test_the_prompt_lists():
     ("woman_anna", "woman"), ("man-3", "man"), ("man", "man"), ("manuel", "person"), ("anna", "person"),
 ])  # fmt: skip
 def test_the_class_of_a_person(name, kind):
-    assert metaphd.class_of(name, {}) == kind
-    assert metaphd.class_of(name, {name: "woman"}) == "woman"
+    assert samples.class_of(name, {}) == kind
+    assert samples.class_of(name, {name: "woman"}) == "woman"

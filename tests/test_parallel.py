@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 from test_train_meta import assert_same, log_of, state_of
 
-import parallel
-import runs
 import train_meta
-from data import deal_batches
 from flux.memory import blocks_of
-from parallel import Team
-from runs import read_state
+from people.buckets import deal_batches
+from run import files, ranks
+from run.checkpoints import read_state
+from run.ranks import Team
 from tiny.people import write_people
 from train_meta import Trainer
 
@@ -302,7 +301,7 @@ def test_long_gradients_travel_in_parts(monkeypatch):
     """All numbers are added up, whatever the cuts."""
     calls = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: calls.append(len(tensor)) or tensor.mul_(2))
-    monkeypatch.setattr(parallel, "FLAT", 10)
+    monkeypatch.setattr(ranks, "FLAT", 10)
     team = Team()
     team.size = 2
     tensors = [torch.rand(size, 2) for size in (1, 3, 2, 9, 1, 1, 3)]
@@ -461,7 +460,7 @@ def test_torchrun(words, tmp_path, as_one):
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     text = (tmp_path / "said").read_text()
     assert "has lost another one" in text
-    with runs.alone(out):  # nobody is left in it
+    with files.alone(out):  # nobody is left in it
         assert not [file for file in out.rglob(".*") if file.name != ".lock"]
     done = len(log_of(out))
     train_meta.main(words(out, steps=done + 5))

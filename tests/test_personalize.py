@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 import flux
 import personalize
 import train_meta
-from flux.loading import read_tensors
+from flux.checkpoint import read_tensors
 from flux.memory import Stream
 from flux.sampling import flow_loss
-from lora_files import read_lora, write_tensors
+from lora.reading import read_lora
+from lora.writing import write_tensors
 from metalora import load_meta
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
@@ -361,7 +362,7 @@ def test_impossible_settings(flags, capsys):
 
 def test_without_weights_it_says_what_to_do(photo, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("flux.loading.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("flux.finding.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(FileNotFoundError, match="not whole in the hub cache(.|\n)*--model tiny"):
         personalize.main(["ref.png", *FACE])
 

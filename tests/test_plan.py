@@ -13,14 +13,14 @@ from bench import documents, plans
 from flux.memory import FrozenLinear, arrange, blocks_of, checkpoint_blocks
 from flux.model import Flux
 from metalora import factors, inject
-from plan import (
+from run.arguments import add_memory_arguments
+from run.plan import (
     FLUX_DEV,
     GIB,
     RESERVE,
     Job,
     Way,
     adapter_bytes,
-    add_memory_arguments,
     block_bytes,
     choose,
     cost,

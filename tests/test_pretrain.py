@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from run.models import SHIPPED as SHIPPED_MODELS
 
 import flux
 from tiny import pretrain
 
-SHIPPED = flux.loading.LOCAL_MODELS["tiny"]
+SHIPPED = SHIPPED_MODELS["tiny"]
 
 
 def run(monkeypatch, *options) -> None:

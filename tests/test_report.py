@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import report
+from people.photos import read_photo
+from scoring import curves, report, sheets
 from tiny.people import draw_identities, draw_views, render, to_pil
 
 NASTY = '</script><b>&"'
@@ -133,7 +133,7 @@ def test_the_page_holds_every_system_person_number_and_picture(page_file, system
         assert system["groups"] == {"overall": scores["overall"], **scores["classes"]}
         for picture, row in zip(system["pictures"], scores["pictures"], strict=True):
             assert {**row, "path": str(row["path"]), "image": picture["image"]} == picture
-            shown, original = decode(found["images"][picture["image"]]), data.read_photo(row["path"])
+            shown, original = decode(found["images"][picture["image"]]), read_photo(row["path"])
             assert shown.size == (128, 128) and distance(shown, original.resize((128, 128))) < 6
     assert found["photos"].keys() == photos.keys() and all(len(own) == 2 for own in found["photos"].values())
     assert found["curves"].startswith("data:image/png")
@@ -211,7 +211,7 @@ def test_curves_show_the_numbers(tmp_path, monkeypatch):
     )
     systems |= curve("lora", 16, **{"clip-t": 0.29, "r-facesim": 0.6})
     systems["base $x$"] = {"overall": group(4, **{"clip-t": 0.33, "r-facesim": 0.1})}
-    assert report.draw_curves(tmp_path / "new" / "curves.png", systems)
+    assert curves.draw_curves(tmp_path / "new" / "curves.png", systems)
     plane, faces, texts = kept[0].axes
     lines = {line.get_label(): line for line in plane.lines}
     torch.testing.assert_close(
@@ -232,8 +232,8 @@ def test_curves_show_the_numbers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("metrics", [("clip-t", "r-facesim"), ("clip-t",), ("r-facesim",)])
 def test_curves_are_drawn_from_what_there_is(tmp_path, metrics):
-    assert report.draw_curves(tmp_path / "curves.png", curve("lora", 1, **dict.fromkeys(metrics, 0.5)))
-    assert data.read_photo(tmp_path / "curves.png").width > 500
+    assert curves.draw_curves(tmp_path / "curves.png", curve("lora", 1, **dict.fromkeys(metrics, 0.5)))
+    assert read_photo(tmp_path / "curves.png").width > 500
 
 
 def test_nothing_to_draw(tmp_path):
@@ -242,16 +242,16 @@ def test_nothing_to_draw(tmp_path):
         "system": {"method": "a", "rank": 1, "steps": 5},
     }
     systems = {"a": none, "b": {"overall": group(3, **{"clip-t": 0.3})}, "c": {"overall": {"people": 2}}}
-    assert not report.draw_curves(tmp_path / "curves.png", systems)
-    assert not report.draw_curves(tmp_path / "curves.png", curve("lora", 1, facesim=0.5))
+    assert not curves.draw_curves(tmp_path / "curves.png", systems)
+    assert not curves.draw_curves(tmp_path / "curves.png", curve("lora", 1, facesim=0.5))
     assert not any(tmp_path.iterdir())
 
 
 def test_sheet_layout(files, photos, monkeypatch):
     calls = []
-    monkeypatch.setattr(report, "contact_sheet", lambda *args: calls.append(args))
+    monkeypatch.setattr(sheets, "contact_sheet", lambda *args: calls.append(args))
     rows = [row for row in make_scores(files)["pictures"] if row["person"] == "woman_2"]
-    report.person_sheet(rows[::-1][1:], photos["woman_2"], [])
+    sheets.person_sheet(rows[::-1][1:], photos["woman_2"], [])
     cells, labels, titles, cell = calls[0]
     assert labels == ["a woman <i>no. 0</i>", "a woman <i>no. 1</i>"] and cell == (256, 256)
     assert titles[1:] == ["seed 9", "seed 10", "seed 11"]
@@ -261,17 +261,17 @@ def test_sheet_layout(files, photos, monkeypatch):
         for image, path in zip(row, paths):
             assert (
                 image.resize((160, 160)).tobytes()
-                == data.read_photo(path).resize(image.size).resize((160, 160)).tobytes()
+                == read_photo(path).resize(image.size).resize((160, 160)).tobytes()
             )
 
 
 def test_sheets_are_written(tmp_path, files, photos):
     scores = make_scores(files)
     scores["people"].pop(NASTY)  # no file name
-    report.write_sheets(tmp_path / "sheets", scores, photos)
+    sheets.write_sheets(tmp_path / "sheets", scores, photos)
     assert {path.stem for path in (tmp_path / "sheets").iterdir()} == PEOPLE.keys() - {NASTY}
     plain, marked = (
-        report._scored({"path": files[11], "clip-t": 0.3, "faces": n}, ["clip-t"], 256).getpixel((250, 252))
+        sheets._scored({"path": files[11], "clip-t": 0.3, "faces": n}, ["clip-t"], 256).getpixel((250, 252))
         for n in (1, 0)
     )
     assert plain == (0x22, 0x22, 0x22) and marked == (0xA3, 0x20, 0x2A)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import shutil
 from collections import Counter
@@ -12,7 +13,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import study
+from metaphd import user_study
+from scoring.tables import student
 
 SYSTEMS = ("alpha", "beta", "gamma")
 PEOPLE = ("woman_anna", "man_boris", "woman_clara", "man_dan")
@@ -51,7 +53,7 @@ def make(
     named = [f"{name}={root / name}" for name in systems]
     files = ["--people", str(root / "photos"), "--prompts", str(root / "prompts.txt")]
     folder = ["--out", str(root / out), "--questions", str(questions)]
-    study.main(["make", "--systems", *named, *files, *folder, *more])
+    user_study.main(["make", "--systems", *named, *files, *folder, *more])
     html = (root / out / "page" / "index.html").read_text("utf-8")
     page = json.loads(re.search(r'<script id="study"[^>]*>(.*?)</script>', html)[1])
     return page, json.loads((root / out / "key.json").read_text("utf-8"))
@@ -73,7 +75,7 @@ def answer(root: Path, name: str, choose, out: str = "study", **changes) -> Path
 
 
 def tally(root: Path, *files: Path, out: str = "study") -> list[dict]:
-    study.main(["tally", "--study", str(root / out), *map(str, files)])
+    user_study.main(["tally", "--study", str(root / out), *map(str, files)])
     return list(json.loads((root / out / "tally.json").read_text())["tables"].values())
 
 
@@ -122,10 +124,10 @@ def test_people_and_prompts_are_balanced(key):
 
 def test_drawing_exhausts_the_pictures_before_it_stops():
     seeds = {(person, prompt): ["0", "1"] for person in "ab" for prompt in ("00", "01", "02")}
-    drawn = study.draw(seeds, 12, 1, Counter(), study.random.Random(0))
+    drawn = user_study.draw(seeds, 12, 1, Counter(), random.Random(0))
     assert len({(person, prompt, *some) for person, prompt, some in drawn}) == 12
     with pytest.raises(ValueError, match="--questions 52: 13 of each kind .* make 12 with 1 seed each"):
-        study.draw(seeds, 13, 1, Counter(), study.random.Random(0))
+        user_study.draw(seeds, 13, 1, Counter(), random.Random(0))
 
 
 def test_the_page_is_blind(world, key):
@@ -170,7 +172,7 @@ def test_metadata_of_photos_is_stripped(tmp_path):
     image = Image.new("RGB", (30, 20), "red")
     image.save(path, exif=exif, comment=b"secret remark", icc_profile=b"secret profile")
     assert b"secret remark" in path.read_bytes()
-    assert b"secret" not in study.clean(path, 768)
+    assert b"secret" not in user_study.clean(path, 768)
 
 
 def test_a_seed_gives_the_same_study(world):
@@ -249,7 +251,7 @@ def test_incomplete_answers_count_for_what_they_hold(world, capsys):
 
 @pytest.mark.parametrize("freedom, quantile", [(1, 12.7062), (2, 4.30265), (24, 2.06390), (1000, 1.96234)])
 def test_students_t_agrees_with_printed_tables(freedom, quantile):
-    assert study.student(freedom) == pytest.approx(quantile, rel=1e-4)
+    assert student(freedom) == pytest.approx(quantile, rel=1e-4)
 
 
 def test_the_interval_agrees_with_resampled_participants():
@@ -258,7 +260,7 @@ def test_the_interval_agrees_with_resampled_participants():
     votes = np.zeros((300, 2, 2), int)
     votes[..., 1] = rng.integers(4, 17, (300, 2))
     votes[..., 0] = rng.binomial(votes[..., 1], rng.beta(2, 3, (300, 1)))
-    cell = study.estimate(votes)
+    cell = user_study.estimate(votes)
     picked = votes[rng.integers(0, 300, (4000, 300))].sum(axis=1)
     means = 100 * (picked[..., 0] / picked[..., 1]).mean(axis=1)
     assert cell["ci95"] == pytest.approx(1.968 * means.std(), rel=0.05)
@@ -301,14 +303,14 @@ def test_a_study_is_never_overwritten(world):
 
 
 def test_an_interrupted_study_leaves_nothing(world, monkeypatch):
-    clean, times = study.clean, iter(range(9))
+    clean, times = user_study.clean, iter(range(9))
 
     def interrupted(*args):
         if next(times) == 8:
             raise KeyboardInterrupt
         return clean(*args)
 
-    monkeypatch.setattr(study, "clean", interrupted)
+    monkeypatch.setattr(user_study, "clean", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(world, out="broken")
     assert not any((world / "broken").iterdir())
@@ -412,7 +414,7 @@ def test_wrong_answers(world, tmp_path):
 @pytest.mark.parametrize("command", ([], ["make"], ["tally"]))
 def test_help_is_a_manual_page(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        study.main([*command, "--help"])
+        user_study.main([*command, "--help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0 and "python study.py" in said and max(map(len, said.splitlines())) <= 120
 

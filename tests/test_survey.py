@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import survey as module
-from data import common_shape, printable, read_photo
-from flux.loading import atomic
-from survey import Roster, survey
+from people import manifest
+from people.crops import common_shape
+from people.manifest import Roster, survey
+from people.photos import read_photo
+from run.files import atomic
+from run.terminal import printable
 
 NAMES = ("アンナ", "Ольга", "أمل", "Zoë", "a..\\..", "a b'c\"d;$(rm -rf x)", "line\nbreak", "esc\x1b[31m")
 NAMES += ("\udcff\udcfe",)  # bytes that are no UTF-8
@@ -170,8 +172,8 @@ def test_strict(tmp_path):
 
 
 def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
-    read, examine = [], module.examine
-    monkeypatch.setattr(module, "examine", lambda path: read.append(path.name) or examine(path))
+    read, examine = [], manifest.examine
+    monkeypatch.setattr(manifest, "examine", lambda path: read.append(path.name) or examine(path))
     ids = messy(tmp_path / "ids")
     people, report = look(ids)
     first, contents = list(people), people.contents()
@@ -199,8 +201,8 @@ def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
 
 
 def test_a_memory_of_another_version_or_damaged_is_not_used(tmp_path, monkeypatch):
-    read, examine = [], module.examine
-    monkeypatch.setattr(module, "examine", lambda path: read.append(path.name) or examine(path))
+    read, examine = [], manifest.examine
+    monkeypatch.setattr(manifest, "examine", lambda path: read.append(path.name) or examine(path))
     for k in range(4):
         make_person(tmp_path / "ids" / str(k), seed=k, photos=2)
     file = tmp_path / "out" / "people.jsonl"
@@ -211,7 +213,7 @@ def test_a_memory_of_another_version_or_damaged_is_not_used(tmp_path, monkeypatc
     read.clear()
     file.write_bytes(b"".join(lines)[:-30])
     assert list(look(tmp_path / "ids")[0]) == first and len(read) == 6
-    monkeypatch.setattr(module, "VERSION", 99)
+    monkeypatch.setattr(manifest, "VERSION", 99)
     assert list(look(tmp_path / "ids")[0]) == first and len(read) == 6 + 8
 
 

@@ -25,9 +25,10 @@ from test_train_meta import STEPS, Killed, assert_equals_undisturbed, assert_sam
 from test_train_meta import run as run_fixture
 from test_train_meta import undisturbed as undisturbed_fixture
 
-import runs
 import train_meta
-from runs import Bank, Checkpoints, draw_curve, read_state
+from run import checkpoints, files, log
+from run.checkpoints import Bank, Checkpoints, read_state
+from run.log import draw_curve
 from train_meta import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")
@@ -119,7 +120,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run, undisturbed, tmp_path, monkey
 def test_a_signal_before_the_first_step_and_a_second_one(run, tmp_path, monkeypatch, capsys):
     interrupt = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("encoding.encode_prompts", interrupt)
+        patch.setattr("people.dataset.encode_prompts", interrupt)
         with pytest.raises(FileNotFoundError):
             run(tmp_path)
     assert "stopped; this goes on:" in capsys.readouterr().out
@@ -151,14 +152,14 @@ def test_what_a_killed_run_was_writing_is_deleted(tmp_path):
     for name in (*keep, *drop):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    with runs.alone(tmp_path):
+    with files.alone(tmp_path):
         assert sorted(map(str, keep)) == sorted(
             path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
         )
 
 
 def test_one_run_in_a_folder(run, tmp_path):
-    with runs.alone(tmp_path), pytest.raises(OSError, match="another run is writing"):
+    with files.alone(tmp_path), pytest.raises(OSError, match="another run is writing"):
         run(tmp_path)
     assert not (tmp_path / "people.jsonl").exists()
 
@@ -257,7 +258,7 @@ def test_one_file_per_bucket_and_one_more_at_most(run, tmp_path, monkeypatch):
 def test_reading_ahead_is_what_opens_the_next_bucket(run, undisturbed, tmp_path, monkeypatch):
     """All returning buckets come from the thread, none from a second read."""
     read = []
-    monkeypatch.setattr(runs, "read_state", lambda file: read.append(file.name) or read_state(file))
+    monkeypatch.setattr(checkpoints, "read_state", lambda file: read.append(file.name) or read_state(file))
     ours = run(tmp_path)
     assert read == ["bucket0000_visit000000.pt", "bucket0001_visit000001.pt", "bucket0000_visit000002.pt"]
     assert_equals_undisturbed(ours, tmp_path, undisturbed)
@@ -359,12 +360,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, undisturbed, tmp_path, monk
         elif what == "bucket":
             patch.setattr(Bank, "store", fails)
         elif what == "log":
-            write = runs.Log.write
+            write = log.Log.write
             patch.setattr(
-                runs.Log, "write", lambda self, line: (fails if line["step"] == 14 else write)(self, line)
+                log.Log, "write", lambda self, line: (fails if line["step"] == 14 else write)(self, line)
             )
         else:
-            patch.setattr(runs, "draw_curve", fails)
+            patch.setattr(log, "draw_curve", fails)
         with pytest.raises(OSError) as error:
             run(tmp_path)
     if what == "checkpoint":
@@ -527,8 +528,8 @@ def test_a_damaged_log_is_cut_and_gone_on_with(tmp_path, parts, step):
     file, line = tmp_path / "log.jsonl", lambda step: b'{"step": %d, "loss": 0.5}\n' % step
     file.write_bytes(b"".join(part if isinstance(part, bytes) else line(part) for part in parts))
     whole = [text for text in io.BytesIO(file.read_bytes()) if text in map(line, range(10))]
-    with runs.Log(file, step, steps=9) as log:
-        log.write({"step": step + 1, "loss": math.inf})
+    with log.Log(file, step, steps=9) as opened:
+        opened.write({"step": step + 1, "loss": math.inf})
     *before, last = io.BytesIO(file.read_bytes())
     assert json.loads(last)["loss"] is None and last.endswith(b"\n")
     assert before == [text for text in whole if json.loads(text)["step"] <= step]

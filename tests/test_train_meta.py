@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import encoding
 import metalora
 import train_meta
-from data import deal_batches
-from flux.loading import read_tensors
+from flux.checkpoint import read_tensors
 from flux.memory import Stream
-from plan import Way, follow
-from runs import Checkpoints, read_state
+from people import dataset
+from people.buckets import deal_batches
+from run.checkpoints import Checkpoints, read_state
+from run.plan import Way, follow
 from train_meta import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
@@ -326,9 +326,9 @@ def test_average(run, tmp_path):
 
 
 def test_captions_come_from_text_files(run, people, tmp_path, monkeypatch):
-    prompts, encode = [], encoding.encode_prompts
+    prompts, encode = [], dataset.encode_prompts
     monkeypatch.setattr(
-        encoding, "encode_prompts", lambda texts, *rest: prompts.extend(texts) or encode(texts, *rest)
+        dataset, "encode_prompts", lambda texts, *rest: prompts.extend(texts) or encode(texts, *rest)
     )
     run(tmp_path / "out", "--class", "woman", steps=1)
     texts = {path.read_text() for path in people.glob("*/*.txt")}
@@ -382,12 +382,12 @@ def test_nothing_is_looked_at_or_encoded_twice(run, undisturbed, tmp_path, monke
     """A cache of other settings is not used: every part of the recipe changes the keys it matters to."""
     shutil.copytree(undisturbed, tmp_path / "out")
     for name in ("load_conditioner", "load_autoencoder"):
-        loader = getattr(encoding.flux, name)
+        loader = getattr(dataset.flux, name)
         refuse = lambda *args, loader=loader: (
             loader(*args) if "meta" in args else pytest.fail(loader.__name__)
         )
-        monkeypatch.setattr(encoding.flux, name, refuse)
-    monkeypatch.setattr("survey.examine", lambda path: pytest.fail(f"{path} is read again"))
+        monkeypatch.setattr(dataset.flux, name, refuse)
+    monkeypatch.setattr("people.manifest.examine", lambda path: pytest.fail(f"{path} is read again"))
     assert_same(run(tmp_path / "out", steps=STEPS + 1), run(tmp_path / "out", steps=STEPS + 1))
     shutil.rmtree(tmp_path / "out" / "checkpoints")
     for flag, value in {"--resolution": 40, "--dtype": "bf16", "--t5-length": 9}.items():

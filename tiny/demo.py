@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
-from data import contact_sheet, scan_people
-from flux.loading import atomic
+from people.folders import scan_people
+from run.files import atomic
+from run.pictures import contact_sheet
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "tiny" / "prompts.txt"
@@ -107,7 +108,7 @@ def main() -> None:
     systems = ["--method", "lora-noaug", "meta-lora-noaug", *setting, *args.steps, "--at-once", args.people]
     protocol = ["--people", out / "new", "--prompts", PROMPTS, "--seeds", 1, "--sample-steps", 12]
     bench = out / "benchmark"
-    run("benchmark.py", *small, *protocol, *systems, "--out", bench)
+    run("-m", "metaphd", "run", *small, *protocol, *systems, "--out", bench)
     draw_sheet(out / "new", bench / "pictures", max(args.steps), out / "sheet.png")
     print(
         f"\n{args.people} held-out people, one photo each, learned without crops, at a learning rate chosen"

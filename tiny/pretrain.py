@@ -30,11 +30,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
-from data import ASPECT_RATIOS, PHOTO_SUFFIXES, Size, fit_shape, read_photo, to_tensor
 from flux import Conditioner, layers, load_tokenizers
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.clip import CLIPSizes, CLIPText
-from flux.loading import atomic
 from flux.model import Flux, FluxSizes
 from flux.sampling import (
     add_noise,
@@ -47,6 +45,9 @@ from flux.sampling import (
     velocity_target,
 )
 from flux.t5 import T5, T5Sizes
+from people.crops import ASPECT_RATIOS, fit_shape, to_tensor
+from people.photos import PHOTO_SUFFIXES, Size, read_photo
+from run.files import atomic
 from tiny.people import SCENES, SHIRTS, STYLES, training_pictures
 
 AE = AutoEncoderSizes(ch=64, ch_mult=(1, 1, 1), encoder_blocks=0, decoder_blocks=1, z_channels=8)

@@ -16,8 +16,9 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch import Tensor, nn
 
+from flux.checkpoint import load
 from flux.clip import CLIPSizes, Layer, TextModel
-from flux.loading import check_sha256, hub_file, load
+from flux.hub import check_sha256, hub_file
 
 REPOSITORY = "openai/clip-vit-base-patch32"
 # The repository's main branch has the pickled file only; the other is its conversion by the hub, refs/pr/15.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from flux.loading import check_sha256, hub_file
+from flux.errors import UserError
+from flux.hub import check_sha256, hub_file
 
 if TYPE_CHECKING:
     import cv2
@@ -53,13 +54,13 @@ class Face:
 def load_detector(path: Path | None = None) -> "cv2.FaceDetectorYN":
     """Load YuNet from `path`, or without one from the hub, where its SHA-256 must be the pinned one.
 
-    Raises ImportError without OpenCV, OSError when there is no file or no way to the hub, and ValueError when
-    the file is no YuNet network.
+    Raises OSError when there is no file or no way to the hub, and UserError when
+    the file is no YuNet network, or without OpenCV.
     """
     try:
         import cv2
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             "finding faces needs OpenCV: pip install opencv-python-headless (or give --face x0,y0,x1,y1); "
             f"importing cv2 failed with: {error}"
         ) from error
@@ -77,7 +78,7 @@ def load_detector(path: Path | None = None) -> "cv2.FaceDetectorYN":
         detector = cv2.FaceDetectorYN.create("onnx", model, np.empty(0, np.uint8), (SIDE, SIDE), MIN_SCORE)
         detector.detect(np.zeros((SIDE, SIDE, 3), np.uint8))  # an ONNX file of something else fails only here
     except cv2.error as error:
-        raise ValueError(f"{path} ({len(data)} bytes) is no YuNet network; it should be {FILE}") from error
+        raise UserError(f"{path} ({len(data)} bytes) is no YuNet network; it should be {FILE}") from error
     finally:
         logging.setLogLevel(log_level)
     return detector

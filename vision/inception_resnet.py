@@ -16,7 +16,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from flux.loading import check_sha256, load
+from flux.checkpoint import load
+from flux.errors import UserError
+from flux.hub import check_sha256
 
 Box = tuple[int, int, int, int]
 
@@ -44,7 +46,7 @@ class InceptionResnetSizes:
         """Read the width from a checkpoint's header; ValueError unless it is 128 or 512, KeyError without."""
         embedding_size = shapes["last_linear.weight"][0]
         if embedding_size not in (128, 512):
-            raise ValueError(f"it embeds a face in {embedding_size} numbers, known are 128 and 512")
+            raise UserError(f"it embeds a face in {embedding_size} numbers, known are 128 and 512")
         return cls(embedding_size)
 
     @property
@@ -181,7 +183,7 @@ def crop_face(image: Image.Image, box: Box, sizes: InceptionResnetSizes) -> Imag
         x0, y0, x1, y1 = round(x - half), round(y - half), round(x + half), round(y + half)
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height)
     if x0 >= x1 or y0 >= y1:
-        raise ValueError(f"the face {box} lies outside the image of {image.width} x {image.height} pixels")
+        raise UserError(f"the face {box} lies outside the image of {image.width} x {image.height} pixels")
     return image.convert("RGB").crop((x0, y0, x1, y1)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
 

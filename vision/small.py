@@ -16,7 +16,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from flux.loading import read_tensors
+from flux.checkpoint import read_tensors
+from flux.errors import UserError
 
 SIZE = 64  # pixels
 
@@ -52,7 +53,7 @@ class Judge(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image: (b, 3, h, w) in [-1, 1], of about 64 x 64 pixels in any shape -> (b, outs)."""
         if not fits(*image.shape[2:]):
-            raise ValueError(f"the judges know pictures of about {SIZE}x{SIZE}, got {tuple(image.shape[2:])}")
+            raise UserError(f"the judges know pictures of about {SIZE}x{SIZE}, got {tuple(image.shape[2:])}")
         x = self.blocks(self.stem(image).relu())  # (b, 128, h/8, w/8)
         where = self.where(x).flatten(2).softmax(dim=-1)  # (b, 4, hw/64)
         return self.head((where @ x.flatten(2).mT).flatten(1)).float()
@@ -112,7 +113,7 @@ class PromptNet(Judge):
         """Return the mean probability of all that the prompt names, (b,): a hidden shirt gets about 1/6."""
         prompts = [prompt] * len(image) if isinstance(prompt, str) else prompt
         if len(prompts) != len(image):
-            raise ValueError(f"{len(image)} pictures, but {len(prompts)} prompts")
+            raise UserError(f"{len(image)} pictures, but {len(prompts)} prompts")
         return (self.odds(image) * self.embed_texts(prompts).to(image)).sum(dim=-1)
 
 
@@ -126,7 +127,7 @@ def named_in(prompt: str, vocabulary: dict[str, Sequence[str]]) -> dict[str, int
     if not said or len(dict(said)) < len(said):
         known = "; ".join(f"{name}: {', '.join(words)}" for name, words in vocabulary.items())
         found = ", ".join(vocabulary[name][k] for name, k in said) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"the prompt {prompt!r} names {found}; to be judged it must name one or more of these, "
             f"of each kind one at most: {known}"
         )
@@ -138,12 +139,12 @@ def load_judges(folder: Path | str, device="cpu") -> tuple[IdentityNet, PromptNe
     files = [Path(folder) / f"{name}.safetensors" for name in ("identity", "prompt")]
     (identity, _), (prompt, metadata) = map(read_tensors, files)
     if "vocabulary" not in metadata:
-        raise ValueError(f"{files[1]} does not say in its metadata which words it knows")
+        raise UserError(f"{files[1]} does not say in its metadata which words it knows")
     judges = IdentityNet(), PromptNet(json.loads(metadata["vocabulary"]))
     for judge, state, file in zip(judges, (identity, prompt), files):
         try:
             judge.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            raise ValueError(f"{file} does not hold this judge: {error}") from error
+            raise UserError(f"{file} does not hold this judge: {error}") from error
         judge.requires_grad_(False).eval().to(device)
     return judges

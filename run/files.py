@@ -1,0 +1,85 @@
+"""Files: written whole or not at all, told apart by hashes, in folders that are ours alone."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from safetensors import SafetensorError
+
+from flux.checkpoint import shards
+
+LEFTOVER = re.compile(r"\..+\.\d+\.\w+")  # the temporary names of `atomic`
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to, which becomes `path` when the block ends and vanishes when it fails.
+
+    So a stopped run leaves the old file or the new one, never half a file. The suffix stays: PIL goes by it.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder if it is not there; OSError when nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{option}: cannot write to {folder} ({error.strerror})") from error
+
+
+def fingerprint(*paths: Path) -> str:
+    """Tell weights apart without reading gigabytes: a hash of each file's size, first and last MiB."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in shards(path):
+            with file.open("rb") as f:
+                size = f.seek(0, os.SEEK_END)
+                f.seek(0)
+                digest.update(f"{size} ".encode() + f.read(2**20))
+                f.seek(max(0, size - 2**20))
+                digest.update(f.read())
+    return digest.hexdigest()
+
+
+def hash_of(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# The run as a whole
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep a second run out of a folder, OSError if one is there; delete what a killed one was writing."""
+    check_writable(folder, "--out")
+    with (folder / ".lock").open("w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except BlockingIOError as error:
+            raise OSError(f"--out {folder}: another run is writing there") from error
+        for part in ("", "buckets", "cache", "checkpoints", "samples"):
+            for file in (folder / part).glob(".*"):
+                if LEFTOVER.fullmatch(file.name):
+                    file.unlink()
+        yield

@@ -1,0 +1,115 @@
+"""The log of a run: a line a step, a progress bar, a curve."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from run.files import atomic
+from run.terminal import printable
+
+
+class Log:
+    """`log.jsonl`, a line per step, and a progress bar; opened to go on after `step`.
+
+    Lines beyond that step are dropped: the run, which goes on from its checkpoint, will write them again. So
+    are damaged ones, which cannot be told from them. writes: False does nothing at all.
+    """
+
+    def __init__(self, file: Path, step: int, steps: int, writes: bool = True):
+        self.file, self.writes = file, writes
+        if not writes:
+            return
+        with atomic(file) as temporary, temporary.open("wb") as copy:
+            if file.exists():
+                with file.open("rb") as lines:
+                    copy.writelines(line for line in lines if 0 < step_of(line) <= step)
+        self.opened = file.open("a", encoding="utf-8", buffering=1)
+        self.bar = tqdm(total=steps, initial=step, desc="meta-training", mininterval=1, dynamic_ncols=True)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.writes:
+            self.bar.close()
+            self.opened.close()
+
+    def write(self, line: dict) -> None:
+        """Log a step. A line with photos and t is one of a skipped step, and is printed as well."""
+        if not self.writes:
+            return
+        numbers = {key: finite(value) for key, value in line.items()}
+        self.opened.write(json.dumps({"time": round(time.time(), 1), **numbers}) + "\n")
+        shown = {key: line[key] for key in ("bucket", "phase", "memory") if key in line}
+        self.bar.set_postfix(loss=f"{line['loss']:.3f}", **shown, refresh=False)
+        self.bar.update()
+        if "photos" in line:
+            cases = zip(line["photos"], line["t"])
+            where = "; ".join(f"{printable(photo)} at t = {t:.4f}" for photo, t in cases)
+            fault = "the loss or a gradient is not finite, the step is skipped"
+            self.bar.write(f"step {line['step']}: {fault}: {where}", file=sys.stderr)
+
+    def draw(self) -> None:
+        """Draw the curve beside the log."""
+        if self.writes:
+            draw_curve(self.file, self.file.with_name("loss.png"))
+
+
+def step_of(line: bytes) -> int:
+    """Return the step of which a whole line of the log is, 0 when it is damaged."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else 0
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
+
+
+def finite(value: object) -> object:
+    """Return a number rounded to six digits, and None, as JSON knows no other, in place of nan and inf."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def draw_curve(log: Path, path: Path, height: int = 400, width: int = 1000) -> None:
+    """Draw the loss over the steps: every step, pale, and the running mean over 5 % of them."""
+    losses = np.fromiter(_losses(log), np.float32)
+    if not len(losses):
+        return
+    window = max(1, len(losses) // 20)
+    sums = np.concatenate([[0], losses.cumsum(dtype=np.float64)])
+    means = (sums[window:] - sums[:-window]) / window
+    low, high = np.quantile(losses, [0.0, 0.995])
+    image = Image.new("RGB", (width, height), "white")
+    draw, span = ImageDraw.Draw(image), max(high - low, 1e-9)
+
+    def place(steps, values) -> list[tuple[float, float]]:
+        """Return up to 20,000 points of the picture."""
+        keep = slice(None, None, -(-len(values) // 20_000))
+        x = 10 + (width - 20) * steps[keep] / max(len(losses) - 1, 1)
+        y = height - 10 - (height - 40) * np.clip((values[keep] - low) / span, 0, 1)
+        return list(zip(x.tolist(), y.tolist()))
+
+    draw.point(place(np.arange(len(losses)), losses), "silver")
+    draw.line(place(np.arange(len(means)) + (window - 1) / 2, means), "black", 2)
+    text = f"loss of {len(losses)} steps, {low:.3f} to {high:.3f}; last mean over {window}: {means[-1]:.4f}"
+    draw.text((14, 4), text, "black")
+    with atomic(path) as temporary:
+        image.save(temporary)
+
+
+def _losses(log: Path) -> Iterator[float]:
+    with log.open("rb") as lines:
+        for line in lines:
+            try:
+                loss = json.loads(line)["loss"]
+            except (ValueError, KeyError, TypeError, RecursionError):  # cut short when the power went
+                continue
+            if isinstance(loss, (int, float)):  # None: of a skipped step
+                yield loss

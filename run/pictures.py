@@ -1,0 +1,59 @@
+"""Pictures that commands write: contact sheets, and PNGs with their settings."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from people.photos import Size
+from run.files import atomic
+from run.terminal import printable
+
+# Looking at results
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
+    cell: Size = (256, 256),
+) -> Image.Image:
+    """Lay pictures out in a labelled grid, each fitted whole into its cell, on grey.
+
+    None and short rows leave cells empty. Long labels are wrapped, and cut at five lines.
+    """
+    height, width = cell
+    gap, font = 4, ImageFont.load_default(size=max(10, min(cell) // 16))
+    letters, line = max(1, int(width / font.getlength("n"))), math.ceil(sum(font.getmetrics()) * 1.1)
+    wrap = lambda text, width: textwrap.wrap(
+        printable(" ".join(text.split())), max(1, width), max_lines=5, placeholder="…"
+    )
+    labels = [wrap(label, letters // 2) for label in row_labels]
+    titles = [wrap(title, letters) for title in column_titles]
+    left = gap + (width // 2 if any(labels) else 0)
+    top = gap + line * max((len(title) for title in titles), default=0)
+    columns = max(len(titles), max((len(row) for row in rows), default=0))
+    sheet = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, title in enumerate(titles):
+        draw.text((left + j * (width + gap), gap // 2), "\n".join(title), "black", font)
+    for i, row in enumerate(rows):
+        if i < len(labels):
+            draw.text((gap, top + i * (height + gap)), "\n".join(labels[i]), "black", font)
+        for j, picture in enumerate(row):
+            if picture is not None:
+                picture = ImageOps.pad(picture.convert("RGB"), (width, height), color=(128, 128, 128))
+                sheet.paste(picture, (left + j * (width + gap), top + i * (height + gap)))
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
+    """Write a PNG with its settings in text chunks, a chunk per setting."""
+    chunks = PngInfo()
+    for name, value in settings.items():
+        chunks.add_itxt(name, str(value))
+    with atomic(path) as temporary:
+        picture.save(temporary, pnginfo=chunks)

@@ -1,0 +1,119 @@
+"""The paper's figure 3: R-FaceSim against CLIP-T, and both against steps."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from run.files import atomic
+from scoring.tables import TITLES, _metrics
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
+MARKERS = "osD^vP"
+
+
+# Curves
+
+
+def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
+    """Draw the paper's figure 3 from scores over all people; return False, and draw nothing, without any.
+
+    Left, R-FaceSim against CLIP-T: a curve through the step counts of each method, rank and learning rate,
+    and, where a method has several ranks, a parabola fitted to all its points. Right, both against steps with
+    95 % intervals, at each method's least rank. A system is on a curve by scores["system"], {"method",
+    "rank", "lr", "steps"}; one without is a point at left, and a level at right.
+    """
+    curves, levels = {}, {}  # (method, rank, lr): {steps: percents}; name: percents
+    for name, scores in systems.items():
+        place, overall = scores.get("system") or {}, scores["overall"]
+        means = {
+            metric: overall[metric] for metric in _metrics([scores]) if overall[metric]["mean"] is not None
+        }
+        percents = {metric: (100 * mean["mean"], 100 * (mean["ci95"] or 0)) for metric, mean in means.items()}
+        if place.get("steps") is None:
+            levels[name] = percents
+        else:
+            key = place["method"], place.get("rank") or 0, place.get("lr") or 0
+            curves.setdefault(key, {})[place["steps"]] = percents
+    curves = {key: dict(sorted(curves[key].items())) for key in sorted(curves)}
+    drawn = [percents for curve in curves.values() for percents in curve.values()]
+    plane = any({"clip-t", "r-facesim"} <= percents.keys() for percents in [*drawn, *levels.values()])
+    timed = [metric for metric in ("r-facesim", "clip-t") if any(metric in percents for percents in drawn)]
+    if not plane and not timed:
+        return False
+
+    import matplotlib  # takes a second, and only this function needs it
+    from matplotlib.figure import Figure
+
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e8e8e8"}
+    with matplotlib.rc_context({**style, "font.size": 9, "text.parse_math": False, "axes.axisbelow": True}):
+        figure = Figure(figsize=(11, 5.4) if plane and timed else (6.5, 5.4), layout="constrained")
+        panels = figure.subplot_mosaic([["plane"] * plane + [metric] for metric in timed] or [["plane"]])
+        colours = dict(zip(dict.fromkeys((method, lr) for method, _, lr in curves), itertools.cycle(COLOURS)))
+        if plane:
+            _draw_plane(panels["plane"], curves, levels, colours)
+        for metric in timed:
+            _draw_time(panels[metric], metric, curves, levels, colours)
+        if timed:
+            panels[timed[0]].set_title("Bands are 95 % intervals over people", fontsize=9)
+            panels[timed[-1]].set_xlabel("steps")
+        handles = {}
+        for panel in panels.values():  # a curve that is in several panels comes once
+            handles |= dict(zip(*panel.get_legend_handles_labels()[::-1])) | handles
+        columns = min(len(handles), 5)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+    return True
+
+
+def _draw_plane(axes, curves: dict, levels: dict, colours: dict) -> None:
+    both, ranks, clouds = ("clip-t", "r-facesim"), sorted({rank for _, rank, _ in curves}), {}
+    for (method, rank, lr), curve in curves.items():
+        colour = colours[method, lr]
+        steps = [n for n, percents in curve.items() if {*both} <= percents.keys()]
+        points = [[curve[n][metric][0] for metric in both] for n in steps]
+        clouds.setdefault((method, lr), []).extend(points)
+        marker = MARKERS[ranks.index(rank) % len(MARKERS)]
+        look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1}
+        axes.plot(*zip(*points), label=_curve_name((method, rank, lr), curves), **look)
+        shown = slice(None, None, 1 if len(curves) <= 2 else max(1, len(steps) - 1))  # of many only both ends
+        for n, point in zip(steps[shown], points[shown]):
+            axes.annotate(str(n), point, (5, 4), textcoords="offset points", fontsize=7, color=colour)
+    for cloud, points in clouds.items():
+        if sum((key[0], key[2]) == cloud for key in curves) > 1 and len({x for x, _ in points}) > 3:
+            fitted = np.polynomial.Polynomial.fit(*zip(*points), 2)
+            axes.plot(*fitted.linspace(), "--", color=colours[cloud], linewidth=1, alpha=0.6, zorder=1)
+    for name, percents in levels.items():
+        if {*both} <= percents.keys():
+            point = [percents[metric][0] for metric in both]
+            axes.plot(*point, "*", color="#333333", markersize=11)
+            axes.annotate(name, point, (8, 0), textcoords="offset points", va="center")
+    fits = "; dashed, a parabola through a method's points" if len(ranks) > 1 else ""
+    axes.set_title("Numbers are steps" + fits, fontsize=9)
+    axes.set(xlabel="CLIP-T", ylabel="R-FaceSim")
+    axes.margins(0.1)
+
+
+def _draw_time(axes, metric: str, curves: dict, levels: dict, colours: dict) -> None:
+    for (method, lr), rank in {(method, lr): rank for method, rank, lr in reversed(curves)}.items():
+        key, look = (method, rank, lr), {"color": colours[method, lr]}
+        known = {n: percents[metric] for n, percents in curves[key].items() if metric in percents}
+        steps, (means, halves) = [*known], np.array([*known.values()]).reshape(-1, 2).T
+        axes.plot(steps, means, "o-", label=_curve_name(key, curves), markersize=5, **look)
+        axes.fill_between(steps, means - halves, means + halves, alpha=0.15, linewidth=0, **look)
+        if len(steps) == 1:  # of which a band shows nothing
+            axes.errorbar(steps, means, halves, capsize=3, **look)
+    for name, percents in levels.items():
+        if metric in percents:
+            level, place = percents[metric][0], ("axes fraction", "data")
+            axes.axhline(level, color="#333333", linewidth=1)
+            axes.annotate(name, (1, level), (4, 0), place, textcoords="offset points", va="center")
+    axes.set(ylabel=TITLES[metric], xticks=sorted({n for curve in curves.values() for n in curve}))
+
+
+def _curve_name(key: tuple[str, int, float], curves: dict) -> str:
+    method, rank, lr = key
+    several = len({rate for *_, rate in curves}) > 1
+    return method + (f", rank {rank}" if rank else "") + (f", lr {lr:g}" if several else "")
