@@ -1,19 +1,19 @@
 """Meta-LoRA: the layer (paper, eq. 1), where it goes in FLUX, its optimiser, and its files.
 
 While training there are three factors, meta_down shared, mid and up per identity; the exported file is an
-ordinary LoRA. What LoRA files look like, ours and other programs', is in `lora_files.py`.
-
-python metalora.py info FILE       # what is it? Also: convert, merge
+ordinary LoRA. What LoRA files look like, ours and other programs', is in `lora/`.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
@@ -66,6 +66,8 @@ class MetaLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (b, ..., d_in) -> (b, ..., d_out); modulation layers have no token axis."""
         slot = slice(1) if self.slot is None else self.slot
+        if self.slot is not None and slot.shape not in ((1,), x.shape[:1]):
+            raise ValueError(f"slots {tuple(slot.shape)} for a batch of {len(x)}: (b,), or (1,) for all")
         # Multiply the small matrices first: r1 never meets the tokens.
         down = self.down(slot).flatten(1, 2).to(x.dtype)  # (s, parts * r2, d_in); s: b, or 1 slot for all
         # Each part's rows of the output see its own z alone: (s, parts * r2, d_out), block-diagonal.
@@ -97,6 +99,7 @@ class _AddUpdate(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_h: Tensor) -> tuple[Tensor, ...]:
         x, z, down, up = ctx.saved_tensors
         grad = grad_h.reshape(*x.shape[:2], -1)  # (s, l, d_out)
@@ -344,11 +347,25 @@ def save_meta(model: nn.Module, path: Path, metadata: dict, meta_down: list[Tens
     write_tensors(dict(zip(names, values, strict=True)), path, metadata)
 
 
-def load_meta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a stage-1 file: tensors `<layer>.meta_down` and the metadata, among it r1 and targets.
+@dataclass(frozen=True)
+class Prior:
+    """A stage-1 file: tensors `<layer>.meta_down`, (parts, r1, d_in), and what its header says."""
 
-    Raises ValueError when it is something else.
-    """
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def r1(self) -> int:
+        return int(self.metadata["r1"])
+
+    @property
+    def targets(self) -> str:
+        return self.metadata["targets"]
+
+
+def load_meta(path: Path) -> Prior:
+    """Read a stage-1 file; UserError when it is something else."""
     tensors, metadata = read_tensors(path)
     named = all(name.endswith(".meta_down") for name in tensors)
     if not tensors or not named or not {"r1", "targets"} <= metadata.keys():
@@ -363,19 +380,22 @@ def load_meta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not (fits(t) and t.float().isfinite().all())
     ]
     refuse(path, problems)
-    return tensors, metadata
+    return Prior(path, tensors, metadata)
 
 
-def assign_meta(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy a stage-1 file's tensors into the injected layers; ValueError lists what does not fit."""
-    expected = {f"{name}.meta_down": layer.meta_down for name, layer in adapters(model).items()}
+def assign_meta(model: nn.Module, prior: Prior) -> None:
+    """Copy a stage-1 file's tensors into the injected layers; UserError lists what does not fit."""
+    expected, tensors = (
+        {f"{name}.meta_down": x.meta_down for name, x in adapters(model).items()},
+        prior.tensors,
+    )
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"{name} is for no layer of this model" for name in tensors.keys() - expected.keys()]
     problems += [
-        f"{name} is {tuple(tensors[name].shape)}, must be {tuple(own.shape)}"
-        for name, own in expected.items()
-        if name in tensors and tensors[name].shape != own.shape
+        f"{name} is {tuple(tensors[name].shape)}, must be {tuple(meta_down.shape)}"
+        for name, meta_down in expected.items()
+        if name in tensors and tensors[name].shape != meta_down.shape
     ]
-    refuse(path, sorted(problems))
-    for name, own in expected.items():
-        own.data.copy_(tensors[name])
+    refuse(prior.path, sorted(problems))
+    for name, meta_down in expected.items():
+        meta_down.data.copy_(tensors[name])

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux.errors import UserError
-from flux.finding import LOCAL_MODELS
 from people.cache import TensorCache
-from run.arguments import Manual, Parser, choose_device
+from run.arguments import Manual, Parser
 from run.command import run_script
 from run.files import check_writable
+from run.models import SHIPPED, add_device_argument, choose_device
 from scoring.evaluators import Judges, add_judge_arguments, load_judges
 from scoring.report import write_report
 from scoring.samples import (
@@ -179,8 +179,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--incomplete", action="store_true", help="score although pictures are missing")
     add_judge_arguments(parser)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help=f"whose judges to take: {', '.join(LOCAL_MODELS)}, or a model folder")
-    group.add_argument("--device", help="cuda, cuda:1, mps, cpu; default: a GPU if there is one")
+    group.add_argument("--model", help=f"whose judges to take: {', '.join(SHIPPED)}, or a model folder")
+    add_device_argument(group)
     group.add_argument("--cache", default=Path("out/judged"), **folder, help="embeddings to keep")
     parser.set_defaults(dtype="fp32")
     args = parser.parse_args(argv)

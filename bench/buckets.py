@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from flux.model import Flux
 from metalora import SlotAdamW, factors, inject
-from run.checkpoints import Bank
+from run.checkpoints import BucketStore
 from run.plan import FLUX_DEV
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ from pathlib import Path
 from data import common_shape
 from survey import survey
 began = time.perf_counter()
-people, report = survey(Path(sys.argv[1]), Path(sys.argv[2]), lambda size: common_shape(size, 64, 8))
+people, report = scan_photos(Path(sys.argv[1]), Path(sys.argv[2]), lambda size: common_shape(size, 64, 8))
 people.contents()
 print(time.perf_counter() - began)
 """
@@ -101,7 +101,7 @@ def time_of_change(folder: Path, slots: int) -> None:
     """Store a bucket, read the next in the thread, and copy it in; print the seconds of each."""
     personal, optimiser = full_size(slots)
     each = sum(p.numel() for p in personal) / slots
-    bank, clock = Bank(folder / "buckets", buckets=2), time.perf_counter
+    bank, clock = BucketStore(folder / "buckets", buckets=2), time.perf_counter
     state = {"factors": [p.data for p in personal], "optimiser": optimiser.state_dict()}
     bank.store(0, state)
     began = clock()

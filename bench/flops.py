@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from people.crops import crop_boxes, fit_shape
 from people.photos import Box, Size
-from run.plan import Job, Way, choose, step_flops
+from run.plan import Plan, Workload, choose, step_flops
 from scoring.tables import markdown
 
 
@@ -27,7 +27,7 @@ def crop_shapes(photo: Size, face: Box, resolution: int, pixels: int = 16) -> li
     return [fit_shape((y1 - y0, x1 - x0), resolution, pixels) for x0, y0, x1, y1 in boxes]
 
 
-def run_flops(job: Job, way: Way, shapes: list[Size], steps: int) -> float:
+def run_flops(job: Workload, way: Plan, shapes: list[Size], steps: int) -> float:
     """Return the FLOPs of a run that uses all shapes equally often."""
     each = [step_flops(replace(job, shape=shape), way.checkpoint) for shape in shapes]
     return steps * sum(each) / len(each)
@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> None:
 
     shapes = crop_shapes(photo, face, args.resolution)
     full = fit_shape(photo, args.resolution, 16)
-    job = Job("stage2", resolution=args.resolution)
-    ways = [("all blocks run again", Way("all"))]
+    job = Workload("stage2", resolution=args.resolution)
+    ways = [("all blocks run again", Plan("all"))]
     for card in args.cards:
         way, *_ = choose(job, card)
         again = way.checkpoint if isinstance(way.checkpoint, str) else f"{way.checkpoint} blocks"
         ways.append((f"as planned for {card:g} GiB: {again}, {way.stream} streamed", way))
-    whole = run_flops(job, Way("all"), [full], args.steps)
+    whole = run_flops(job, Plan("all"), [full], args.steps)
     lines = [
         ["what is run again", "crops, TFLOP", "whole photo, TFLOP", "crops, ratio", "whole photo, ratio"]
     ]

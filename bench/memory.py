@@ -28,26 +28,26 @@ from flux.memory import FrozenLinear
 from flux.model import Flux
 from flux.sampling import euler_step, flow_loss, pack, position_ids, unpack
 from metalora import SlotAdamW, factors, inject, use_slots
-from run.plan import FLUX_DEV, GIB, Job, Way, cost, follow
+from run.plan import FLUX_DEV, GIB, Plan, Workload, follow
 
-STAGE1 = Job("stage1", batch=4, identities=50)
-STAGE2 = Job("stage2")
-SAMPLE = Job("sample", identities=0)
+STAGE1 = Workload("stage1", batch=4, identities=50)
+STAGE2 = Workload("stage2")
+SAMPLE = Workload("sample", identities=0)
 # what it is, how, and the GiB that must not be passed
 ROWS = [
-    (STAGE1, Way("all"), 36.7),
-    (STAGE1, Way("attention"), None),
-    (STAGE1, Way("all", fp8=True), 25.8),
-    (STAGE1, Way("attention", 57), None),
-    (replace(STAGE1, resolution=768), Way("all"), None),
-    (STAGE2, Way("all"), 25.7),
-    (STAGE2, Way("none"), 59.3),
-    (STAGE2, Way("all", fp8=True), 14.8),
-    (STAGE2, Way("all", 57), 7.0),
-    (STAGE2, Way("attention", 57), 7.0),
-    (STAGE2, Way("all", 57, fp8=True), None),
-    (SAMPLE, Way(), None),
-    (SAMPLE, Way("none", 57), 5.0),
+    (STAGE1, Plan("all"), 36.7),
+    (STAGE1, Plan("attention"), None),
+    (STAGE1, Plan("all", fp8=True), 25.8),
+    (STAGE1, Plan("attention", 57), None),
+    (replace(STAGE1, resolution=768), Plan("all"), None),
+    (STAGE2, Plan("all"), 25.7),
+    (STAGE2, Plan("none"), 59.3),
+    (STAGE2, Plan("all", fp8=True), 14.8),
+    (STAGE2, Plan("all", 57), 7.0),
+    (STAGE2, Plan("attention", 57), 7.0),
+    (STAGE2, Plan("all", 57, fp8=True), None),
+    (SAMPLE, Plan(), None),
+    (SAMPLE, Plan("none", 57), 5.0),
 ]
 
 
@@ -79,7 +79,7 @@ class Tracker(TorchDispatchMode):
         return result
 
 
-def simulate(job: Job, way: Way) -> int:
+def simulate(job: Workload, way: Plan) -> int:
     """Return the bytes on the device at the highest of the second step, or of a forward pass."""
     tracker = Tracker()
     # Fake tensors have no addresses; the device is a CPU to which streamed weights are copied as to a GPU.
@@ -119,7 +119,7 @@ def on_device(model: Flux) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *stored, *buffers]
 
 
-def inputs(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(job: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return latents, t, txt and pooled."""
     side, dtype = job.resolution // 8, torch.bfloat16
     txt = torch.empty(job.batch, job.t5_length, job.sizes.txt_size, dtype=dtype)
@@ -128,7 +128,7 @@ def inputs(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def sample(model: Flux, autoencoder: AutoEncoder, job: Job) -> None:
+def sample(model: Flux, autoencoder: AutoEncoder, job: Workload) -> None:
     """Do an Euler step and decode, as `flux.sampling.generate`."""
     latents, t, txt, pooled = inputs(job)
     img_ids, txt_ids = position_ids(job.batch, *latents.shape[2:], job.t5_length)
@@ -139,7 +139,7 @@ def sample(model: Flux, autoencoder: AutoEncoder, job: Job) -> None:
         autoencoder.decode(one)
 
 
-def train(model: Flux, job: Job, tracker: Tracker) -> None:
+def train(model: Flux, job: Workload, tracker: Tracker) -> None:
     """Do two steps as the scripts do them; the tracker's peak is then the second's."""
     latents, t, txt, pooled = inputs(job)
     noise = torch.empty_like(latents)
@@ -163,10 +163,10 @@ def train(model: Flux, job: Job, tracker: Tracker) -> None:
             p.grad = None
 
 
-def random_setting(draw: random.Random) -> tuple[Job, Way]:
+def random_setting(draw: random.Random) -> tuple[Workload, Plan]:
     """Draw a setting of FLUX.1-dev."""
     kind = draw.choice(["stage1", "stage2", "stage2", "sample"])
-    job = Job(
+    job = Workload(
         kind,
         batch=draw.choice([1, 1, 2, 3, 4]),
         resolution=draw.randrange(256, 1281, 64),
@@ -176,10 +176,10 @@ def random_setting(draw: random.Random) -> tuple[Job, Way]:
         identities=draw.randrange(1, 60) if kind == "stage1" else 1,
     )
     checkpoint = draw.choice(["none", "all", "attention", draw.randrange(58)]) if kind != "sample" else "none"
-    return job, Way(checkpoint, draw.choice([0, 0, 57, draw.randrange(58)]), draw.random() < 0.4)
+    return job, Plan(checkpoint, draw.choice([0, 0, 57, draw.randrange(58)]), draw.random() < 0.4)
 
 
-def describe(job: Job, way: Way) -> str:
+def describe(job: Workload, way: Plan) -> str:
     text = f"{job.kind}, {job.batch} x {job.resolution}px + {job.t5_length}"
     if job.kind != "sample":
         text += f", r1 {job.r1}, r2 {job.r2}, {job.identities} people, checkpoint {way.checkpoint}"
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             what = min(way.checkpoint, total) if isinstance(way.checkpoint, int) else way.checkpoint
             way = replace(way, stream=min(way.stream, total), checkpoint=what)
-        peak, planned = simulate(job, way), cost(job, way).peak
+        peak, planned = simulate(job, way), estimate(job, way).peak
         off = planned / peak - 1
         furthest = max(furthest, abs(off))
         wrong = " (!)" if limit and peak / GIB > limit else ""

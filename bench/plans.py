@@ -10,16 +10,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
 from bench.documents import write
-from run.plan import GIB, SHARE, Job, choose, kinds
+from run.plan import GIB, SHARE, Workload, choose, kinds
 from scoring.tables import markdown
 
 README = Path(__file__).parents[1] / "README.md"
 # What cards of these names report in GiB: less than it says on the box.
 CARDS = {"48 GB": 47.4, "24 GB": 23.5, "20 GB": 19.6, "16 GB": 15.6, "12 GB": 11.6, "8 GB": 7.6}
 JOBS = {
-    "stage 1, batch 4": Job("stage1", batch=4, identities=50),
-    "stage 2": Job("stage2"),
-    "sampling": Job("sample", identities=0),
+    "stage 1, batch 4": Workload("stage1", batch=4, identities=50),
+    "stage 2": Workload("stage2"),
+    "sampling": Workload("sample", identities=0),
 }
 AGAIN = {"none": "none", "all": "all", "attention": "all but attention"}
 

@@ -38,6 +38,11 @@ class AutoEncoderSizes:
         """Return the pixels per latent along one side."""
         return 2 ** (len(self.ch_mult) - 1)
 
+    @property
+    def token_pixels(self) -> int:
+        """Return the pixels per image token along one side: a token is 2 x 2 latents."""
+        return 2 * self.reduction
+
     @classmethod
     def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
         """Read the sizes from a checkpoint's header; `config` may give scaling_factor and shift_factor.

@@ -276,3 +276,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"{path}: no such file")
     with opened(path) as f:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+
+
+def read_header(path: Path) -> tuple[dict, int]:
+    """Return a safetensors file's header, and where its data begin; ValueError when it is damaged."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with opened(path), path.open("rb") as file:  # `opened` checks lengths and offsets
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length

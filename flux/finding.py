@@ -5,7 +5,6 @@ A model is a folder, here or on the hub, in diffusers' layout (`transformer/`, `
 `ae.safetensors` stand for the first two; or it is a transformer's file, and the other parts are elsewhere.
 """
 
-import argparse
 import os
 import re
 from contextlib import suppress
@@ -28,7 +27,6 @@ HUB_MODELS = {
     "flux-schnell": "black-forest-labs/FLUX.1-schnell",
     "flux-krea-dev": "black-forest-labs/FLUX.1-Krea-dev",
 }
-LOCAL_MODELS = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 # Where a part lies in a model's folder, ours first; a name without a suffix is a folder, of shards perhaps.
 PLACES = {
     "transformer": ("flux1-*.safetensors", "flux1-*.sft", "transformer", "flux*.safetensors"),
@@ -41,25 +39,31 @@ TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/to
 TOKENIZER_2_FILES = ("tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model")  # either, and the config
 TOKENIZER_2_CONFIG = "tokenizer_2/tokenizer_config.json"
 HUB_WEIGHTS = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json"
-OPTIONS = {"autoencoder": "--ae", "clip": "--clip-l", "t5": "--t5", "tokenizers": "--tokenizers"}
 VARIABLES = {
     "autoencoder": "FLUX_AE",
     "clip": "FLUX_CLIP_L",
     "t5": "FLUX_T5",
     "tokenizers": "FLUX_TOKENIZERS",
 }
+BESIDE = ("autoencoder", "clip", "t5", "tokenizers")  # the transformer
 SHARED = ("autoencoder", "clip", "t5")  # the same in all HUB_MODELS
 
 
-def find_files(args: argparse.Namespace) -> ModelFiles:
-    """Find every part of the model that the options of `add_model_arguments` name; read only headers.
+class NotOnHub(FileNotFoundError):
+    """What a model lacks is neither here nor to be downloaded; the message says what to do."""
 
-    A part is looked for in this order: its option, what --model names on disk, its environment variable, the
-    hub's cache, the hub. What the model itself lacks is taken from FLUX.1-dev. Raises FileNotFoundError that
-    says what to do, and ValueError when a file does not fit its part, or the parts not each other.
+
+def find_files(model: str, given: dict[str, Path] | None = None) -> ModelFiles:
+    """Find every part of a model; of what is there only headers are read.
+
+    model: a name in HUB_MODELS, a repository on the hub, a folder or a transformer's file; given: parts that
+    lie elsewhere. A part is looked for in this order: given, what the model is on disk, its environment
+    variable, the hub's cache, the hub. What the model itself lacks is taken from FLUX.1-dev. Raises
+    FileNotFoundError that says what to do, and UserError when a file does not fit its part, or the parts not
+    each other.
     """
-    found = given_parts(args)
-    path, repo = find_named(args.model)
+    found = dict(given or {})
+    path, repo = find_named(model)
     if path:
         found = local_parts(path) | found
     for part, variable in VARIABLES.items():
@@ -91,12 +95,12 @@ def find_named(name: str) -> tuple[Path | None, str | None]:
     if name in HUB_MODELS:
         place = os.environ.get(variable)  # FLUX_DEV, as black-forest-labs' own code
         return (existing(Path(place), variable), None) if place else (None, HUB_MODELS[name])
-    path = LOCAL_MODELS.get(name, Path(name))
+    path = Path(name)
     if name and path.exists():
         return path, None
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix not in (".safetensors", ".sft"):
         return None, name
-    known = ", ".join([*HUB_MODELS, *LOCAL_MODELS])
+    known = ", ".join(HUB_MODELS)
     raise FileNotFoundError(
         f"--model {name}: neither a folder nor a file nor one of the known models ({known})"
     )
@@ -109,15 +113,9 @@ def existing(path: Path, what: str) -> Path:
     return path
 
 
-def given_parts(args: argparse.Namespace) -> dict[str, Path]:
-    """Return the parts that have an option of their own."""
-    values = {part: getattr(args, option[2:].replace("-", "_"), None) for part, option in OPTIONS.items()}
-    return {part: existing(Path(x), OPTIONS[part]) for part, x in values.items() if x}
-
-
 def local_parts(path: Path) -> dict[str, Path]:
     """Return the parts in a model's folder, or those inside a transformer's file and around it."""
-    folder, parts = (path, PLACES) if path.is_dir() else (folder_around(path), OPTIONS)
+    folder, parts = (path, PLACES) if path.is_dir() else (folder_around(path), BESIDE)
     found = {part: place for part in parts if (place := part_in(folder, part))}
     if path == folder and "transformer" not in found:
         raise FileNotFoundError(
@@ -180,7 +178,7 @@ def download_parts(repo: str, parts: list[str]) -> dict[str, Path]:
         if "transformer" not in parts and repo not in HUB_MODELS.values():
             print(f"cannot ask {repo} for {', '.join(parts)} ({type(error).__name__})")
             return {}
-        raise FileNotFoundError(refusal(repo, parts, error)) from error
+        raise NotOnHub(refusal(repo, parts, error)) from error
     found = {part: place for x in folders for part in parts if (place := part_in(x, part))}
     if "transformer" in parts and "transformer" not in found:
         raise FileNotFoundError(f"https://huggingface.co/{repo} has no FLUX.1 transformer in safetensors")
@@ -213,9 +211,7 @@ def refusal(repo: str, parts: list[str], error: Exception) -> str:
         f"{repo} is not whole in the hub cache and cannot be downloaded ({type(error).__name__}: {reason}).\n"
         f"Wanted: {', '.join(parts)}. "
         f"Accept its licence at https://huggingface.co/{repo}, then run `hf auth login` with a read token or "
-        "set HF_TOKEN;\nor point at files that are there already: --model FILE or FOLDER, "
-        f"{', '.join(OPTIONS.values())} (see --help);\n"
-        "or try everything on the small model that comes along: --model tiny"
+        "set HF_TOKEN"
     )
 
 

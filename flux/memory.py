@@ -43,7 +43,7 @@ def checkpoint_blocks(model: Flux, what: str | int = "all") -> None:
     it again replaces the earlier choice. Raises ValueError when there are not so many blocks.
     """
     blocks = blocks_of(model)
-    count = blocks_run_again(what, len(blocks))
+    count = recomputed_blocks(what, len(blocks))
     if count not in range(len(blocks) + 1):
         raise UserError(f"checkpoint {what}: none, all, attention, or from 0 to {len(blocks)} blocks")
     for number, block in enumerate(blocks):
@@ -55,7 +55,7 @@ def checkpoint_blocks(model: Flux, what: str | int = "all") -> None:
             block.forward = partial(checkpoint, block.forward, **settings)
 
 
-def blocks_run_again(what: str | int, total: int) -> int:
+def recomputed_blocks(what: str | int, total: int) -> int:
     """Return how many of so many blocks `checkpoint_blocks` means by `what`."""
     return {"none": 0, "all": total, "attention": total}.get(what, what)
 
@@ -412,13 +412,13 @@ def release(device: torch.device | str) -> None:
             torch._C._host_emptyCache()
 
 
-def memory_in_use(device: torch.device | str) -> str:
-    """Return the peak so far, as "12.3 GB": of the GPU's allocator, or of the whole process on a CPU."""
+def peak_memory(device: torch.device | str) -> float:
+    """Return the peak so far in GiB, of the GPU's allocator or on a CPU of the process; NaN if unknown."""
     if torch.device(device).type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+        return torch.cuda.max_memory_allocated(device) / 2**30
     try:
         import resource
     except ImportError:  # Windows
-        return "not known"
+        return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -45,18 +45,27 @@ def spread_times(n: int, start: float, mean: float = 0.0, std: float = 1.0) -> T
 
 
 def flow_loss(
-    model: Flux, latents: Tensor, noise: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: float
+    model: Flux,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    txt: Tensor,
+    pooled: Tensor,
+    guidance: float,
+    reduction: str = "mean",
 ) -> Tensor:
     """Return the mean squared error of the predicted velocity, a float32 scalar (L_diff of the paper).
 
     latents and noise (b, c, h, w) and t (b,) float32, txt (b, l, d) and pooled (b, d) in the model's dtype.
+    reduction: "none" for the squared errors themselves, of image tokens (b, h/2 * w/2, 4 c).
     """
     b, _, h, w = latents.shape
     img_ids, txt_ids = position_ids(b, h, w, txt.shape[1], latents.device)
     img = pack(add_noise(latents, noise, t)).to(txt.dtype)
     guided = torch.full((b,), guidance, device=latents.device)
     velocity = model(img, img_ids, txt, txt_ids, t, pooled, guided)
-    return F.mse_loss(velocity.float(), pack(velocity_target(latents, noise)))
+    target = pack(velocity_target(latents, noise))
+    return F.mse_loss(velocity.float(), target, reduction=reduction)
 
 
 def euler_step(x: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:

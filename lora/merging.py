@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.checkpoint import opened
+from flux.checkpoint import opened, read_header
 from flux.errors import UserError
 from flux.formats import SWAPPED
 from flux.memory import drop_pages, file_ranges
@@ -95,15 +95,6 @@ def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path)
                     raise UserError(f"{clean(name)} has numbers too large for {tensor.dtype} after merging")
             file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
             drop_pages(stored, mapped)
-
-
-def read_header(path: Path) -> tuple[dict, int]:
-    """Return a safetensors file's header, and where its data begin; ValueError when it is damaged."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with opened(path), path.open("rb") as file:  # `opened` checks lengths and offsets
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
 
 
 def pair_strengths(paths: Sequence[Path], strengths: Sequence[float]) -> list[tuple[Path, float]]:

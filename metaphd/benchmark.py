@@ -36,31 +36,27 @@ from flux.loading import native_size
 from flux.memory import release
 from flux.sampling import generate
 from lora.reading import read_lora
-from metalora import eject, export_lora, inject_loras, load_meta, use_slots
-from people.cache import MemoryCache, TensorCache
+from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slots
+from metaphd.side_by_side import personalize_together
+from people.cache import TensorCache
 from people.crops import crop_boxes
+from people.faces import find_face, known_face
 from people.folders import scan_people
-from people.latents import encode_prompts
+from people.latents import encode_prompt
 from people.photos import read_photo
-from run.arguments import (
-    Manual,
-    Parser,
-    add_memory_arguments,
-    add_model_arguments,
-    add_training_arguments,
-    choose_device,
-)
+from run.arguments import Manual, Parser
 from run.command import command_line
-from run.files import atomic, check_writable, fingerprint
+from run.files import alone, atomic, fingerprint, sha256
+from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import save_picture
-from run.plan import Job, Way, cost, files_to_plan, follow, make_plan
+from run.plan import MemoryOptions, Plan, Workload, add_memory_arguments, estimate, make_plan
+from run.settings import Training, add_training_arguments
 from scoring.curves import draw_curves
 from scoring.evaluators import Judges, add_judge_arguments, load_judges
 from scoring.report import write_report
-from scoring.samples import Sample, class_of, find_photos, read_json, read_names, read_prompts
+from scoring.samples import Sample, class_of, find_photos, read_names, read_prompts
 from scoring.sheets import write_sheets
-from scoring.tables import TITLES, write_scores
-from scoring.tables import table as table_of
+from scoring.tables import TITLES, table, write_scores
 from vision.detector import load_detector
 
 METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug")
@@ -187,25 +183,32 @@ class Benchmark:
             grid = {"method": run.method, "rank": run.rank, "lr": run.lr}
             self.systems |= {run.system(step): {**grid, "steps": step} for step in run.steps}
         self.device, self.dtype = choose_device(args)
-        self.files = flux.find_files(args)
+        self.files = find_model(args)
         self.transformer = self.files.transformer
         self.side = args.resolution or native_size(self.files.folder)
-        self.meta = None
+        self.prior = None
         for run in self.runs:  # does the stage-1 file fit? reads no weights
-            own = self.settings(run)
-            if own.method == "meta-lora":
-                self.meta = self.meta or personalize.find_meta(self.transformer, own)
-            personalize.prepare(flux.load_flux(self.transformer, "meta"), own, self.meta_of(run), [0])
-        self.way = plan(args, self.device, self.dtype, vars(self.files), self.meta)
+            if run.method.startswith("meta-lora"):
+                self.prior = self.prior or personalize.find_prior(self.transformer, args.meta)
+            self.add_adapters(flux.load_flux(self.transformer, "meta"), run, [0])
+        self.plan = plan(args, self.device, self.dtype, vars(self.files), self.prior)
 
-    def settings(self, run: Run) -> argparse.Namespace:
-        """Return what personalize.py's functions want to know."""
-        own = {"method": run.method.removesuffix("-noaug"), "rank": run.rank, "lr": run.lr}
-        own |= {"steps": max(run.steps), "resolution": self.side, "no_augment": not run.augment}
-        return argparse.Namespace(**{**vars(self.args), **own})
+    def settings(self, run: Run) -> personalize.Personalization:
+        return personalize.Personalization(
+            method=run.method.removesuffix("-noaug"),
+            rank=run.rank,
+            targets=self.args.targets,
+            steps=max(run.steps),
+            batch=self.args.batch,
+            augment=run.augment,
+            draws=self.args.draws,
+        )
 
-    def meta_of(self, run: Run) -> tuple | None:
-        return self.meta if run.method.startswith("meta-lora") else None
+    def prior_of(self, run: Run) -> Prior | None:
+        return self.prior if run.method.startswith("meta-lora") else None
+
+    def add_adapters(self, model: flux.Flux, run: Run, seeds: Sequence[int]) -> list[torch.Tensor]:
+        return personalize.add_adapters(model, self.prior_of(run), run.rank, self.args.targets, seeds)
 
     def check(self) -> None:
         """Let the judges look at all photos and prompts, before days of work, and find the faces."""
@@ -216,9 +219,12 @@ class Benchmark:
         for augment in sorted({run.augment for run in self.runs}):
             for subject in self.subjects:
                 photo = read_photo(path := subject.photos[0])
-                face = find_face(path, photo, detector) if augment else None
-                whole = [(0, 0, *photo.size)]
-                self.boxes[augment, subject] = crop_boxes(photo.size[::-1], face) if augment else whole
+                boxes = [(0, 0, *photo.size)]
+                if augment:
+                    advice = f"tell where it is in {path.with_name('faces.json')}, or take the -noaug methods"
+                    face = known_face(path) or find_face(path, photo, detector(), advice)
+                    boxes = crop_boxes(photo.size[::-1], face)
+                self.boxes[augment, subject] = boxes
 
     def load_judges(self) -> Judges:
         return load_judges(self.args, TensorCache(self.args.out / "judged"), self.device)
@@ -245,11 +251,11 @@ class Benchmark:
         """Save the settings beside the results; ValueError when results of other settings are there."""
         own = {key: value for key, value in vars(self.args).items() if key not in MAY_CHANGE}
         own |= {"dtype": str(self.dtype), "transformer": fingerprint(self.transformer)}
-        own |= {"fp8": self.way.fp8}
-        own |= {"stage 1": personalize.hash_of(self.meta[2])} if self.meta else {}
+        own |= {"fp8": self.plan.fp8}
+        own |= {"stage 1": sha256(self.prior.path)} if self.prior else {}
         for s in self.subjects:
             own[f"prompts of {s.kind}"] = s.prompts
-            own[f"photo of {s.name}"] = [s.kind, s.caption, personalize.hash_of(s.photos[0])]
+            own[f"photo of {s.name}"] = [s.kind, s.caption, sha256(s.photos[0])]
         own |= {f"crops of {s.name}": boxes for (augment, s), boxes in self.boxes.items() if augment}
         own = json.loads(json.dumps(own, default=str))
         if changed := [key for key in own if self.before.get(key, own[key]) != own[key]]:
@@ -262,25 +268,28 @@ class Benchmark:
 
     def encode(self) -> None:
         """Encode the reference photos and all prompts; the encoders are gone when this returns."""
-        memory, self.crops = MemoryCache(), {}
+        self.crops = {}
         autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
         for (augment, subject), boxes in tqdm(self.boxes.items(), "photos", disable=len(self.boxes) < 10):
+            photos = {subject.photos[0]: read_photo(subject.photos[0])}
             crops = [(subject.photos[0], box) for box in boxes]
-            own = personalize.encode_crops(crops, autoencoder, self.side, augment, memory)
-            self.crops[augment, subject] = own
+            encoded = personalize.encode_crops(photos, crops, autoencoder, self.side, augment)
+            self.crops[augment, subject] = encoded
         del autoencoder
         release(self.device)
         length, vram = self.args.t5_length, self.args.vram
         conditioner = flux.load_conditioner(self.files, self.device, self.dtype, length, vram)
-        texts = list(dict.fromkeys(text for s in self.subjects for text in (s.caption, *s.prompts)))
-        self.texts = {t: memory[key] for t, key in zip(texts, encode_prompts(texts, conditioner, "", memory))}
+        texts = dict.fromkeys(text for s in self.subjects for text in (s.caption, *s.prompts))
+        texts = tqdm(texts, "prompts", disable=len(texts) < 50)
+        self.texts = {text: encode_prompt(text, conditioner) for text in texts}
         del conditioner
         release(self.device)
 
     def load(self) -> None:
         self.autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
-        place = self.device if self.way.resident else "cpu"
-        self.model = follow(flux.load_flux(self.transformer, place, self.dtype), self.way, self.device)
+        place = self.device if self.plan.resident else "cpu"
+        self.model = flux.load_flux(self.transformer, place, self.dtype)
+        self.plan.apply(self.model, self.device)
 
     def unload(self) -> None:
         del self.model, self.autoencoder
@@ -311,27 +320,49 @@ class Benchmark:
 
     def learn(self, run: Run) -> None:
         """Train everybody whose LoRAs are not all there, --at-once people side by side."""
-        args, meta = self.settings(run), self.meta_of(run)
-        for group in chunks(self.untrained(run), args.at_once):
+        settings, training = self.settings(run), Training.of(self.args, lr=run.lr)
+        for group in chunks(self.untrained(run), self.args.at_once):
             print(f"{run.system(max(run.steps))}: {', '.join(s.name for s in group)}")
             # Everybody has a seed: else all would share the luck of one draw of noise.
-            seeds = [args.seed + zlib.crc32(s.name.encode()) for s in group]
-            trained = personalize.prepare(self.model, args, meta, seeds)
-            learned_from = [(self.crops[run.augment, s], self.texts[s.caption]) for s in group]
-            people = [
-                personalize.draw_batches(*pair, seed, args, self.device, self.dtype)
-                for pair, seed in zip(learned_from, seeds)
+            seeds = [self.args.seed + zlib.crc32(s.name.encode()) for s in group]
+            trained = self.add_adapters(self.model, run, seeds)
+            batches = [
+                personalize.draw_batches(
+                    self.crops[run.augment, s],
+                    self.texts[s.caption],
+                    settings,
+                    training,
+                    seed,
+                    self.device,
+                    self.dtype,
+                )
+                for s, seed in zip(group, seeds)
             ]
-            abouts = []
-            for s, seed in zip(group, seeds):
-                own = argparse.Namespace(**{**vars(args), "caption": s.caption, "seed": seed})
-                abouts.append(personalize.describe(own, self.transformer, meta, s.photos[:1], self.way))
-            for step in personalize.train(self.model, trained, people, args, self.device):
-                for slot, subject in enumerate(group if step in run.steps else ()):
-                    if not (path := self.lora(run.system(step), subject)).exists():
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        export_lora(self.model, path, abouts[slot] | {"steps": step}, slot)
+            learning = range(len(group))
+            updates = personalize_together(
+                self.model, trained, batches, settings.steps, training, self.device
+            )
+            for step, learning in updates:
+                for slot in learning if step in run.steps else ():
+                    self.export(run, step, group[slot], seeds[slot], slot)
             eject(self.model)
+            if lost := [s.name for slot, s in enumerate(group) if slot not in learning]:
+                raise UserError(
+                    f"{run.system(settings.steps)}: the loss of {', '.join(lost)} became infinite or NaN; the "
+                    f"others are learned. A smaller --lr than {run.lr:g} may help"
+                )
+
+    def export(self, run: Run, step: int, subject: Subject, seed: int, slot: int) -> None:
+        """Write somebody's LoRA after a number of steps, unless it is there."""
+        if (path := self.lora(run.system(step), subject)).exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        training = Training.of(self.args, lr=run.lr)
+        about = {"resolution": self.side, "caption": subject.caption, "seed": seed, "base_fp8": self.plan.fp8}
+        about = personalize.describe(
+            self.settings(run), training, self.transformer, self.prior_of(run), subject.photos[:1], **about
+        )
+        export_lora(self.model, path, about | {"steps": step}, slot)
 
     def draw(self, system: str) -> None:
         """Make the pictures that are not there, --at-once in a batch, with the files that `learn` wrote."""
@@ -378,34 +409,22 @@ class Benchmark:
         return scores
 
 
-def find_face(path: Path, photo, detector) -> tuple[int, int, int, int]:
-    """Return the face's box, as faces.json beside the photo tells it, else as detected."""
-    file = path.with_name("faces.json")
-    known = read_json(file, str(file)) if file.is_file() else {}
-    advice = f"tell where it is in {file}, or take the -noaug methods"
-    if path.name not in known:
-        return personalize.find_face(path, photo, detector(), advice)
-    box = known[path.name]
-    if not (isinstance(box, list | tuple) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
-        raise UserError(f"{file}: {path.name} has {box!r}, must be [x0, y0, x1, y1] in pixels")
-    return box
-
-
 def plan(
     args: argparse.Namespace,
     device: torch.device,
     dtype: torch.dtype,
     parts: dict[str, Path],
-    meta: tuple | None,
-) -> Way:
+    prior: Prior | None,
+) -> Plan:
     """Choose how the transformer fits while --at-once people learn side by side, by the largest method.
 
-    parts: the model's files, as far as they are there; meta: the stage-1 file, its metadata second
+    parts: the model's files, as far as they are there.
     """
     people = {"r2": max(args.ranks), "identities": args.at_once, "batch": args.at_once * args.batch}
-    r1s = {None if x.startswith("lora") else int(meta[1]["r1"]) if meta else 128 for x in args.method}
-    r1 = max(r1s, key=lambda r1: cost(Job("stage2", r1=r1, **people), Way()).adapters)
-    return make_plan(args, "stage2", device, dtype, parts, args.resolution, r1=r1, **people)
+    r1s = {None if x.startswith("lora") else prior.r1 if prior else 128 for x in args.method}
+    r1 = max(r1s, key=lambda r1: estimate(Workload("stage2", r1=r1, **people), Plan()).adapters)
+    people |= {"r1": r1, "resolution": args.resolution}
+    return make_plan("stage2", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **people)
 
 
 def chunks(items: Sequence, size: int) -> list[Sequence]:
@@ -417,11 +436,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         plan(args, *choose_device(args), files_to_plan(args), load_meta(args.meta) if args.meta else None)
         return
-    check_writable(args.out, "--out")
-    try:
-        measure(args)
-    except KeyboardInterrupt:
-        print(f"\nstopped; this goes on:\n  {again}")
+    with alone(args.out):
+        try:
+            measure(args)
+        except KeyboardInterrupt:
+            print(f"\nstopped; this goes on:\n  {again}")
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -442,13 +461,13 @@ def measure(args: argparse.Namespace) -> None:
     judges = benchmark.load_judges()
     systems = tqdm(benchmark.systems, "scoring", unit="system")
     scores = {name: benchmark.score(name, judges) for name in systems}
-    table = table_of({name: own["overall"] for name, own in scores.items()}, [*TITLES])
-    table += f"\n\n{judges.note}" if judges.note else ""
-    print(table)
+    text = table({name: own["overall"] for name, own in scores.items()}, [*TITLES])
+    text += f"\n\n{judges.note}" if judges.note else ""
+    print(text)
     with atomic(args.out / "scores.md") as temporary:
-        temporary.write_text(table + "\n", "utf-8")
+        temporary.write_text(text + "\n", "utf-8")
     curves = args.out / "curves.png"
     drawn = draw_curves(curves, scores)
     photos = {subject.name: subject.photos for subject in benchmark.subjects}
-    write_report(args.out / "report.html", scores, photos, curves if drawn else None, table)
+    write_report(args.out / "report.html", scores, photos, curves if drawn else None, text)
     print(f"{args.out / 'report.html'} to look at")

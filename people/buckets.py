@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from flux.errors import UserError
-from people.folders import Person
 from people.photos import Size
 
 # The order of training
 
 
-def deal_buckets(people: Sequence[Person], bucket_ids: int, generator: torch.Generator) -> list[list[Person]]:
+def deal_buckets(people: Sequence, bucket_ids: int, generator: torch.Generator) -> list[list]:
     """Deal people at random into the fewest buckets of at most `bucket_ids`, of equal size give or take one.
 
     Cutting 51 people after 50 would leave a bucket that moves meta_down for one person; so it is 26 and 25.

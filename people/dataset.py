@@ -1,7 +1,9 @@
-"""Photos and captions of many people to a cache on disk, which stage 1 reads a bucket at a time."""
+"""A people data set as stage 1 reads it: encoded once to a cache on disk, loaded a bucket at a time."""
 
-import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,100 +14,145 @@ from flux.errors import UserError
 from flux.loading import ModelFiles
 from flux.memory import release
 from people.cache import TensorCache, content_key
-from people.crops import common_shape
-from people.folders import Person, Photo
-from people.latents import Picture, encode_pictures, encode_prompts
-from people.manifest import Roster
-from people.photos import Size
+from people.crops import to_tensor
+from people.folders import Photo
+from people.latents import encode_picture, encode_prompt, make_batch
+from people.manifest import Manifest
+from people.photos import Size, read_photo
 from run.files import fingerprint
-from run.ranks import Team
+from run.ranks import Ranks
+from run.settings import Training
+
+VERSION = 1  # raise it whenever `to_tensor` changes a pixel: latents made before are then encoded anew
 
 
-class Recipe:
+@dataclass(frozen=True)
+class Batch:
+    """What an update learns from."""
+
+    inputs: dict[str, Tensor]  # the arguments of `flow_loss`
+    slots: Tensor  # (b,) the identity of each sample in its bucket
+    photos: list[str]  # their files
+
+    @property
+    def t(self) -> list[float]:
+        return self.inputs["t"].tolist()
+
+
+@dataclass(frozen=True)
+class BucketData:
+    """The photos of a bucket, encoded: a list entry each."""
+
+    paths: list[Path]
+    slots: list[int]
+    shapes: list[Size]
+    entries: list[tuple[dict[str, Tensor], dict[str, Tensor]]]  # posterior and prompt
+
+
+class LatentDataset:
     """How photos and captions become entries of the cache: in which shape, and under which keys.
 
     The keys hold everything that an entry depends on, so entries of other settings are never taken for ours.
     """
 
-    def __init__(self, files: ModelFiles, args: argparse.Namespace, dtype: torch.dtype):
-        self.files, self.args, self.dtype = files, args, dtype
+    def __init__(
+        self,
+        people: Manifest,
+        cache: TensorCache,
+        files: ModelFiles,
+        shape: Callable[[Size], Size],
+        class_word: str,
+        t5_length: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        """shape: in which a photo of a size is trained; t5_length: None for what the tokenizer says."""
+        self.people, self.cache, self.files, self.shape = people, cache, files, shape
+        self.t5_length, self.device, self.dtype = t5_length, device, dtype
         sizes = flux.load_autoencoder(files.autoencoder, "meta").sizes  # from the header alone
-        self.multiple = 2 * sizes.reduction
         self.autoencoder = f"{fingerprint(files.autoencoder)} {sizes} {dtype}"
         sizes = flux.load_clip(files.clip, "meta").sizes, flux.load_t5(files.t5, "meta").sizes
         folders = [files.tokenizers / name for name in ("tokenizer", "tokenizer_2")]
         words = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-        self.encoders = f"{fingerprint(files.clip, files.t5, *words)} {sizes} {args.t5_length} {dtype}"
-        self.default = f"a photo of a {args.class_word}"
-        self.shown = [self.default, f"{self.default} smiling at the beach"]  # in the sample grids
-
-    def shape(self, size: Size) -> Size:
-        return common_shape(size, self.args.resolution, self.multiple)
-
-    def picture(self, photo: Photo) -> Picture:
-        return Picture(photo.path, self.shape(photo.size), digest=photo.digest)
+        self.encoders = f"{fingerprint(files.clip, files.t5, *words)} {sizes} {t5_length} {dtype}"
+        self.default_caption = f"a photo of a {class_word}"
+        # Of the sample grids.
+        self.sample_prompts = [self.default_caption, f"{self.default_caption} smiling at the beach"]
 
     def caption(self, photo: Photo) -> str:
-        return photo.caption or self.default
+        return photo.caption or self.default_caption
+
+    def prompt_key(self, text: str) -> str:
+        return content_key(text, self.encoders)
 
     def keys(self, photo: Photo) -> tuple[str, str]:
         """Return the keys of its latents and of its caption."""
-        return self.picture(photo).key(self.autoencoder), content_key(self.caption(photo), self.encoders)
+        latents = content_key(VERSION, photo.digest, self.shape(photo.size), self.autoencoder)
+        return latents, self.prompt_key(self.caption(photo))
 
-    def encode(self, people: Roster, cache: TensorCache, device: torch.device, team: Team) -> None:
+    def encode(self, ranks: Ranks, vram: float | None = None) -> None:
         """Encode what the cache has not yet; the encoders are loaded for that only, and gone afterwards.
 
-        The team shares the work by key, so that no entry is made twice.
+        The ranks share the work by key, so that no entry is made twice.
         """
-        lacks = lambda key: team.makes(key) and key not in cache
-        of_text = lambda text: content_key(text, self.encoders)
-        missing = [False, any(lacks(of_text(text)) for text in self.shown)]
-        for photo in (photo for person in people for photo in person.photos):
+        lacks = lambda key: ranks.makes(key) and key not in self.cache
+        missing = [False, any(lacks(self.prompt_key(text)) for text in self.sample_prompts)]
+        for photo in (photo for person in self.people for photo in person.photos):
             missing = [known or lacks(key) for known, key in zip(missing, self.keys(photo))]
             if all(missing):
                 break
-        quiet = not team.leads
         if missing[0]:
-            autoencoder = flux.load_autoencoder(self.files.autoencoder, device, self.dtype)
-            for person in tqdm(people, "latents of people", disable=quiet):
-                pictures = [self.picture(photo) for photo in person.photos]
-                ours = [picture for picture in pictures if team.makes(picture.key(self.autoencoder))]
-                encode_pictures(ours, autoencoder, self.autoencoder, cache)
+            autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
+            for person in tqdm(self.people, "latents of people", disable=not ranks.leads):
+                for photo in person.photos:
+                    if lacks(key := self.keys(photo)[0]):
+                        picture = to_tensor(read_photo(photo.path), self.shape(photo.size))
+                        self.cache.put(key, encode_picture(picture, autoencoder))
             del autoencoder
-            release(device)
+            release(self.device)
         if missing[1]:
-            length, vram = self.args.t5_length, self.args.vram
-            conditioner = flux.load_conditioner(self.files, device, self.dtype, length, vram)
-            encode = lambda texts: encode_prompts(
-                [text for text in texts if team.makes(of_text(text))], conditioner, self.encoders, cache
-            )
-            encode(self.shown)
-            for person in tqdm(people, "captions of people", disable=quiet):
-                encode(dict.fromkeys(map(self.caption, person.photos)))
+            conditioner = flux.load_conditioner(self.files, self.device, self.dtype, self.t5_length, vram)
+            captions = (self.caption(photo) for person in self.people for photo in person.photos)
+            for text in chain(self.sample_prompts, tqdm(captions, "captions", disable=not ranks.leads)):
+                if lacks(key := self.prompt_key(text)):
+                    self.cache.put(key, encode_prompt(text, conditioner))
             del conditioner
-            release(device)
+            release(self.device)
+        ranks.wait()  # each has made a part
 
-    def load(
-        self, bucket: Sequence[Person], cache: TensorCache
-    ) -> tuple[list[Photo], list[int], list[Size], list[tuple[dict, dict]]]:
-        """Return a bucket's photos; of each its slot, its shape, and (latents, prompt) from the cache."""
-        photos = [photo for person in bucket for photo in person.photos]
-        slots = [slot for slot, person in enumerate(bucket) for _ in person.photos]
-        keys = [self.keys(photo) for photo in photos]
-        loaded = fetch(cache, {key for pair in keys for key in pair})
-        entries = [(loaded[latents], loaded[caption]) for latents, caption in keys]
-        return photos, slots, [self.shape(photo.size) for photo in photos], entries
+    def shapes(self, pids: Sequence[int]) -> list[Size]:
+        """Return in which shapes the photos of some people are trained."""
+        return [self.shape(photo.size) for pid in pids for photo in self.people[pid].photos]
 
-    def prompts(self, cache: TensorCache) -> dict[str, tuple[Tensor, Tensor]]:
+    def load(self, pids: Sequence[int]) -> BucketData:
+        """Read the photos of a bucket's people, whose slots are their places in `pids`."""
+        photos = [(slot, photo) for slot, pid in enumerate(pids) for photo in self.people[pid].photos]
+        keys = [self.keys(photo) for _, photo in photos]
+        loaded = self._fetch({key for pair in keys for key in pair})
+        return BucketData(
+            paths=[photo.path for _, photo in photos],
+            slots=[slot for slot, _ in photos],
+            shapes=[self.shape(photo.size) for _, photo in photos],
+            entries=[(loaded[latents], loaded[caption]) for latents, caption in keys],
+        )
+
+    def batch(
+        self, data: BucketData, chosen: Sequence[int], generator: torch.Generator, training: Training
+    ) -> Batch:
+        """Stack the chosen photos of a bucket, of one shape, and draw their noise and times."""
+        entries = [data.entries[k] for k in chosen]
+        inputs = make_batch(entries, generator, training, self.device, self.dtype)
+        slots = torch.tensor([data.slots[k] for k in chosen], device=self.device)
+        return Batch(inputs, slots, [str(data.paths[k]) for k in chosen])
+
+    def load_sample_prompts(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return by text what the sample grids show: txt (1, l, d) and pooled (1, d)."""
-        keys = {text: content_key(text, self.encoders) for text in self.shown}
-        loaded = fetch(cache, keys.values())
+        keys = {text: self.prompt_key(text) for text in self.sample_prompts}
+        loaded = self._fetch(keys.values())
         return {x: tuple(loaded[key][part][None] for part in ("txt", "pooled")) for x, key in keys.items()}
 
-
-def fetch(cache: TensorCache, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Return entries of the cache by key; ValueError when some are lost or damaged."""
-    loaded = {key: cache.get(key) for key in keys}
-    if lost := sum(entry is None for entry in loaded.values()):
-        raise UserError(f"{cache.folder} has lost {lost} entries; the same command makes them anew")
-    return loaded
+    def _fetch(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        loaded = {key: self.cache.get(key) for key in keys}
+        if lost := sum(entry is None for entry in loaded.values()):
+            raise UserError(f"{self.cache.folder} has lost {lost} entries; the same command makes them anew")
+        return loaded

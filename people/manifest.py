@@ -69,8 +69,8 @@ class Report:
         print(table)
 
 
-class Roster:
-    """The people of a survey, read from its file one by one; in memory there is a number for each."""
+class Manifest:
+    """The people of a scan, read from its file one by one; in memory there is a number for each."""
 
     def __init__(self, file: Path, folder: Path, starts: list[int]):
         self.file, self.folder, self.starts = file, folder, starts
@@ -102,14 +102,14 @@ class Roster:
         return contents
 
 
-def survey(
+def scan_photos(
     folder: Path,
     file: Path,
     usable: Callable[[Size], object],
     min_side: int = 1,
     min_photos: int = 1,
     option: str = "--data",
-) -> tuple[Roster, Report]:
+) -> tuple[Manifest, Report]:
     """Examine all photos and captions of `<folder>/<person>/*` and write what there is to `file`.
 
     usable: raises ValueError for a size (height, width) that cannot be trained. A bad photo is left out, and
@@ -142,7 +142,7 @@ def survey(
     if not report.people:
         kinds = ", ".join(PHOTO_SUFFIXES)
         raise UserError(f"{option} {folder} has nobody to train on ({kinds}):\n{report.table()}")
-    return Roster(file, folder, starts), report
+    return Manifest(file, folder, starts), report
 
 
 def _pack(entry: dict) -> bytes:

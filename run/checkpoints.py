@@ -98,7 +98,7 @@ class Checkpoints:
         return None
 
 
-class Bank:
+class BucketStore:
     """mid, up and their optimiser of the buckets that are not in training, a file each, read ahead.
 
     A file is named by its bucket and the visit that left it so. The one before stays as long as a checkpoint
@@ -114,7 +114,7 @@ class Bank:
     def file(self, visit: int) -> Path:
         return self.folder / f"bucket{visit % self.buckets:04d}_visit{visit:06d}.pt"
 
-    def store(self, visit: int, state: dict) -> None:
+    def put(self, visit: int, state: dict) -> None:
         if self.writes:
             write_state(state, self.file(visit))
 
@@ -143,11 +143,12 @@ class Bank:
                 file.unlink()
 
 
-def check_settings(file: Path, settings: dict, may_change: tuple[str, ...], started: bool) -> None:
-    """Save the settings beside the result; if a run has `started`, compare them with that run's before.
+def check_settings(out: Path, settings: dict, may_change: tuple[str, ...]) -> None:
+    """Save the settings beside the result; if a run has started there, compare them with that run's before.
 
-    Raises ValueError listing what differs, unless it is in may_change.
+    Raises UserError listing what differs, unless it is in may_change.
     """
+    file, started = out / "settings.json", Checkpoints(out / "checkpoints").any()
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if started:
         try:

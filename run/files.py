@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 
 from flux.checkpoint import shards
 
-LEFTOVER = re.compile(r"\..+\.\d+\.\w+")  # the temporary names of `atomic`
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")  # the temporary names of `atomic`
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
     So a stopped run leaves the old file or the new one, never half a file. The suffix stays: PIL goes by it.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -56,13 +57,10 @@ def fingerprint(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_of(path: Path) -> str:
+def sha256(path: Path) -> str:
     """Return a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# The run as a whole
 
 
 @contextmanager

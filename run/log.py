@@ -47,7 +47,8 @@ class Log:
             return
         numbers = {key: finite(value) for key, value in line.items()}
         self.opened.write(json.dumps({"time": round(time.time(), 1), **numbers}) + "\n")
-        shown = {key: line[key] for key in ("bucket", "phase", "memory") if key in line}
+        shown = {key: line[key] for key in ("bucket", "phase") if key in line}
+        shown |= {"memory": f"{line['memory']:.1f} GiB"} if "memory" in line else {}
         self.bar.set_postfix(loss=f"{line['loss']:.3f}", **shown, refresh=False)
         self.bar.update()
         if "photos" in line:

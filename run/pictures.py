@@ -1,6 +1,9 @@
 """Pictures that commands write: contact sheets, and PNGs with their settings."""
 
+import hashlib
+import json
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from flux.checkpoint import read_header
 from people.photos import Size
 from run.files import atomic
 from run.terminal import printable
@@ -57,3 +61,39 @@ def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
         chunks.add_itxt(name, str(value))
     with atomic(path) as temporary:
         picture.save(temporary, pnginfo=chunks)
+
+
+def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, float, str]]) -> str:
+    """Write settings as AUTOMATIC1111 and Forge do, for programs that read them from a picture.
+
+    loras: name, strength and hash of each.
+    """
+    tags = [f" <lora:{name}:{strength:g}>" for name, strength, _ in loras]
+    lines = [prompt + "".join(tags)]
+    lines += [f"Negative prompt: {settings['negative']}"] if "negative" in settings else []
+    values = {
+        "Steps": settings["steps"],
+        "Sampler": "Euler",
+        "CFG scale": f"{settings['cfg']:g}",
+        "Distilled CFG Scale": f"{settings['guidance']:g}",
+        "Seed": seed,
+        "Size": settings["size"],
+        "Model": Path(settings["model"]).stem,
+    }
+    if loras:
+        values["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, _, digest in loras)
+    quoted = lambda text: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
+    lines.append(", ".join(f"{key}: {quoted(str(value))}" for key, value in values.items()))
+    return "\n".join(lines)
+
+
+def hash_weights(path: Path) -> str:
+    """Return what A1111 and Civitai know a LoRA by: SHA-256 of the file without its header, 12 digits."""
+    with path.open("rb") as file:
+        file.seek(read_header(path)[1])
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def slug(text: str) -> str:
+    """Make a prompt safe in a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"

@@ -4,18 +4,18 @@ The peaks are a model of what bench/memory.py counts operation by operation; it 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from flux.conditioner import load_tokenizers
 from flux.errors import UserError
-from flux.finding import HUB_MODELS, find_named, local_parts
 from flux.loading import folder_around, load_autoencoder, load_flux, native_size
-from flux.memory import LINE, arrange, blocks_run_again, device_memory, spread
+from flux.memory import LINE, arrange, device_memory, recomputed_blocks, spread
 from flux.model import Flux, FluxSizes
 
 FLUX_DEV = FluxSizes(64, 64, 768, 4096, 3072, 12288, 24, 19, 38, True, (16, 56, 56), 10_000)
@@ -43,7 +43,7 @@ SPLIT = 1.0  # with several samples the two streams of a double block are not co
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is to run: sampling, or steps of stage 1 or stage 2."""
 
     kind: str  # stage1, stage2, sample
@@ -73,7 +73,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Way:
+class Plan:
     """How it runs: the arguments of `flux.memory.arrange`."""
 
     checkpoint: str | int = "none"
@@ -85,6 +85,31 @@ class Way:
     def resident(self) -> bool:
         """Whether all weights go to the device as they are, and so can be loaded straight to it."""
         return not (self.stream or self.fp8)
+
+    def apply(self, model: Flux, device: torch.device | str) -> Flux:
+        """Bring a model to the device as planned, in place, and return it.
+
+        It comes from the CPU, mapped to its file, or where `resident` from the device itself.
+        """
+        return arrange(model, device, self.checkpoint, self.stream, self.fp8, self.compiled)
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What the user has decided; see `add_memory_arguments`."""
+
+    vram: float | None = None
+    checkpoint: str = "auto"
+    stream: str = "auto"
+    base_dtype: str = "auto"
+    compile: bool = False
+    dry: bool = False  # --plan: the card may be elsewhere
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """Take the options from parsed arguments; sampling has no --checkpoint."""
+        names = ("vram", "checkpoint", "stream", "base_dtype", "compile")
+        return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)}, dry=args.plan)
 
 
 @dataclass(frozen=True)
@@ -137,85 +162,90 @@ def block_bytes(sizes: FluxSizes, kind: str, fp8: bool, width: int) -> tuple[int
 
 
 @cache
-def adapter_bytes(job: Job, kind: str) -> tuple[int, int]:
+def adapter_bytes(work: Workload, kind: str) -> tuple[int, int]:
     """Return the bytes in a block of meta_down, and of all identities' mid and up."""
-    layers = linear_sizes(job.sizes, kind)
-    shared = sum(4 * parts * (job.r1 or 0) * d_in for d_in, _, parts in layers)
-    own = sum(4 * job.r2 * (parts * (job.r1 or d_in) + d_out) for d_in, d_out, parts in layers)
-    return shared, own * job.identities
+    layers = linear_sizes(work.sizes, kind)
+    shared = sum(4 * parts * (work.r1 or 0) * d_in for d_in, _, parts in layers)
+    own = sum(4 * work.r2 * (parts * (work.r1 or d_in) + d_out) for d_in, d_out, parts in layers)
+    return shared, own * work.identities
 
 
-def cost(job: Job, way: Way, peak_flops: float = PEAKS["A6000"]) -> Cost:
+def estimate(work: Workload, plan: Plan, peak_flops: float = PEAKS["A6000"]) -> Cost:
     """Return what a step costs; both lists of blocks go as `flux.memory.arrange` deals them."""
-    sizes, blocks = job.sizes, kinds(job.sizes)
-    streamed = set(spread(way.stream, len(blocks))) if way.stream else set()
-    weights = {kind: block_bytes(sizes, kind, way.fp8, job.width) for kind in set(blocks)}
-    resident = outer_parameters(sizes) * job.width + sum(weights[kind][1] for kind in blocks)
+    sizes, blocks = work.sizes, kinds(work.sizes)
+    streamed = set(spread(plan.stream, len(blocks))) if plan.stream else set()
+    weights = {kind: block_bytes(sizes, kind, plan.fp8, work.width) for kind in set(blocks)}
+    resident = outer_parameters(sizes) * work.width + sum(weights[kind][1] for kind in blocks)
     resident += sum(weights[kind][0] for k, kind in enumerate(blocks) if k not in streamed)
     resident += 2 * max((weights[blocks[k]][0] for k in streamed), default=0)
 
-    training = job.kind != "sample"
-    resident += 0 if training else AUTOENCODER * job.width
-    states = {"stage1": (3 + job.average, 3), "stage2": (1, 3), "sample": (0, 1)}[job.kind]
-    adapters = sum(n * size for kind in blocks for n, size in zip(states, adapter_bytes(job, kind)))
-    adapters = 0 if job.merge and way.resident else adapters
-    activations = training_peak(job, way.checkpoint, way.fp8) if training else sampling_peak(job, way.fp8)
+    training = work.kind != "sample"
+    resident += 0 if training else AUTOENCODER * work.width
+    states = {"stage1": (3 + work.average, 3), "stage2": (1, 3), "sample": (0, 1)}[work.kind]
+    adapters = sum(n * size for kind in blocks for n, size in zip(states, adapter_bytes(work, kind)))
+    adapters = 0 if work.merge and plan.resident else adapters
+    activations = (
+        training_peak(work, plan.checkpoint, plan.fp8) if training else sampling_peak(work, plan.fp8)
+    )
 
-    flops = step_flops(job, way.checkpoint)
+    flops = step_flops(work, plan.checkpoint)
     traffic = sum(weights[blocks[k]][0] for k in streamed) * (2 if training else 1)
     seconds = max(flops / peak_flops / SHARE, traffic / BUS) + VISIBLE * traffic / BUS
     return Cost(resident, adapters, resident + adapters + round(activations), flops, seconds)
 
 
 @cache
-def training_peak(job: Job, checkpoint: str | int, fp8: bool) -> float:
+def training_peak(work: Workload, checkpoint: str | int, fp8: bool) -> float:
     """Walk back through the blocks: what those before still keep, what this one needs, the gradients so far.
 
     A checkpointed block keeps its input, and perhaps the attention's output; to go back through it, all else
     is computed again.
     """
-    blocks, unit = kinds(job.sizes), job.state
-    count, attention = blocks_run_again(checkpoint, len(blocks)), KEPT_ATTENTION * (checkpoint == "attention")
+    blocks, unit = kinds(work.sizes), work.state
+    count, attention = (
+        recomputed_blocks(checkpoint, len(blocks)),
+        KEPT_ATTENTION * (checkpoint == "attention"),
+    )
     kept = [1 + attention if k < count else KEPT[kind] for k, kind in enumerate(blocks)]
     before, worst, gradients = sum(kept), 0.0, 0
     for k in reversed(range(len(blocks))):
         kind = blocks[k]
-        shared, own = adapter_bytes(job, kind)
-        new = own + shared * (job.kind == "stage1")
+        shared, own = adapter_bytes(work, kind)
+        new = own + shared * (work.kind == "stage1")
         # A double block's worst moment is its MLPs', which come first; a single block's is its first layer's.
         present = gradients + new * (kind == "single")
         gradients += new
         # Of what is held at the worst moment, this is kept already.
-        there = (attention if k < count else KEPT[kind]) - SPLIT * (kind == "double" and job.batch > 1)
-        work = (WORK[kind] - there) * unit
+        there = (attention if k < count else KEPT[kind]) - SPLIT * (kind == "double" and work.batch > 1)
+        passing = (WORK[kind] - there) * unit
         if fp8:
-            work = max(work, (WORK_FP8[kind] - there) * unit + last_weight(job, kind))
-        worst = max(worst, before * unit + work + present)
+            passing = max(passing, (WORK_FP8[kind] - there) * unit + last_weight(work, kind))
+        worst = max(worst, before * unit + passing + present)
         before -= kept[k]
     # The products of a sample's factors, in the widest layer.
-    d_in, d_out, parts = linear_sizes(job.sizes, "single")[1]
-    return worst + PRODUCTS * 4 * job.batch * job.r2 * parts * (d_in + d_out)
+    d_in, d_out, parts = linear_sizes(work.sizes, "single")[1]
+    return worst + PRODUCTS * 4 * work.batch * work.r2 * parts * (d_in + d_out)
 
 
-def last_weight(job: Job, kind: str) -> int:
+def last_weight(work: Workload, kind: str) -> int:
     """Return the bytes of the whole weight of a block's last layer, in whose backward pass most is held."""
-    d_in, d_out, _ = linear_sizes(job.sizes, kind)[-1]
-    return d_in * d_out * job.width
+    d_in, d_out, _ = linear_sizes(work.sizes, kind)[-1]
+    return d_in * d_out * work.width
 
 
-def sampling_peak(job: Job, fp8: bool) -> float:
+def sampling_peak(work: Workload, fp8: bool) -> float:
     """Return what sampling holds at the most: within a single block's MLP, or while a picture is decoded."""
-    rounded = WORK_SAMPLE_FP8 * job.state + last_weight(job, "single")
-    forward = max(WORK_SAMPLE * job.state, rounded if fp8 else 0)
-    pixels, (pair, each) = job.resolution**2, DECODE_ATTENTION
+    rounded = WORK_SAMPLE_FP8 * work.state + last_weight(work, "single")
+    forward = max(WORK_SAMPLE * work.state, rounded if fp8 else 0)
+    pixels, (pair, each) = work.resolution**2, DECODE_ATTENTION
     decode = max(DECODE * pixels, pair * (pixels / 64) ** 2 + each * pixels)
-    return max(forward, decode * job.width)
+    return max(forward, decode * work.width)
 
 
 @cache
-def step_flops(job: Job, checkpoint: str | int) -> float:
+def step_flops(work: Workload, checkpoint: str | int) -> float:
     """Return the FLOPs of a step: backward costs a linear layer as much as forward, attention 2.5 times."""
-    (img, txt), sizes, blocks, total = job.tokens, job.sizes, kinds(job.sizes), 0.0
+    (img, txt), sizes, blocks, total = work.tokens, work.sizes, kinds(work.sizes), 0.0
     attention = 4 * (img + txt) ** 2 * sizes.hidden_size
     for k, kind in enumerate(blocks):
         # The modulation, the first layer of a block or of its half, sees a vector instead of tokens.
@@ -223,149 +253,170 @@ def step_flops(job: Job, checkpoint: str | int) -> float:
         layers = linear_sizes(sizes, kind)
         linear = sum(2 * n * d_in * d_out for n, (d_in, d_out, _) in zip(tokens, layers))
         total += linear + attention
-        if job.kind != "sample":
+        if work.kind != "sample":
             total += linear + 2.5 * attention
-            if k < blocks_run_again(checkpoint, len(blocks)):
+            if k < recomputed_blocks(checkpoint, len(blocks)):
                 total += linear + attention * (checkpoint != "attention")
-    return job.batch * total
+    return work.batch * total
 
 
 # --- The choice --------------------------------------------------------------------------------------------
 
 
-def ways(job: Job, checkpoint: str, stream: str, fp8: bool, compiled: bool = False) -> Iterator[Way]:
-    """Yield every way that the flags leave open; kept attention cannot be compiled."""
-    total = len(kinds(job.sizes))
+def plans(work: Workload, options: MemoryOptions, fp8: bool) -> Iterator[Plan]:
+    """Yield every plan that the options leave open; kept attention cannot be compiled."""
+    total, checkpoint, stream = len(kinds(work.sizes)), options.checkpoint, options.stream
     for name, text in (("checkpoint", checkpoint), ("stream", stream)):
         if text.isdecimal() and int(text) > total:
             raise UserError(f"--{name} {text}: from 0 to {total} blocks")
-    if job.kind == "sample":
+    if work.kind == "sample":
         checkpoints = ["none"]
     elif checkpoint == "auto":
-        checkpoints = ["none", *["attention"] * (not compiled), *range(1, total), "all"]
+        checkpoints = ["none", *["attention"] * (not options.compile), *range(1, total), "all"]
     else:
         checkpoints = [int(checkpoint) if checkpoint.isdecimal() else checkpoint]
-    for some in checkpoints:
+    if options.compile:  # streamed blocks cannot be compiled
+        stream = "0"
+    for recomputed in checkpoints:
         for count in range(total + 1) if stream == "auto" else [int(stream)]:
-            yield Way(some, count, fp8, compiled)
+            yield Plan(recomputed, count, fp8, options.compile)
 
 
 def choose(
-    job: Job,
+    work: Workload,
     budget: float,
-    checkpoint: str = "auto",
-    stream: str = "auto",
-    base: str = "auto",
+    options: MemoryOptions = MemoryOptions(),
     peak_flops: float = PEAKS["A6000"],
-    compiled: bool = False,
-) -> tuple[Way, Cost, str]:
-    """Return the fastest way that fits the budget in GiB, its cost, and a line of text that says why.
+) -> tuple[Plan, Cost]:
+    """Return the fastest plan that fits the budget in GiB, and its cost.
 
-    Of ways within 3 % of that it is the one that streams least. The weights are only rounded to 8 bits when
-    asked for, or when no exact way fits whatever the other options. Raises ValueError with both numbers when
+    Of plans within 3 % of that it is the one that streams least. Weights are only rounded to 8 bits when
+    asked for, or when no exact plan fits whatever the other options. Raises UserError with both numbers when
     nothing fits.
     """
-    least, open_way = None, checkpoint == stream == "auto"
-    for fp8 in {"auto": [False, True], "bf16": [False], "fp8": [True]}[base]:
-        costs = [(way, cost(job, way, peak_flops)) for way in ways(job, checkpoint, stream, fp8, compiled)]
-        fitting = [(way, some) for way, some in costs if some.peak / GIB + RESERVE <= budget]
+    fits = lambda cost: cost.peak / GIB + RESERVE <= budget
+    needed = []
+    for fp8 in {"auto": [False, True], "bf16": [False], "fp8": [True]}[options.base_dtype]:
+        costs = {plan: estimate(work, plan, peak_flops) for plan in plans(work, options, fp8)}
+        fitting = {plan: cost for plan, cost in costs.items() if fits(cost)}
         if fitting:
-            enough = 1.03 * min(some.seconds for _, some in fitting)
-            fast = [(way, some) for way, some in fitting if some.seconds <= enough]
-            way, some = min(fast, key=lambda pair: (pair[0].stream, pair[1].seconds, pair[1].peak))
-            rounded = "weights rounded to 8 bits: " + ("as asked" if base == "fp8" else "nothing exact fits")
-            return way, some, rounded if fp8 else "exact: weights as they are in the file"
-        least = min([some.peak for _, some in costs] + ([least] if least else []))
-        if base == "auto" and not open_way and exact_fits(job, budget):
-            break
-    need = least / GIB + RESERVE
+            enough = 1.03 * min(cost.seconds for cost in fitting.values())
+            fast = [(plan, cost) for plan, cost in fitting.items() if cost.seconds <= enough]
+            return min(fast, key=lambda pair: (pair[0].stream, pair[1].seconds, pair[1].peak))
+        needed += [cost.peak for cost in costs.values()]
+        exact = (estimate(work, plan) for plan in plans(work, MemoryOptions(), fp8=False))
+        if options.base_dtype == "auto" and any(map(fits, exact)):
+            break  # with other options: these are the user's to give up, not the weights' bits
     raise UserError(
-        f"{job.kind} at {job.resolution} pixels, batch {job.batch}, needs {need:.1f} GiB, there are "
-        f"{budget:.3g}: lower the resolution or the batch, leave --stream and --checkpoint to the plan and "
-        "--compile away, or take --base-dtype fp8"
+        f"{work.kind} at {work.resolution} pixels, batch {work.batch}, needs "
+        f"{min(needed) / GIB + RESERVE:.1f} GiB, there are {budget:.3g}: lower the resolution or the batch, "
+        "leave --stream and --checkpoint to the plan and --compile away, or take --base-dtype fp8"
     )
 
 
-def exact_fits(job: Job, budget: float) -> bool:
-    """Say whether some way with the weights as they are fits the budget in GiB."""
-    return any(cost(job, way).peak / GIB + RESERVE <= budget for way in ways(job, "auto", "auto", False))
-
-
-def table(job: Job, way: Way, some: Cost, line: str, budget: float, card: str | None) -> str:
+def table(
+    work: Workload, plan: Plan, cost: Cost, budget: float, fp8_asked: bool = False, card: str | None = None
+) -> str:
     """Return the plan as text; the time of a step only for a known card."""
-    total = len(kinds(job.sizes))
-    images = f"batch {job.batch}, {job.resolution}x{job.resolution} pixels, {job.tokens[1]} text tokens"
-    again = {"none": "no block", "all": "all blocks", "attention": "all blocks but their attention"}
+    total = len(kinds(work.sizes))
+    images = f"batch {work.batch}, {work.resolution}x{work.resolution} pixels, {work.tokens[1]} text tokens"
+    recomputed = {"none": "no block", "all": "all blocks", "attention": "all blocks but their attention"}
+    rounded = f"rounded to 8 bits: {'as asked' if fp8_asked else 'nothing exact fits'}"
     gib = lambda size: f"{size / GIB:8.3f} GiB"
-    time = f", {some.seconds:.2f} s at {SHARE:.0%} of an {card}'s peak" if card else ""
+    time = f", {cost.seconds:.2f} s at {SHARE:.0%} of an {card}'s peak" if card else ""
     rows = {
-        "plan": f"{job.kind}, {images}; {budget:.4g} GiB",
-        "weights": line,
-        "run again": again.get(way.checkpoint, f"the first {way.checkpoint} of {total} blocks"),
-        "streamed": f"{way.stream} of {total} blocks",
-        "resident": gib(some.resident),
-        "adapters, AdamW": gib(some.adapters),
-        "activations": gib(some.activations) + ", with gradients" * (job.kind != "sample"),
-        "peak": f"{gib(some.peak)}, and up to {RESERVE} for the device's own",
-        "a step": f"{some.flops / 1e12:8.3g} TFLOP{time}",
+        "plan": f"{work.kind}, {images}; {budget:.4g} GiB",
+        "weights": rounded if plan.fp8 else "exact, as they are in the file",
+        "recomputed": recomputed.get(plan.checkpoint, f"the first {plan.checkpoint} of {total} blocks"),
+        "streamed": f"{plan.stream} of {total} blocks",
+        "resident": gib(cost.resident),
+        "adapters, AdamW": gib(cost.adapters),
+        "activations": gib(cost.activations) + ", with gradients" * (work.kind != "sample"),
+        "peak": f"{gib(cost.peak)}, and up to {RESERVE} for the device's own",
+        "a step": f"{cost.flops / 1e12:8.3g} TFLOP{time}",
     }
-    hidden = ["run again"] * (job.kind == "sample") + ["adapters, AdamW"] * (not some.adapters)
+    hidden = ["recomputed"] * (work.kind == "sample") + ["adapters, AdamW"] * (not cost.adapters)
     return "\n".join(f"{name:16}{text}" for name, text in rows.items() if name not in hidden)
 
 
 def make_plan(
-    args: argparse.Namespace,
     kind: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
     parts: dict[str, Path],
+    options: MemoryOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    t5_length: int | None = None,
     resolution: int | None = None,
-    **settings,
-) -> Way:
-    """Choose as the parsed arguments and the device's memory allow, print it and return it.
+    **settings: object,
+) -> Plan:
+    """Choose as the options and the device's memory allow, print the plan and return it.
 
-    parts: the model's files, of which only headers are read; for what is not there FLUX.1-dev's sizes count.
-    resolution: None for the model's own. settings: other fields of `Job`. ValueError when nothing fits.
+    kind, settings: fields of `Workload`. parts: the model's files, of which only headers are read; for what
+    is not there FLUX.1-dev's sizes count. resolution: None for the model's own. UserError when nothing fits.
     """
-    own = {"t5_length": args.t5_length or Job.t5_length, "width": dtype.itemsize}
+    sizes = {"t5_length": t5_length or Workload.t5_length, "width": dtype.itemsize}
     if "transformer" in parts:
-        own["sizes"] = load_flux(parts["transformer"], "meta").sizes
+        sizes["sizes"] = load_flux(parts["transformer"], "meta").sizes
         resolution = resolution or native_size(folder_around(parts["transformer"]))
     if "autoencoder" in parts:
-        own["pixels"] = 2 * load_autoencoder(parts["autoencoder"], "meta").sizes.reduction
+        sizes["pixels"] = load_autoencoder(parts["autoencoder"], "meta").sizes.token_pixels
     if "tokenizers" in parts:
-        own["t5_length"] = load_tokenizers(parts["tokenizers"], args.t5_length).t5.length
-    job = Job(kind, resolution=resolution or Job.resolution, **own, **settings)
-    device, card = torch.device(device), "A6000" if args.plan else None  # the paper's
-    budget = args.vram or device_memory(device) / GIB
+        sizes["t5_length"] = load_tokenizers(parts["tokenizers"], t5_length).t5.length
+    work = Workload(kind, resolution=resolution or Workload.resolution, **sizes, **settings)
+    if options.compile and (options.stream not in ("auto", "0") or options.checkpoint == "attention"):
+        raise UserError("--compile: neither with --stream nor with --checkpoint attention")
+    card = "A6000" if options.dry else None  # the paper's
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         card = next((known for known in PEAKS if known in name), card)
-    stream, checkpoint = args.stream, getattr(args, "checkpoint", "none")
-    if args.compile:
-        if stream not in ("auto", "0") or checkpoint == "attention":
-            raise UserError("--compile: neither with --stream nor with --checkpoint attention")
-        stream = "0"
-    peak_flops = PEAKS[card or "A6000"]
-    way, some, line = choose(job, budget, checkpoint, stream, args.base_dtype, peak_flops, args.compile)
+    budget = options.vram or device_memory(device) / GIB
+    plan, cost = choose(work, budget, options, PEAKS[card or "A6000"])
     older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
-    if args.compile and way.fp8 and older:
+    if plan.compiled and plan.fp8 and older:
         raise UserError("--compile: cards before Ada cannot compile 8-bit weights; leave it away")
-    print(table(job, way, some, line, budget, card))
-    return way
+    print(table(work, plan, cost, budget, options.base_dtype == "fp8", card))
+    return plan
 
 
-def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
-    """Return those of the model's files that --model names on this disk: for --plan nothing is downloaded."""
-    path, repo = find_named(args.model)
-    if repo and repo not in HUB_MODELS.values():
-        print(f"{args.model} is on the hub: planned as if it were of FLUX.1-dev's size")
-    return local_parts(path) if path else {}
+def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True) -> argparse._ArgumentGroup:
+    """Add the options that say how the transformer fits the device; return their group."""
+    group = parser.add_argument_group("memory")
+    group.add_argument("--vram", type=float, help="GiB to stay within; default: all the GPU has")
+    if training:
+        group.add_argument(
+            "--checkpoint",
+            type=_count_or("auto", "none", "all", "attention"),
+            default="auto",
+            help="blocks to recompute in the backward pass: auto, none, all, a number from the first on, or "
+            "attention (all, but keep what attention returns)",
+        )
+    group.add_argument(
+        "--stream",
+        type=_count_or("auto"),
+        default="auto",
+        help="blocks kept in host memory: auto, or how many",
+    )
+    group.add_argument(
+        "--base-dtype",
+        choices=["auto", "bf16", "fp8"],
+        default="auto",
+        help="bf16: weights as they are; fp8: rounded to 8 bits; auto: rounded if nothing else fits",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile each block, once per shape; not with --stream nor with --checkpoint attention",
+    )
+    group.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    return group
 
 
-def follow(model: Flux, way: Way, device: torch.device | str) -> Flux:
-    """Bring a model to the device as planned; see `flux.memory.arrange`.
+def _count_or(*words: str) -> Callable[[str], str]:
+    """Return an argparse type: one of the words, or a number from 0 on."""
 
-    It comes from the CPU, mapped to its file, or where `way.resident` from the device itself.
-    """
-    return arrange(model, device, way.checkpoint, way.stream, way.fp8, way.compiled)
+    def parse(text: str) -> str:
+        if text not in words and not text.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(words)} nor a number")
+        return text
+
+    return parse

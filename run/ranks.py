@@ -23,11 +23,11 @@ from flux.memory import blocks_of
 from flux.model import Flux
 
 PATIENCE = timedelta(hours=6)  # the others wait while rank 0 looks at all photos, or draws pictures
-FLAT = 2**26  # numbers that are added up at once, 256 MB
+CHUNK = 2**26  # numbers that are summed at once, 256 MB
 
 
-class Team:
-    """The ranks of a run. Without torchrun it is one, and every method gives back what it is given."""
+class Ranks:
+    """The ranks of a run. Without torchrun there is one, and every method gives back what it is given."""
 
     def __init__(self):
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
@@ -66,7 +66,7 @@ class Team:
             return
         self._call(dist.init_process_group, "nccl" if device.type == "cuda" else "gloo")
         # On the class, to live as long as the process: in torch 2.6 a gloo group can hang when it is deleted.
-        Team.hosts = self._call(dist.new_group, backend="gloo", timeout=PATIENCE)
+        Ranks.hosts = self._call(dist.new_group, backend="gloo", timeout=PATIENCE)
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if self.leads else nowhere):
             yield
             self.wait()
@@ -79,8 +79,8 @@ class Team:
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise ConnectionError(
-                f"rank {self.rank} of {self.size} has lost another one, whose own message says more if it "
-                f"could leave one ({reason})"
+                f"rank {self.rank} of {self.size} cannot reach another rank, which has probably failed: see "
+                f"the message of that one ({reason})"
             ) from error
 
     # Agreement
@@ -185,20 +185,21 @@ class Team:
 
     # The gradient
 
-    def add_up_(self, tensors: list[Tensor]) -> None:
-        """Put into each tensor its sum over all ranks; the same on all, bit by bit."""
-        while self.size > 1 and tensors:
+    def sum_gradients(self, params: Sequence[Tensor]) -> None:
+        """Put into the gradient of each parameter its sum over all ranks; the same on all, bit by bit."""
+        gradients = [p.grad for p in params] if self.size > 1 else []
+        while gradients:
             count, size = 0, 0
-            while count < len(tensors) and (not count or size + tensors[count].numel() <= FLAT):
-                size, count = size + tensors[count].numel(), count + 1
-            some, tensors = tensors[:count], tensors[count:]
-            flat = torch.cat([tensor.flatten() for tensor in some])
+            while count < len(gradients) and (not count or size + gradients[count].numel() <= CHUNK):
+                size, count = size + gradients[count].numel(), count + 1
+            chunk, gradients = gradients[:count], gradients[count:]
+            flat = torch.cat([gradient.flatten() for gradient in chunk])
             self._call(dist.all_reduce, flat)
-            for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some])):
-                tensor.copy_(part.view_as(tensor))
+            for gradient, part in zip(chunk, flat.split([gradient.numel() for gradient in chunk])):
+                gradient.copy_(part.view_as(gradient))
 
 
-def shard(model: Flux, team: Team, device: torch.device) -> Flux:
+def shard(model: Flux, ranks: Ranks, device: torch.device) -> Flux:
     """Leave every rank its part of a frozen model, in place; a block is whole while it runs (FSDP2).
 
     Given a model on the CPU, mapped to its file, the device never holds more than a block beside its part. It
@@ -206,7 +207,7 @@ def shard(model: Flux, team: Team, device: torch.device) -> Flux:
     """
     from torch.distributed.fsdp import fully_shard  # takes a second, which only this run should pay
 
-    mesh = init_device_mesh(device.type, (team.size,))
+    mesh = init_device_mesh(device.type, (ranks.size,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)

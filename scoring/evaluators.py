@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from flux.conditioner import clip_tokenizer
 from flux.errors import UserError
-from flux.finding import find_named
 from flux.loading import folder_around
 from people.cache import content_key
 from people.photos import read_photo
 from run.files import fingerprint
+from run.models import named_model
 from vision import detector as yunet
 from vision import inception_resnet, small
 from vision.clip_vit import find_clip_vit, load_clip_vit
@@ -190,7 +190,7 @@ def load_judges(args: argparse.Namespace, cache, device="cpu") -> Judges:
     for name in ("clip", "recognizer", "detector"):
         if vars(args)[name] and not vars(args)[name].exists():
             raise FileNotFoundError(f"--{name} {vars(args)[name]}: no such file")
-    place, _ = find_named(args.model) if args.model else (None, None)
+    place, _ = named_model(args.model) if args.model else (None, None)
     own = (
         place and (place if place.is_dir() else folder_around(place)) / "judges"
     )  # beside a transformer's file

@@ -16,10 +16,11 @@ from people.buckets import deal_batches, deal_buckets
 from people.cache import MemoryCache, TensorCache
 from people.crops import common_shape, crop_boxes, fit_shape, to_tensor
 from people.folders import scan_people
-from people.latents import Picture, encode_pictures
+from people.latents import Picture
 from people.photos import photo_size, read_photo
 from run.files import atomic
 from run.pictures import contact_sheet
+from tiny.pretrain import encode_pictures
 
 
 def generator(seed: int = 0) -> torch.Generator:

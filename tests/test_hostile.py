@@ -18,7 +18,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from run.models import choose_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_benchmark import pictures
@@ -44,8 +43,9 @@ from run.checkpoints import Checkpoints
 from run.command import command_line, run_script
 from run.files import atomic
 from run.log import Log
+from run.models import choose_device
+from run.pictures import slug
 from run.terminal import Shown, printable, printable_lines
-from sample import slug
 from scoring import samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees", "ignore:.*LoRA is zero")

@@ -30,7 +30,7 @@ from bench import fullsize
 from flux import T5, AutoEncoder, CLIPText, Flux, checkpoint, finding, loading
 from flux.finding import HUB_MODELS, find_files
 from flux.loading import ModelFiles
-from run.arguments import add_model_arguments
+from run.models import add_model_arguments
 from run.plan import FLUX_DEV
 
 SIZES = test_model.DEV
@@ -381,7 +381,7 @@ def in_diffusers_layout(folder: Path) -> Path:
 def test_a_folder(model, snapshot, monkeypatch):
     assert find_files(arguments(model)) == ours(model)
     assert find_files(arguments(model)).folder == model
-    monkeypatch.setitem(finding.LOCAL_MODELS, "small", model)
+    monkeypatch.setitem(finding.SHIPPED, "small", model)
     assert find_files(arguments("small")) == ours(model)
     assert find_files(arguments(ours(model).transformer)) == ours(model)  # the rest lies beside it
 

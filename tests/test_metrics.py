@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 import metrics
 from flux.clip import CLIPSizes
 from flux.conditioner import clip_tokenizer
-from flux.finding import LOCAL_MODELS
 from people import cache
 from run.files import fingerprint
+from run.models import SHIPPED
 from run.pictures import save_picture
 from scoring import evaluators, samples, tables
 from tiny.people import write_people
@@ -225,7 +225,7 @@ def test_drawn_people_are_judged_by_the_small_judges(drawn, capsys):
     assert 0 < mean["clip-i"] < 0.9
     note = "judged by tiny/weights/judges: CLIP-T is the share of what the prompt names that is seen"
     assert note in said and note in Path("out/scores.md").read_text() and note in right["judges"]["note"]
-    folder = LOCAL_MODELS["tiny"] / "judges"
+    folder = SHIPPED["tiny"] / "judges"
     files = {name: fingerprint(folder / f"{name}.safetensors") for name in ("identity", "prompt")}
     assert right["judges"]["weights"] == files and right["judges"]["name"] == str(folder)
     # CLIP-T is the judge's own adherence.
@@ -242,7 +242,7 @@ def test_small_judges_embed_a_picture_once(drawn, monkeypatch):
 
 
 def test_small_judges_shrink_a_large_picture(drawn):
-    look = evaluators.SmallJudges(LOCAL_MODELS["tiny"] / "judges", cache.MemoryCache())
+    look = evaluators.SmallJudges(SHIPPED["tiny"] / "judges", cache.MemoryCache())
     own, other, *_ = sorted(Path("right").glob("*/00/0.png"))
     Image.open(own).resize((192, 192), Image.Resampling.BICUBIC).save(large := Path("large.png"))
     faces, _ = look.embed_faces([own, large, other])

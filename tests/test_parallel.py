@@ -21,7 +21,7 @@ from flux.memory import blocks_of
 from people.buckets import deal_batches
 from run import files, ranks
 from run.checkpoints import read_state
-from run.ranks import Team
+from run.ranks import Ranks
 from tiny.people import write_people
 from train_meta import Trainer
 
@@ -65,12 +65,12 @@ def record(folder: Path) -> None:
 
 def without_averaging(folder: Path) -> None:
     record(folder)
-    Team.add_up_ = lambda self, tensors: None
+    Ranks.add_up_ = lambda self, tensors: None
 
 
 def with_their_own_norms(folder: Path) -> None:
     record(folder)
-    Team.norm = lambda self, norm: norm
+    Ranks.norm = lambda self, norm: norm
 
 
 def rank_1(signal_number: int, after: int) -> None:
@@ -302,7 +302,7 @@ def test_long_gradients_travel_in_parts(monkeypatch):
     calls = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: calls.append(len(tensor)) or tensor.mul_(2))
     monkeypatch.setattr(ranks, "FLAT", 10)
-    team = Team()
+    team = Ranks()
     team.size = 2
     tensors = [torch.rand(size, 2) for size in (1, 3, 2, 9, 1, 1, 3)]
     doubled = [2 * tensor for tensor in tensors]
@@ -326,7 +326,7 @@ def test_ranks_draw_differently(pair):
 
 @pytest.mark.parametrize("people, size", [(4, 2), (5, 2), (50, 8), (3, 3)])
 def test_everybody_belongs_to_one_rank(people, size):
-    rows, teams = torch.rand(people, 3), [Team() for _ in range(size)]
+    rows, teams = torch.rand(people, 3), [Ranks() for _ in range(size)]
     for rank, team in enumerate(teams):
         team.rank, team.size = rank, size
     mine = [team.mine(range(people)) for team in teams]

@@ -13,18 +13,18 @@ from bench import documents, plans
 from flux.memory import FrozenLinear, arrange, blocks_of, checkpoint_blocks
 from flux.model import Flux
 from metalora import factors, inject
-from run.arguments import add_memory_arguments
+from run.models import files_to_plan
 from run.plan import (
     FLUX_DEV,
     GIB,
     RESERVE,
-    Job,
-    Way,
+    Plan,
+    Workload,
     adapter_bytes,
+    add_memory_arguments,
     block_bytes,
     choose,
-    cost,
-    files_to_plan,
+    estimate,
     kinds,
     linear_sizes,
     make_plan,
@@ -33,9 +33,9 @@ from run.plan import (
 )
 
 SHORT = replace(FLUX_DEV, depth=2, depth_single=3)  # at full width
-STAGE1 = Job("stage1", batch=4, identities=50)
-STAGE2 = Job("stage2")
-SAMPLE = Job("sample")
+STAGE1 = Workload("stage1", batch=4, identities=50)
+STAGE2 = Workload("stage2")
+SAMPLE = Workload("sample")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_sizes_are_those_of_the_model():
         layers = [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
         shapes = [(layer.in_features, layer.out_features) for layer in layers]
         assert sorted(shapes) == sorted(sizes[:2] for sizes in linear_sizes(SHORT, kind))
-        shared, personal = adapter_bytes(Job("stage1", SHORT, r2=2, identities=5), kind)
+        shared, personal = adapter_bytes(Workload("stage1", SHORT, r2=2, identities=5), kind)
         assert shared == sum(p.nbytes for name, p in block.named_parameters() if name.endswith("meta_down"))
         assert personal == sum(
             p.nbytes for name, p in block.named_parameters() if name.endswith((".mid", ".up"))
@@ -84,10 +84,10 @@ def test_8_bits_take_the_bytes_that_are_planned():
 
 # At full width; each with another way, whose peak it must not be taken for.
 CASES = [
-    (STAGE1, Way("all"), Way("attention")),
-    (replace(STAGE1, batch=2, r2=8), Way("attention", 5), Way("none", 5)),
-    (replace(STAGE2, resolution=512), Way(2, fp8=True), Way("none", fp8=True)),
-    (SAMPLE, Way("none", 5), Way("none", 4)),
+    (STAGE1, Plan("all"), Plan("attention")),
+    (replace(STAGE1, batch=2, r2=8), Plan("attention", 5), Plan("none", 5)),
+    (replace(STAGE2, resolution=512), Plan(2, fp8=True), Plan("none", fp8=True)),
+    (SAMPLE, Plan("none", 5), Plan("none", 4)),
 ]
 
 
@@ -95,8 +95,8 @@ CASES = [
 def test_the_plan_predicts_the_simulated_peak(bench, job, way, other):
     job = replace(job, sizes=SHORT)
     simulated = bench.simulate(job, way)
-    assert abs(cost(job, way).peak / simulated - 1) < 0.02
-    assert abs(cost(job, other).peak / simulated - 1) > 0.03
+    assert abs(estimate(job, way).peak / simulated - 1) < 0.02
+    assert abs(estimate(job, other).peak / simulated - 1) > 0.03
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_the_plan_predicts_the_simulated_peak(bench, job, way, other):
 def test_whole_model(bench, number):
     job, way, limit = bench.ROWS[number]
     simulated = bench.simulate(job, way)
-    assert abs(cost(job, way).peak / simulated - 1) < 0.03
+    assert abs(estimate(job, way).peak / simulated - 1) < 0.03
     assert limit is None or round(simulated / GIB, 1) <= limit
 
 
@@ -116,7 +116,7 @@ def test_flops_of_a_step_are_those_counted(what, tera):
 
 def test_flops_of_a_forward_pass_are_those_counted():
     sizes = replace(FLUX_DEV, hidden_size=128, mlp_size=512, num_heads=1, depth=2, depth_single=3)
-    job = Job("sample", sizes, batch=2, resolution=128, t5_length=16)
+    job = Workload("sample", sizes, batch=2, resolution=128, t5_length=16)
     img, ids, txt = torch.zeros(2, 64, 64), torch.zeros(2, 64, 3), torch.zeros(2, 16, 4096)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model = Flux(sizes)
@@ -135,7 +135,7 @@ def test_flops_of_a_forward_pass_are_those_counted():
 def test_flops_of_a_training_step_of_any_shape_are_those_counted(what):
     """Input gradients alone, which is what a frozen base costs; without adapters, which are not planned."""
     sizes = replace(FLUX_DEV, hidden_size=128, mlp_size=512, num_heads=1, depth=2, depth_single=3)
-    job = Job("stage2", sizes, shape=(64, 144), t5_length=16)
+    job = Workload("stage2", sizes, shape=(64, 144), t5_length=16)
     tokens, width = 4 * 9, sizes.hidden_size
     img = torch.zeros(1, tokens, 64, requires_grad=True)
     ids, txt = torch.zeros(1, tokens, 3), torch.zeros(1, 16, 4096, requires_grad=True)
@@ -172,7 +172,7 @@ def modulations(sizes):
 def test_stage_2_is_exact_on_any_card_from_8_gb(budget):
     way, some, line = choose(STAGE2, budget)
     assert not way.fp8 and line.startswith("exact") and some.peak / GIB + RESERVE <= budget
-    assert budget < 80 or way == Way("none", 0)
+    assert budget < 80 or way == Plan("none", 0)
 
 
 def test_stage_1_fits_48_gb_without_streaming():
@@ -186,7 +186,7 @@ def test_more_memory_is_never_slower():
 
 
 def test_weights_are_rounded_only_if_nothing_exact_fits_or_as_asked():
-    least = cost(STAGE2, Way("all", 57)).peak / GIB + RESERVE
+    least = estimate(STAGE2, Plan("all", 57)).peak / GIB + RESERVE
     way, _, line = choose(STAGE2, least - 0.1)
     assert way.fp8 and "nothing exact fits" in line
     with pytest.raises(ValueError, match=rf"needs {least:.1f} GiB, there are {least - 0.1:.3g}"):
@@ -204,15 +204,15 @@ def test_8_bits_are_never_the_answer_to_another_option():
 
 def test_what_is_held_beside_the_model_counts():
     """The average of meta_down; LoRAs that are kept apart, as many bytes as their layers hold."""
-    extra = cost(replace(STAGE1, average=True), Way()).adapters - cost(STAGE1, Way()).adapters
+    extra = estimate(replace(STAGE1, average=True), Plan()).adapters - estimate(STAGE1, Plan()).adapters
     assert extra == 4 * 128 * sum(
         parts * d_in for kind in kinds(FLUX_DEV) for d_in, _, parts in linear_sizes(FLUX_DEV, kind)
     )
     with torch.device("meta"):
         model = inject(Flux(FLUX_DEV), None, 32, 1)
-    apart = cost(Job("sample", r1=None, r2=32), Way())
+    apart = estimate(Workload("sample", r1=None, r2=32), Plan())
     assert apart.adapters == sum(p.nbytes for p in factors(model, "mid", "up"))
-    assert apart.peak - cost(Job("sample", identities=0), Way()).peak == apart.adapters
+    assert apart.peak - estimate(Workload("sample", identities=0), Plan()).peak == apart.adapters
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -222,12 +222,12 @@ def parse(*argv: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def plan(*argv: str) -> Way:
+def plan(*argv: str) -> Plan:
     return make_plan(parse(*argv), "stage2", "cpu", torch.bfloat16, {})
 
 
 def test_flags_override_each_choice(capsys):
-    assert plan("--vram", "80", "--stream", "7", "--checkpoint", "12") == Way(12, 7, False)
+    assert plan("--vram", "80", "--stream", "7", "--checkpoint", "12") == Plan(12, 7, False)
     assert "the first 12 of 57 blocks" in (text := capsys.readouterr().out) and "7 of 57 blocks" in text
     assert plan("--vram", "24", "--base-dtype", "fp8").fp8
     assert "8 bits: as asked" in capsys.readouterr().out
@@ -241,7 +241,7 @@ def test_flags_override_each_choice(capsys):
 def test_what_cannot_be_compiled_is_not_chosen():
     assert choose(STAGE1, 48)[0].checkpoint == "attention"
     assert choose(STAGE1, 48, stream="0", compiled=True)[0].checkpoint != "attention"
-    assert plan("--vram", "80", "--compile") == Way(compiled=True)
+    assert plan("--vram", "80", "--compile") == Plan(compiled=True)
     for wrong in (["--stream", "3"], ["--checkpoint", "attention"]):
         with pytest.raises(ValueError, match="--compile: neither with --stream nor with --checkpoint att"):
             plan("--vram", "80", "--compile", *wrong)
@@ -249,18 +249,22 @@ def test_what_cannot_be_compiled_is_not_chosen():
 
 def test_a_lora_that_is_merged_takes_no_memory():
     """Where all weights are resident it is; else its factors count, as many as are there."""
-    job = Job("sample", r1=None, r2=128, merge=True)
+    job = Workload("sample", r1=None, r2=128, merge=True)
     without = replace(job, identities=0)
-    assert cost(job, Way()) == cost(without, Way())
-    assert cost(job, Way(stream=3)).adapters == cost(replace(job, merge=False), Way(stream=3)).adapters > 0
-    tight = cost(without, Way()).peak / GIB + RESERVE
-    assert choose(job, tight)[0] == Way() and choose(replace(job, merge=False), tight)[0].stream > 0
+    assert estimate(job, Plan()) == estimate(without, Plan())
+    assert (
+        estimate(job, Plan(stream=3)).adapters
+        == estimate(replace(job, merge=False), Plan(stream=3)).adapters
+        > 0
+    )
+    tight = estimate(without, Plan()).peak / GIB + RESERVE
+    assert choose(job, tight)[0] == Plan() and choose(replace(job, merge=False), tight)[0].stream > 0
 
 
 def test_sizes_come_from_the_headers(capsys):
     """The small model's own: 8 pixels to a token's side, its pictures, its text length; it all fits."""
     files = files_to_plan(argparse.Namespace(model="tiny"))
-    assert make_plan(parse("--plan"), "stage2", "cpu", torch.float32, files) == Way()
+    assert make_plan(parse("--plan"), "stage2", "cpu", torch.float32, files) == Plan()
     assert "64x64 pixels, 16 text tokens" in capsys.readouterr().out
 
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from run.models import SHIPPED as SHIPPED_MODELS
 
 import flux
+from run.models import SHIPPED as SHIPPED_MODELS
 from tiny import pretrain
 
 SHIPPED = SHIPPED_MODELS["tiny"]

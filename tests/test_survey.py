@@ -13,7 +13,7 @@ from PIL import Image
 
 from people import manifest
 from people.crops import common_shape
-from people.manifest import Roster, survey
+from people.manifest import Manifest
 from people.photos import read_photo
 from run.files import atomic
 from run.terminal import printable
@@ -38,7 +38,7 @@ def look(folder: Path, out: Path | None = None, **options):
     out = out or folder.parent / "out"
     out.mkdir(exist_ok=True)
     usable = lambda size: common_shape(size, 32, 8)
-    return survey(folder, out / "people.jsonl", usable, min_side=options.pop("min_side", 8), **options)
+    return scan_photos(folder, out / "people.jsonl", usable, min_side=options.pop("min_side", 8), **options)
 
 
 def reasons(report) -> dict[str, list[str]]:
@@ -221,7 +221,7 @@ def test_a_roster_takes_no_memory_for_photos(tmp_path):
     for k in range(3):
         make_person(tmp_path / "ids" / str(k), seed=k)
     people, _ = look(tmp_path / "ids")
-    assert isinstance(people, Roster) and vars(people).keys() == {"file", "folder", "starts"}
+    assert isinstance(people, Manifest) and vars(people).keys() == {"file", "folder", "starts"}
     assert len(people.starts) == 3 and all(isinstance(start, int) for start in people.starts)
 
 

@@ -27,7 +27,7 @@ from test_train_meta import undisturbed as undisturbed_fixture
 
 import train_meta
 from run import checkpoints, files, log
-from run.checkpoints import Bank, Checkpoints, read_state
+from run.checkpoints import BucketStore, Checkpoints, read_state
 from run.log import draw_curve
 from train_meta import Trainer
 
@@ -244,13 +244,13 @@ def test_buckets_that_do_not_come_back_are_not_stored(run, tmp_path, monkeypatch
 
 
 def test_one_file_per_bucket_and_one_more_at_most(run, tmp_path, monkeypatch):
-    counts, store = [], Bank.store
+    counts, store = [], BucketStore.store
 
     def counting(self, *args):
         store(self, *args)
         counts.append(len(list(self.folder.iterdir())))
 
-    monkeypatch.setattr(Bank, "store", counting)
+    monkeypatch.setattr(BucketStore, "store", counting)
     run(tmp_path, steps=81)
     assert len(counts) == 8 and max(counts) <= 3
 
@@ -358,7 +358,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, undisturbed, tmp_path, monk
 
             patch.setattr(Checkpoints, "save", save_on_a_full_disk)
         elif what == "bucket":
-            patch.setattr(Bank, "store", fails)
+            patch.setattr(BucketStore, "store", fails)
         elif what == "log":
             write = log.Log.write
             patch.setattr(

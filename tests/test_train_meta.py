@@ -20,7 +20,7 @@ from flux.memory import Stream
 from people import dataset
 from people.buckets import deal_batches
 from run.checkpoints import Checkpoints, read_state
-from run.plan import Way, follow
+from run.plan import Plan, follow
 from train_meta import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
@@ -160,7 +160,7 @@ def test_any_plan_trains_alike(run, undisturbed, tmp_path, monkeypatch, words):
     monkeypatch.setattr(Stream, "COPY", True)
     ours, theirs = run(tmp_path / "a", *words.split()), load_file(undisturbed / "meta.safetensors")
     word = words.split()[1]
-    assert ways == [Way(int(word) if word.isdecimal() else word, int("stream" in words))]
+    assert ways == [Plan(int(word) if word.isdecimal() else word, int("stream" in words))]
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
     start = run(tmp_path / "b", steps=1)  # in a warm-up: meta_down as it was drawn

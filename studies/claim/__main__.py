@@ -27,11 +27,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script from anywhere
 
 import train_meta
-from flux.finding import LOCAL_MODELS
 from lora.writing import write_tensors
 from metalora import load_meta
 from metaphd import benchmark
 from run.files import atomic
+from run.models import SHIPPED
 from studies.claim.figures import BLOCKS, PLACEMENTS, Study, means, primary, write_documents
 from studies.claim.pictures import draw_pictures
 from studies.claim.scores import KEY, METRICS, PLACE, read_scores
@@ -114,7 +114,7 @@ QUICK = [
 
 
 def folder_of(base: str) -> Path:
-    return LOCAL_MODELS.get(base, Path(base))
+    return SHIPPED.get(base, Path(base))
 
 
 def find_prior(group: Group, out: Path) -> Path:

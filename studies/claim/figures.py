@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import documents
-from run.plan import PEAKS, SHARE, Job, Way, cost
+from run.plan import PEAKS, SHARE, Plan, Workload
 from scoring.tables import markdown
 from studies.claim.scores import (
     ADHERENT,
@@ -502,11 +502,16 @@ def flux_cost(study: Study) -> str:
     cards, total = ("A6000", "H100"), np.zeros(2)
     lines = [["", "steps", *(f"a step, {card}" for card in cards), *(f"days, {card}" for card in cards)]]
     for name, job, way, number_of in (
-        (f"stage 1, {priors} priors", Job("stage1", batch=4, identities=50), Way("all"), priors * 50_000),
-        (f"stage 2, {runs} trainings", Job("stage2"), Way("all"), runs * steps),
-        (f"{pictures:,} pictures", Job("sample"), Way("none"), pictures * euler),
+        (
+            f"stage 1, {priors} priors",
+            Workload("stage1", batch=4, identities=50),
+            Plan("all"),
+            priors * 50_000,
+        ),
+        (f"stage 2, {runs} trainings", Workload("stage2"), Plan("all"), runs * steps),
+        (f"{pictures:,} pictures", Workload("sample"), Plan("none"), pictures * euler),
     ):
-        seconds = np.array([cost(job, way, PEAKS[card]).seconds for card in cards])
+        seconds = np.array([estimate(job, way, PEAKS[card]).seconds for card in cards])
         total += (days := seconds * number_of / 86400)
         lines.append([name, f"{number_of:,}", *(f"{s:.2g} s" for s in seconds), *(f"{d:.1f}" for d in days)])
     lines.append(["together", "", "", "", *(f"{d:.1f}" for d in total)])

@@ -1,0 +1,49 @@
+"""Which face of a photo is the person's: told beside the photo, or the only one that matters."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from flux.checkpoint import read_json
+from flux.errors import UserError
+from people.photos import Box
+from vision.detector import find_faces
+
+if TYPE_CHECKING:
+    import cv2
+
+
+def known_face(path: Path) -> Box | None:
+    """Return the box that a faces.json beside a photo tells of it, {"01.jpg": [x0, y0, x1, y1]}."""
+    file = path.with_name("faces.json")
+    known = read_json(file) if file.is_file() else {}
+    if path.name not in known:
+        return None
+    box = known[path.name]
+    if not (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
+        raise UserError(f"{file}: {path.name} has {box!r}, must be [x0, y0, x1, y1] in pixels")
+    return tuple(box)
+
+
+def find_face(
+    path: Path,
+    photo: Image.Image,
+    detector: "cv2.FaceDetectorYN",
+    advice: str = "say where it is: --face x0,y0,x1,y1; or train on the whole photo: --no-augment",
+) -> Box:
+    """Return the box of the only face that matters; UserError with advice when there is none or several."""
+    faces = find_faces(photo, detector)
+    if not faces:
+        raise UserError(
+            f"{path}: no face found in {photo.width}x{photo.height} pixels. Take a photo in which the face "
+            f"is upright and unobstructed, or {advice}"
+        )
+    # Bystanders far behind do not count.
+    prominent = [face for face in faces if face.area > faces[0].area / 4]
+    if len(prominent) > 1:
+        boxes = "\n".join("  " + ",".join(map(str, face.box)) for face in prominent)
+        raise UserError(
+            f"{path}: {len(prominent)} faces found. Crop the photo, or {advice}. Largest first:\n{boxes}"
+        )
+    return faces[0].box

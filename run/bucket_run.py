@@ -1,0 +1,194 @@
+"""A run through buckets that takes days: where it is, and all that has to happen around its steps.
+
+It counts, logs, saves, draws and stops, so that the loop of Algorithm 1 does not have to.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from flux.errors import UserError
+from flux.memory import peak_memory
+from run.checkpoints import BucketStore, Checkpoints
+from run.command import Stop
+from run.log import Log
+from run.ranks import Ranks
+from run.seeds import generator_for
+
+MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
+
+
+class Stopped(Exception):
+    """The user has asked the run to stop; everything is saved."""
+
+
+class State(Protocol):
+    """What is trained: a part that all buckets share, and a part that each bucket has of its own."""
+
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
+    def start_bucket(self, bucket: int) -> None: ...  # the bucket's part, on its first turn
+    def bucket_state(self) -> dict: ...  # of all ranks, on rank 0
+    def load_bucket_state(self, state: dict) -> None: ...
+
+
+class BucketRun:
+    """The position in the order of buckets, and what is done at each step beside training.
+
+    step counts optimiser updates; visit counts the turns of buckets, which come one after the other, again
+    and again; bucket_step counts within a turn.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        state: State,
+        q_buckets: Sequence[int],
+        q_total: int,
+        bucket_warmup: float,
+        seed: int,
+        ranks: Ranks,
+        stop: Stop,
+        device: torch.device,
+    ):
+        """q_buckets: the steps of each bucket's turn; bucket_warmup: the part of them that is warm-up."""
+        self.out, self.state, self.q_buckets, self.q_total = out, state, q_buckets, q_total
+        self.bucket_warmup, self.seed = bucket_warmup, seed
+        self.ranks, self.stop, self.device = ranks, stop, device
+        self.checkpoints = Checkpoints(out / "checkpoints", ranks.leads)
+        self.store = BucketStore(out / "buckets", len(q_buckets), ranks.leads)
+        self.step = self.visit = self.bucket_step = 0
+        self.skipped = 0  # steps in a row, the last one included
+        self.saved_visit = 0  # that of the last checkpoint
+        self.interrupted = None  # the state of the bucket in which the checkpoint was made
+        self.save_every, self.sample_every, self.keep_buckets = 500, 0, False
+        self.draw: Callable[[], None] = lambda: None
+
+    @property
+    def bucket(self) -> int:
+        """The bucket whose turn it is."""
+        return self.visit % len(self.q_buckets)
+
+    @property
+    def q_bucket(self) -> int:
+        return self.q_buckets[self.bucket]
+
+    @property
+    def q_warmup(self) -> int:
+        return round(self.bucket_warmup * self.q_bucket)
+
+    @property
+    def steps_left(self) -> int:
+        """The steps that are left of this turn."""
+        return min(self.q_bucket - self.bucket_step, self.q_total - self.step)
+
+    def generator(self, purpose: str, number: int) -> torch.Generator:
+        """Return this rank's generator of a purpose at a step or visit."""
+        return generator_for(purpose, self.seed, number, self.ranks.rank)
+
+    # Going on
+
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one, and forget what came after it.
+
+        With another number of ranks a bucket's turn has another number of steps: it goes on at the same part.
+        """
+        with self.ranks.lead_first():  # damaged ones are then out of the way
+            state = self.checkpoints.load()
+        newest = self.ranks.once(lambda: state and state["step"])
+        if newest != (state and state["step"]):
+            raise UserError(f"{self.checkpoints.folder} is not the same folder for all ranks")
+        if state is None:
+            self.store.forget(since=0)  # another run's
+            return
+        self.step, self.visit, self.skipped = state["step"], state["visit"], state["skipped"]
+        self.bucket_step = round(state["bucket_step"] * self.q_bucket / state["q_bucket"])
+        self.state.load_state_dict(state["shared"])
+        self.interrupted, self.saved_visit = state["open_bucket"], self.visit
+        self.store.forget(since=self.visit)
+
+    def save(self) -> None:
+        """Write a checkpoint: all that the run needs to go on."""
+        position = {"step": self.step, "visit": self.visit, "bucket_step": self.bucket_step}
+        position |= {"q_bucket": self.q_bucket, "skipped": self.skipped}
+        state = {"shared": self.state.state_dict(), "open_bucket": self.state.bucket_state()}
+        self.checkpoints.save(self.step, position | state)
+        # The checkpoint before this one needs these buckets.
+        self.store.forget(before=self.saved_visit + 1 - len(self.q_buckets))
+        self.saved_visit = self.visit
+
+    # Buckets
+
+    def open_bucket(self) -> int:
+        """Give the next bucket its mid and up, fresh on its first turn, then as it left them; return it."""
+        state, self.interrupted = self.interrupted, None
+        if state is None and self.visit < len(self.q_buckets):
+            self.state.start_bucket(self.bucket)
+        elif state is not None or len(self.q_buckets) > 1:  # the only bucket has never been away
+            self.state.load_bucket_state(state or self.store.fetch(self.visit))
+        self.store.read_ahead(self.visit + 1)
+        return self.bucket
+
+    def close_bucket(self) -> None:
+        """Store the bucket until its next turn, if there will be one; not one that has steps left.
+
+        The checkpoint must hold the same state already: a run that stops in between then closes the bucket
+        once more; the other way round it would train the stored bucket a second time.
+        """
+        if self.bucket_step < self.q_bucket:
+            return
+        away = sum(self.q_buckets) - self.q_bucket  # steps until its next turn
+        returns = self.keep_buckets or self.step + away < self.q_total
+        if returns and len(self.q_buckets) > 1:
+            self.store.put(self.visit, self.state.bucket_state())
+        self.visit, self.bucket_step = self.visit + 1, 0
+
+    # Steps
+
+    def __enter__(self) -> "BucketRun":
+        self.open = ExitStack()
+        self.log = self.open.enter_context(
+            Log(self.out / "log.jsonl", self.step, self.q_total, self.ranks.leads)
+        )
+        self.open.enter_context(self.stop.patiently())
+        self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.open.__exit__(*error)
+
+    def advance(self, found: dict[str, float], photos: Sequence[str], t: Sequence[float]) -> None:
+        """Count a step and log what was found; save and draw when it is time.
+
+        photos, t: what the step learned from, which is logged if a number is not finite. Raises `Stopped`
+        when the user asks for it, and UserError after MAX_SKIPPED such steps in a row.
+        """
+        line = {"step": self.step + 1, "bucket": self.bucket}
+        line |= {"phase": "warm-up" if self.bucket_step < self.q_warmup else "all", **found}
+        pace = self.ranks.sum(len(photos)) / (time.perf_counter() - self.began)
+        line |= {"memory": round(peak_memory(self.device), 3), "images_per_second": round(pace, 3)}
+        self.step, self.bucket_step = self.step + 1, self.bucket_step + 1
+        self.skipped = 0 if all(map(math.isfinite, found.values())) else self.skipped + 1
+        if self.skipped:
+            line |= {"photos": self.ranks.joined(list(photos)), "t": self.ranks.joined(list(t))}
+        self.log.write(line)
+
+        stopping, gives_up = self.ranks.any(self.stop.wanted), self.skipped >= MAX_SKIPPED
+        if not self.steps_left or gives_up or stopping or self.step % self.save_every == 0:
+            self.save()
+            self.log.draw()
+        if gives_up:
+            raise UserError(
+                f"{self.skipped} steps in a row had a loss or gradient that is not finite, see the end of "
+                f"{self.log.file}; the weights as before them are in {self.checkpoints.folder}"
+            )
+        if stopping:
+            raise Stopped
+        if self.sample_every and self.step % self.sample_every == 0:
+            self.draw()
+        self.began = time.perf_counter()

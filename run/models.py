@@ -1,0 +1,92 @@
+"""Which model runs, where and in which precision: the options of every command that loads one."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from flux.errors import UserError
+from flux.finding import HUB_MODELS, NotOnHub, find_files, find_named, local_parts
+from flux.loading import ModelFiles
+
+SHIPPED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
+OPTIONS = {"autoencoder": "--ae", "clip": "--clip-l", "t5": "--t5", "tokenizers": "--tokenizers"}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `find_model` and `choose_device` read."""
+    group = parser.add_argument_group("model")
+    known = ", ".join([*HUB_MODELS, *SHIPPED])
+    place = {"type": Path, "metavar": "PATH"}
+    group.add_argument(
+        "--model",
+        default="flux-dev",
+        help=f"{known}, a repository on the hub (owner/name), a folder laid out like one of them, or a "
+        "transformer's file, also ComfyUI's; FLUX_DEV and the like may hold a path",
+    )
+    group.add_argument("--ae", **place, help="autoencoder; else FLUX_AE, else as --model")
+    group.add_argument(
+        "--clip-l", **place, help="CLIP's text encoder, file or folder; else FLUX_CLIP_L, else as --model"
+    )
+    group.add_argument("--t5", **place, help="T5 encoder, file or folder; else FLUX_T5, else as --model")
+    group.add_argument(
+        "--tokenizers",
+        **place,
+        help="folder with tokenizer/ and tokenizer_2/; else FLUX_TOKENIZERS, else as --model",
+    )
+    add_device_argument(group)
+    group.add_argument(
+        "--dtype", choices=["bf16", "fp32"], help="of weights and activations; default: bf16, fp32 on a CPU"
+    )
+    group.add_argument(
+        "--t5-length", type=int, help="tokens per prompt; default: what the tokenizer's config says"
+    )
+
+
+def add_device_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", help="cuda, cuda:1, mps, cpu; default: a GPU if there is one")
+
+
+def named_model(name: str) -> tuple[Path | None, str | None]:
+    """Return the file or folder that --model means, or else the repository on the hub."""
+    return (SHIPPED[name], None) if name in SHIPPED else find_named(name)
+
+
+def find_model(args: argparse.Namespace) -> ModelFiles:
+    """Find, or download, every part of the model that the options name; see `flux.find_files`."""
+    values = {part: getattr(args, option[2:].replace("-", "_")) for part, option in OPTIONS.items()}
+    given = {part: value for part, value in values.items() if value}
+    for part, path in given.items():
+        if not path.exists():
+            raise FileNotFoundError(f"{OPTIONS[part]} {path}: no such file or folder")
+    try:
+        return find_files(str(SHIPPED.get(args.model, args.model)), given)
+    except NotOnHub as error:
+        raise FileNotFoundError(
+            f"{error};\nor point at files that are there already: --model FILE or FOLDER, "
+            f"{', '.join(OPTIONS.values())} (see --help);\n"
+            "or try everything on the small model that comes along: --model tiny"
+        ) from error
+
+
+def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
+    """Return those of the model's files that --model names on this disk: for --plan nothing is downloaded."""
+    path, repo = named_model(args.model)
+    if repo and repo not in HUB_MODELS.values():
+        print(f"{args.model} is on the hub: planned as if it were of FLUX.1-dev's size")
+    return local_parts(path) if path else {}
+
+
+def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Resolve --device and --dtype."""
+    default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(args.device or default)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {args.device}: {reason}; this machine has {default}") from error
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype)
+    of_a_card = getattr(args, "plan", False) and args.vram  # that may be elsewhere
+    exact = device.type == "cpu" and not of_a_card
+    return device, dtype or (torch.float32 if exact else torch.bfloat16)

@@ -1,0 +1,45 @@
+"""How both stages train where the paper is silent: a set of numbers, and the options that set them."""
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Self
+
+
+@dataclass(frozen=True)
+class Training:
+    """Optimiser, times and noise of a training; the defaults are explained in docs/choices.md."""
+
+    lr: float = 4e-4  # of AdamW; the paper's
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0  # largest norm of the gradient of meta_down, and of each identity's mid and up
+    t_mean: float = 0.0  # times are logit-normal: sigmoid of a Gaussian with this mean
+    t_std: float = 1.0  # and this standard deviation
+    train_guidance: float = 1.0  # guidance input
+    latents: str = "sample"  # or "mean", of the autoencoder's posterior
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, **changes: object) -> Self:
+        """Take the numbers from parsed arguments, except for some."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)} | changes)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `Training`, except --lr, of which a benchmark takes several."""
+    group = parser.add_argument_group("choices where the paper is silent")
+    group.add_argument("--weight-decay", type=float, default=Training.weight_decay, help="of AdamW")
+    group.add_argument(
+        "--clip-grad",
+        type=float,
+        default=Training.clip_grad,
+        help="largest norm of the gradient of meta_down, and of each identity's mid and up",
+    )
+    group.add_argument(
+        "--t-mean", type=float, default=Training.t_mean, help="times are logit-normal with this mean"
+    )
+    group.add_argument("--t-std", type=float, default=Training.t_std, help="and this standard deviation")
+    group.add_argument(
+        "--train-guidance", type=float, default=Training.train_guidance, help="guidance input while training"
+    )
+    group.add_argument(
+        "--latents", choices=["sample", "mean"], default=Training.latents, help="of the posterior"
+    )
