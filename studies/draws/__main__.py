@@ -1,0 +1,85 @@
+"""Measure --draws spread against independent, learning from crops, in the toy model.
+
+    python -m studies.draws            # trains and scores what is missing; about half an hour on two cores
+    python -m studies.draws --table    # the table again, from the committed scores
+
+Twelve synthetic people in photos of 160 pixels, three seeds, both methods. scores.csv has a line per person.
+"""
+
+import argparse
+import csv
+import json
+from collections import defaultdict
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+
+from metaphd import benchmark
+from run.command import run_script
+from run.files import atomic
+from scoring.tables import interval, markdown
+from tiny.people import write_people
+
+SCORES = Path(__file__).with_name("scores.csv")
+PROMPTS = Path(__file__).parents[2] / "tiny" / "prompts.txt"
+METHODS, DRAWS, SEEDS, STEPS = ("lora", "meta-lora"), ("independent", "spread"), (0, 1, 2), (45, 90, 180)
+METRICS = ("r-facesim", "clip-t")
+
+
+def measure(out: Path) -> list[dict]:
+    """Train, draw and score everybody, and return a row per person."""
+    people = out / "people"
+    if not people.exists():
+        write_people(people, people=12, photos=8, seed=200, photo_share=1.0, size=160)
+    rows = []
+    for draws, seed in product(DRAWS, SEEDS):
+        folder = out / f"{draws}_{seed}"
+        words = ["--model", "tiny", "--people", people, "--prompts", PROMPTS, "--out", folder, "--lr", 1e-2]
+        words += ["--method", *METHODS, "--steps", *STEPS, "--draws", draws, "--seed", seed]
+        words += ["--seeds", 2, "--sample-steps", 12, "--at-once", 12]
+        benchmark.main([str(word) for word in words])
+        for method, steps in product(METHODS, STEPS):
+            file = folder / "scores" / f"{method}_r1_lr0.01_s{steps}.json"
+            for person, scores in json.loads(file.read_text())["people"].items():
+                place = {"draws": draws, "seed": seed, "method": method, "steps": steps, "person": person}
+                rows.append(place | {metric: round(scores[metric], 4) for metric in METRICS})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Compare the two ways to draw, person by person: means x 100 over seeds, and the paired difference."""
+    means = defaultdict(list)
+    for row in rows:
+        for metric in METRICS:
+            key = metric, row["method"], int(row["steps"]), row["draws"], row["person"]
+            means[key].append(float(row[metric]))
+    people = sorted({row["person"] for row in rows})
+    lines = [["", "steps", *DRAWS, "difference [95 %]"]]
+    for metric, method, steps in product(METRICS, METHODS, STEPS):
+        columns = [[100 * fmean(means[metric, method, steps, draws, x]) for x in people] for draws in DRAWS]
+        gains = [spread - independent for independent, spread in zip(*columns)]
+        gain = f"{fmean(gains):+.1f} ± {interval(gains):.1f}"
+        name = {"r-facesim": "R-FaceSim", "clip-t": "prompt"}[metric]
+        lines.append([f"{name}, {method}", str(steps), *(f"{fmean(x):.1f}" for x in columns), gain])
+    return markdown(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/draws"), help="folder for all that is made")
+    parser.add_argument("--table", action="store_true", help="only print the table of the committed scores")
+    args = parser.parse_args()
+    if args.table:
+        with SCORES.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        rows = measure(args.out)
+        with atomic(SCORES) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_script(main)
