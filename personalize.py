@@ -184,9 +184,10 @@ def find_prior(transformer: Path, path: Path | None) -> Prior:
     path = existing_prior(path or folder_around(transformer) / "meta.safetensors")
     prior, base = load_meta(path), fingerprint(transformer)
     if prior.metadata.get("base_fingerprint", base) != base:
+        trained_with = printable(prior.metadata.get("base_model", "another file"))
         warnings.warn(
-            f"{path} was trained with {printable(prior.metadata.get('base_model', 'another file'))}, not with "
-            f"{transformer}: as a prior it is worth less, unless they are two files of the same weights",
+            f"{path} was trained with {trained_with}, not with {transformer}: as a prior it is worth less, unless "
+            "these are two files of the same weights",
             stacklevel=2,
         )
     return prior

@@ -8,6 +8,7 @@ torchrun --nproc-per-node 8 train_meta.py ...
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -80,7 +81,13 @@ def update(
         meta_down.requires_grad_(not warm_up)
     use_slots(model, batch.slots)  # they stay set until backward has returned
     loss = flow_loss(model, **batch.inputs, guidance=training.train_guidance)  # L_diff
-    return optimizers.step(loss, batch.slots)
+    found = optimizers.backward(loss, len(batch.slots))
+    if all(map(math.isfinite, found.values())):
+        optimizers.step_mid_and_up(batch.slots)  # update-mid-and-up-layers
+        if not warm_up:
+            optimizers.step_meta_down(found["grad_meta_down"])  # both together: update-model
+    optimizers.zero_grad()
+    return found
 
 
 def batches(
@@ -111,6 +118,7 @@ class Optimizers:
         """ema: decay of an average of meta_down; 0: none."""
         self.training, self.seed, self.ema, self.ranks = training, seed, ema, ranks or Ranks()
         self.meta_down, self.personal = factors(model, "meta_down"), factors(model, "mid", "up")
+        self.parts = {"mid": self.personal[::2], "up": self.personal[1::2]}
         self.people = len(self.personal[0])  # in a bucket, of all ranks
         for p in self.personal:
             p.data = self.ranks.own(p.data)
@@ -119,31 +127,37 @@ class Optimizers:
         self.own = SlotAdamW(self.personal, *settings)
         self.average = [p.detach().clone() for p in self.meta_down] if ema else None
 
-    def step(self, loss: Tensor, slots: Tensor) -> dict[str, float]:
-        """Go backward, clip, and move what has a gradient; see `update`.
+    def backward(self, loss: Tensor, photos: int) -> dict[str, float]:
+        """Compute the gradients of a batch's loss; return it and their norms before clipping.
 
-        On several ranks all of it is that of the batches of all ranks, taken as one.
+        photos: in the batch. On several ranks all of this is of their batches taken as one.
         """
-        share = len(slots) / self.ranks.sum(len(slots))
+        share = photos / self.ranks.sum(photos)
         (loss * share).backward()
-        meta_down = [p for p in self.meta_down if p.requires_grad]
-        self.ranks.sum_gradients(meta_down)
+        moving = [p for p in self.meta_down if p.requires_grad]
+        self.ranks.sum_gradients(moving)
+        norms = {f"grad_{name}": get_total_norm([p.grad for p in part]) for name, part in self.parts.items()}
         found = {"loss": self.ranks.sum(loss.detach() * share)}
-        for name, part in {"mid": self.personal[::2], "up": self.personal[1::2]}.items():
-            found[f"grad_{name}"] = self.ranks.norm(get_total_norm([p.grad for p in part]))
-        if meta_down:
-            found["grad_meta_down"] = get_total_norm([p.grad for p in meta_down])
-        if all(value.isfinite() for value in found.values()):
-            clip_slots(self.personal, self.training.clip_grad)
-            self.own.step(slots.unique())
-            if meta_down:
-                clip_grads_with_norm_(meta_down, self.training.clip_grad, found["grad_meta_down"])
-                self.shared.step()
-            if meta_down and self.average:
-                torch._foreach_lerp_(self.average, [p.data for p in meta_down], 1 - self.ema)
+        found |= {name: self.ranks.norm(norm) for name, norm in norms.items()}
+        if moving:
+            found["grad_meta_down"] = get_total_norm([p.grad for p in moving])
+        return {name: value.item() for name, value in found.items()}
+
+    def step_mid_and_up(self, slots: Tensor) -> None:
+        """Clip the gradient of each identity in the batch on its own, and move its mid and up."""
+        clip_slots(self.personal, self.training.clip_grad)
+        self.own.step(slots.unique())
+
+    def step_meta_down(self, norm: float) -> None:
+        """Clip the gradient of meta_down, which has this norm, and move it and its average."""
+        clip_grads_with_norm_(self.meta_down, self.training.clip_grad, torch.tensor(norm))
+        self.shared.step()
+        if self.average:
+            torch._foreach_lerp_(self.average, [p.data for p in self.meta_down], 1 - self.ema)
+
+    def zero_grad(self) -> None:
         for p in (*self.personal, *self.meta_down):
             p.grad = None
-        return {name: value.item() for name, value in found.items()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
