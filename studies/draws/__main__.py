@@ -22,7 +22,7 @@ from tiny.people import write_people
 
 SCORES = Path(__file__).with_name("scores.csv")
 PROMPTS = Path(__file__).parents[2] / "tiny" / "prompts.txt"
-METHODS, DRAWS, SEEDS, STEPS = ("lora", "meta-lora"), ("independent", "spread"), (0, 1, 2), (45, 180)
+METHODS, DRAWS, SEEDS, STEPS = ("lora", "meta-lora"), ("independent", "spread"), (0, 1, 2), (30, 90)
 METRICS = ("r-facesim", "clip-t")
 
 
