@@ -13,7 +13,7 @@ from PIL import Image
 
 from people import manifest
 from people.crops import common_shape
-from people.manifest import Manifest
+from people.manifest import Manifest, scan_photos
 from people.photos import read_photo
 from run.files import atomic
 from run.terminal import printable
@@ -217,7 +217,7 @@ def test_a_memory_of_another_version_or_damaged_is_not_used(tmp_path, monkeypatc
     assert list(look(tmp_path / "ids")[0]) == first and len(read) == 6 + 8
 
 
-def test_a_roster_takes_no_memory_for_photos(tmp_path):
+def test_a_manifest_takes_no_memory_for_photos(tmp_path):
     for k in range(3):
         make_person(tmp_path / "ids" / str(k), seed=k)
     people, _ = look(tmp_path / "ids")
@@ -237,11 +237,11 @@ def pictures() -> dict[str, bytes]:
         "a.jpg": {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"},
         "a.webp": {"save_all": True, "append_images": [noise(2)]},
     }.items():
-        with atomic(folder / f"survey-{os.getpid()}-{name}") as temporary:
+        with atomic(folder / f"manifest-{os.getpid()}-{name}") as temporary:
             noise(1).save(temporary, **options)
             contents[name] = temporary.read_bytes()
             temporary.write_bytes(b"")
-        (folder / f"survey-{os.getpid()}-{name}").unlink()
+        (folder / f"manifest-{os.getpid()}-{name}").unlink()
     return contents
 
 
@@ -258,7 +258,7 @@ def pictures() -> dict[str, bytes]:
     st.binary(max_size=40) | st.none(),
 )
 def test_damaged_photos_and_captions(tmp_path, pictures, name, changes, end, caption):
-    """A photo is used or refused, with a reason; nothing is raised, and nothing written but the survey."""
+    """A photo is used or refused, with a reason; nothing is raised, and nothing written but the manifest."""
     ids, out = tmp_path / "ids", tmp_path / "out"
     shutil.rmtree(ids, ignore_errors=True)
     make_person(ids / "good", photos=1)

@@ -14,7 +14,6 @@ from torch import Tensor
 from flux import find_files
 from flux.checkpoint import read_tensors
 from flux.loading import native_size
-from people.cache import MemoryCache
 from scoring import evaluators
 from tiny.judges import NAMED
 from tiny.people import STYLES, VIEW, caption, draw_identities, draw_views, render, to_pil
@@ -188,7 +187,7 @@ def test_folder_file_and_variable_bring_the_same(world, monkeypatch):
     for name in (str(world), str(file), "flux-dev"):
         found = judges_for(name)
         assert isinstance(found, evaluators.SmallJudges) and found.folder == world / "judges"
-        files = find_files(argparse.Namespace(model=name))
+        files = find_files(name)
         assert files.folder == world and native_size(files.folder) == 64
     with pytest.raises(ValueError, match="--clip is of no use: --model .* brings judges of its own"):
         judges_for(str(file), clip=world)
@@ -198,7 +197,7 @@ def test_folder_file_and_variable_bring_the_same(world, monkeypatch):
 def test_a_diffusers_layout_is_one_folder(world):
     (world / "transformer").mkdir()
     (world / "flux1-random.safetensors").rename(world / "transformer" / "model.safetensors")
-    assert find_files(argparse.Namespace(model=str(world))).folder == world
+    assert find_files(str(world)).folder == world
     assert judges_for(str(world)).folder == world / "judges"
 
 
