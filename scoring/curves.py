@@ -1,4 +1,4 @@
-"""The paper's figure 3: R-FaceSim against CLIP-T, and both against steps."""
+"""Draw the paper's figure 3: R-FaceSim against CLIP-T, and both against training steps."""
 
 import itertools
 from pathlib import Path
@@ -6,28 +6,36 @@ from pathlib import Path
 import numpy as np
 
 from run.files import atomic
-from scoring.tables import TITLES, _metrics
+from scoring.tables import TITLES, scored_metrics
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito's, which colour-blind people can tell apart
 MARKERS = "osD^vP"
 
 
-# Curves
-
-
 def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
-    """Draw the paper's figure 3 from scores over all people; return False, and draw nothing, without any.
+    """Draw the paper's figure 3 from the scores of systems, over all people; return whether there was any.
 
-    Left, R-FaceSim against CLIP-T: a curve through the step counts of each method, rank and learning rate,
-    and, where a method has several ranks, a parabola fitted to all its points. Right, both against steps with
-    95 % intervals, at each method's least rank. A system is on a curve by scores["system"], {"method",
-    "rank", "lr", "steps"}; one without is a point at left, and a level at right.
+    Left: R-FaceSim against CLIP-T. Each method, rank and learning rate has a curve through its numbers of
+    steps. A method with several ranks also has a parabola fitted to all its points. Right: both metrics
+    against steps, with 95 % intervals, for the smallest rank of each method.
+
+    scores["system"], with "method", "rank", "lr" and "steps", tells on which curve a system is. A system
+    without it, such as the base model, is a point at left and a horizontal line at right.
     """
     curves, levels = {}, {}  # (method, rank, lr): {steps: percents}; name: percents
     for name, scores in systems.items():
         place, overall = scores.get("system") or {}, scores["overall"]
         means = {
-            metric: overall[metric] for metric in _metrics([scores]) if overall[metric]["mean"] is not None
+            metric: overall[metric]
+            for metric in scored_metrics([scores])
+            if overall[metric]["mean"] is not None
         }
         percents = {metric: (100 * mean["mean"], 100 * (mean["ci95"] or 0)) for metric, mean in means.items()}
         if place.get("steps") is None:
@@ -58,7 +66,7 @@ def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
             panels[timed[0]].set_title("Bands are 95 % intervals over people", fontsize=9)
             panels[timed[-1]].set_xlabel("steps")
         handles = {}
-        for panel in panels.values():  # a curve that is in several panels comes once
+        for panel in panels.values():  # a curve in several panels has one entry
             handles |= dict(zip(*panel.get_legend_handles_labels()[::-1])) | handles
         columns = min(len(handles), 5)
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
@@ -78,7 +86,9 @@ def _draw_plane(axes, curves: dict, levels: dict, colours: dict) -> None:
         marker = MARKERS[ranks.index(rank) % len(MARKERS)]
         look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1}
         axes.plot(*zip(*points), label=_curve_name((method, rank, lr), curves), **look)
-        shown = slice(None, None, 1 if len(curves) <= 2 else max(1, len(steps) - 1))  # of many only both ends
+        shown = slice(
+            None, None, 1 if len(curves) <= 2 else max(1, len(steps) - 1)
+        )  # of many curves, only at both ends
         for n, point in zip(steps[shown], points[shown]):
             axes.annotate(str(n), point, (5, 4), textcoords="offset points", fontsize=7, color=colour)
     for cloud, points in clouds.items():
@@ -103,7 +113,7 @@ def _draw_time(axes, metric: str, curves: dict, levels: dict, colours: dict) -> 
         steps, (means, halves) = [*known], np.array([*known.values()]).reshape(-1, 2).T
         axes.plot(steps, means, "o-", label=_curve_name(key, curves), markersize=5, **look)
         axes.fill_between(steps, means - halves, means + halves, alpha=0.15, linewidth=0, **look)
-        if len(steps) == 1:  # of which a band shows nothing
+        if len(steps) == 1:  # a band would have no width
             axes.errorbar(steps, means, halves, capsize=3, **look)
     for name, percents in levels.items():
         if metric in percents:

@@ -42,7 +42,7 @@ def look(folder: Path, out: Path | None = None, **options):
 
 
 def reasons(report) -> dict[str, list[str]]:
-    return {f"{verdict}: {reason}": cases for (verdict, reason), cases in report.found.items()}
+    return {f"{verdict}: {reason}": cases for (verdict, reason), cases in report.findings.items()}
 
 
 def test_clean_data_has_nothing_to_report(tmp_path):
@@ -273,7 +273,7 @@ def test_damaged_photos_and_captions(tmp_path, pictures, name, changes, end, cap
     before = {path: path.read_bytes() for path in ids.rglob("*") if path.is_file()}
     people, report = look(ids, out)
     assert report.photos == sum(len(person.photos) for person in people) in (1, 2)
-    assert report.photos == 2 or any(verdict == "skipped" for verdict, _ in report.found)
+    assert report.photos == 2 or any(verdict == "skipped" for verdict, _ in report.findings)
     assert {path: path.read_bytes() for path in ids.rglob("*") if path.is_file()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"ids", "out"}
     assert [path.name for path in out.iterdir()] == ["people.jsonl"]

@@ -1,12 +1,16 @@
 """Photos are read upright, in 8-bit RGB, on white; damaged ones are refused by name."""
 
 import io
+import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from flux.errors import UserError
 from people import photos
+from people.manifest import examine
 from people.photos import photo_size, read_photo
 
 
@@ -60,13 +64,15 @@ def test_first_frame_of_an_animation(tmp_path):
 
 
 def test_large_photos_are_read_and_absurd_ones_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_000_000)
-    Image.new("L", (14_000, 14_000)).save(tmp_path / "a.png")  # 196 megapixels: PIL alone refuses 179
-    assert read_photo(tmp_path / "a.png").size == (14_000, 14_000)
-    monkeypatch.setattr(photos, "MAX_PIXELS", 100_000_000)
-    with pytest.raises(ValueError, match="14000 x 14000 pixels, more than 100 megapixels"):
-        read_photo(tmp_path / "a.png")
-    assert Image.MAX_IMAGE_PIXELS == 89_000_000
+    Image.new("L", (2000, 1500)).save(path := tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    with pytest.raises(Image.DecompressionBombError):  # Pillow refuses twice its limit
+        Image.open(path)
+    assert read_photo(path).size == (2000, 1500)
+    monkeypatch.setattr(photos, "MAX_PIXELS", 2_000_000)
+    with pytest.raises(UserError, match="2000 x 1500 pixels, more than 2 megapixels"):
+        read_photo(path)
+    assert Image.MAX_IMAGE_PIXELS == 1_000_000
 
 
 def jpeg_bytes() -> bytes:
@@ -89,7 +95,7 @@ def jpeg_bytes() -> bytes:
 )
 def test_what_is_no_photo_is_named_and_described(tmp_path, name, content, found):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=found) as error:
+    with pytest.raises(UserError, match=found) as error:
         read_photo(tmp_path / name)
     assert name in str(error.value) and "JPEG, PNG, WebP" in str(error.value)
 
@@ -101,7 +107,7 @@ def test_every_truncation_is_refused(tmp_path, suffix):
     content = path.read_bytes()
     for length in range(0, len(content) * 9 // 10, max(1, len(content) // 60)):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match="whole JPEG"):
+        with pytest.raises(UserError, match="whole JPEG"):
             read_photo(path)
 
 
@@ -116,3 +122,80 @@ def test_photo_size_is_that_of_the_upright_photo(tmp_path, orientation):
     exif[0x0112] = orientation
     Image.new("RGB", (40, 32)).save(tmp_path / "a.jpg", exif=exif)
     assert photo_size(tmp_path / "a.jpg") == read_photo(tmp_path / "a.jpg").size[::-1]
+
+
+# Damaged files
+
+
+def damaged_files(count: int) -> Iterator[bytes]:
+    """Yield photos of all formats with a few bits flipped, bytes replaced or removed, or the end cut off."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "words", 72.5
+    frames = {"save_all": True, "append_images": [halves(8, 12).rotate(90)]}
+    kinds = [("JPEG", "RGB", {}), ("PNG", "RGB", {}), ("PNG", "P", {"transparency": 1}), ("WEBP", "RGB", {})]
+    kinds += [("TIFF", "RGB", {}), ("TIFF", "P", {"compression": "tiff_lzw"}), ("GIF", "RGB", frames)]
+    kinds += [("BMP", "P", {}), ("BMP", "RGB", {}), ("PNG", "RGB", frames), ("WEBP", "RGB", frames)]
+    wholes = []
+    for name, mode, options in kinds:
+        if name not in ("GIF", "BMP"):
+            options = options | {"exif": exif}
+        halves(8, 12).convert(mode).save(file := io.BytesIO(), name, **options)
+        wholes.append(file.getvalue())
+    draw = random.Random(0)
+    for k in range(count):
+        content = bytearray(wholes[k % len(wholes)])
+        for _ in range(draw.choice([1, 2, 3, 8])):
+            at = draw.randrange(min(len(content), draw.choice([60, 300, 10_000])))
+            change = draw.randrange(4)
+            if change == 0:
+                content[at] ^= 1 << draw.randrange(8)
+            elif change == 1:
+                content[at : at + 4] = draw.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\0\0\1"])
+            elif change == 2:
+                del content[at + 1 : at + draw.randrange(2, 9)]
+            else:
+                content[at:at] = draw.randbytes(3)
+        yield bytes(content[: draw.randrange(len(content))] if k % 7 == 0 else content)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_files_raise_nothing_but_our_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "MAX_PIXELS", 100_000)  # a damaged header may say anything; this saves time
+    path, seen, read = tmp_path / "a.jpg", set(), 0
+    for content in damaged_files(2000):
+        path.write_bytes(content)
+        try:
+            read += read_photo(path).mode == "RGB"
+        except UserError as error:
+            seen.add(type(error.__cause__.__cause__))
+    assert 200 < read < 1800
+    assert {UnidentifiedImageError, OSError, SyntaxError, IndexError, ValueError} <= seen, seen
+
+
+@pytest.mark.parametrize("error", [MemoryError, AttributeError, NameError])
+@pytest.mark.parametrize("place", ["PIL.Image.Image.convert", "people.photos._to_rgb"])
+def test_bugs_and_lack_of_memory_are_no_fault_of_the_photo(tmp_path, monkeypatch, place, error):
+    halves().save(tmp_path / "a.png")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(error):
+        read_photo(tmp_path / "a.png")
+
+
+def test_a_decoder_that_lacks_memory_is_no_fault_of_the_photo(tmp_path, monkeypatch):
+    halves().save(tmp_path / "a.jpg")
+
+    class Decoder(ImageFile.PyDecoder):
+        def decode(self, buffer):
+            return -1, -9  # IMAGING_CODEC_MEMORY, as C decoders return it
+
+    monkeypatch.setattr(Image, "_getdecoder", lambda mode, name, args, extra: Decoder(mode, *args))
+    with pytest.raises(OSError, match="out of memory"):
+        Image.open(tmp_path / "a.jpg").load()
+    with pytest.raises(MemoryError, match="a.jpg"):
+        read_photo(tmp_path / "a.jpg")
+    with pytest.raises(MemoryError):
+        examine(tmp_path / "a.jpg")
