@@ -1,6 +1,6 @@
 """CLIP-T, CLIP-I, FaceSim and R-FaceSim of pictures by any system (paper, section 4.3 and Algorithm 3).
 
-python metrics.py report --images out/mine --people photos --prompts prompts/frontal.txt
+python metrics.py report --images out/mine --people photos --prompts metaphd/prompts/frontal.txt
 
 docs/metrics.md says how the files are laid out, what is written, and which networks look at the pictures.
 """
@@ -48,7 +48,7 @@ def facesim(e_g: Tensor, e_ref: Tensor) -> Tensor:
 
 
 def r_facesim(e_g: Tensor, e_t: Tensor) -> Tensor:
-    """Compare a generated face (d,) with those in the person's other photos (k, d), and average."""
+    """Compare a generated face (d,) with the faces in the person's other photos (k, d), and average."""
     return F.cosine_similarity(e_g, e_t, dim=-1).mean()
 
 
@@ -63,16 +63,18 @@ def score_faces(
     photos: of each identity; the first is the reference, from which M was fine-tuned to make the pictures.
     no_face: "zero" scores a picture without a face 0, "skip" None. R-FaceSim is None without a second photo.
     """
-    real = embed_photos({row["person"]: photos[row["person"]] for row in rows}, evaluators)  # all E(C(photo))
-    pictures = [row["path"] for row in rows]  # g <- M(p)
-    # For each i in I, for each p in P, and for each seed: e_g <- E(C(g)).
-    for row, e_g, faces in zip(rows, *evaluators.embed_faces(pictures), strict=True):
-        e_ref, e_t = real[row["person"]][0], real[row["person"]][1:]  # T <- i \ {ref}
+    real = embed_photos({row["person"]: photos[row["person"]] for row in rows}, evaluators)
+    generated, counts = evaluators.embed_faces([row["path"] for row in rows])
+    # For each i in I, for each p in P, and for each seed: g <- M(p), e_g <- E(C(g)).
+    for row, e_g, faces in zip(rows, generated, counts, strict=True):
+        i = row["person"]
+        e_ref = real[i][0]  # ref <- select one(i)
+        e_t = real[i][1:]  # T <- i \ {ref}; e_t <- E(C(t)) for each t in T
         row["faces"], row["facesim"], row["r-facesim"] = faces, None, None
         if faces or no_face == "zero":  # without a face e_g is zero, and so are its cosines
             row["facesim"] = facesim(e_g, e_ref).item()
-            if len(e_t):
-                row["r-facesim"] = r_facesim(e_g, e_t).item()  # S(i, p) <- mean of cosine(e_g, e_t), t in T
+            if len(e_t) > 0:
+                row["r-facesim"] = r_facesim(e_g, e_t).item()  # S(i, p) <- mean of cosine(e_g, e_t) over T
 
 
 def average(rows: Iterable[dict], metric: str) -> tuple[float | None, dict[str, float]]:
@@ -209,8 +211,8 @@ Score pictures of people, made by any system, with the metrics of the Meta-LoRA 
   report      all of these for which there is input, and a page to look at
 
 examples:
-  python metrics.py report --images out/mine --people photos --prompts prompts/frontal.txt
-  python metrics.py clip-t --images out/mine --prompts prompts
+  python metrics.py report --images out/mine --people photos --prompts metaphd/prompts/frontal.txt
+  python metrics.py clip-t --images out/mine --prompts metaphd/prompts
   python metrics.py report --model tiny --images out/toy --people people --prompts words.txt
 
 docs/metrics.md describes the files and the scores.

@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from flux.errors import UserError
 from people.folders import Person, Photo, list_folders, photo_paths, read_caption
-from people.photos import DAMAGED, PHOTO_FORMATS, PHOTO_SUFFIXES, Size, any_size, decode_photo
+from people.photos import (
+    DAMAGED,
+    ORIENTATION,
+    PHOTO_FORMATS,
+    PHOTO_SUFFIXES,
+    TURNS,
+    Size,
+    any_size,
+    decode_photo,
+)
 from run.files import atomic
 from run.terminal import printable
 
@@ -243,7 +252,7 @@ def _changes(path: Path) -> list[str]:
         with Image.open(path, formats=PHOTO_FORMATS) as image:
             raw, mode = str(image.tile), image.mode
             frames = getattr(image, "n_frames", 1)  # reads all frames, of which a later one may be damaged
-            turned = image.getexif().get(0x0112, 1) not in (0, 1)
+            turned = image.getexif().get(ORIENTATION) in TURNS
             transparent = image.has_transparency_data
     except DAMAGED as error:
         raise UserError(printable(error)) from error

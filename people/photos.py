@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from flux.errors import UserError
 from run.terminal import printable
@@ -18,6 +18,19 @@ Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, half open
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_PIXELS = 200_000_000
+
+# How a photo is turned upright, by its EXIF orientation. ImageOps.exif_transpose would also write the EXIF
+# data anew, which fails on odd tags in photos that are otherwise good.
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # What Pillow raises on damaged files. Its plugins unpack headers and index into them without checks of their
 # own, so there are many types; tests/test_photos.py damages files of all six formats and lets no other pass.
@@ -60,7 +73,9 @@ def decode_photo(path: Path) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UserError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels")
-            return _to_rgb(ImageOps.exif_transpose(image))
+            image.load()  # first: a PNG may have its EXIF data behind the pixels
+            turn = TURNS.get(image.getexif().get(ORIENTATION))
+            return _to_rgb(image if turn is None else image.transpose(turn))
     except DAMAGED as error:
         if str(error).startswith("out of memory"):  # of a decoder; Pillow turns it into an OSError
             raise MemoryError(f"{printable(path)}: {error}") from error
@@ -84,7 +99,7 @@ def photo_size(path: Path) -> Size:
     try:
         with Image.open(path, formats=PHOTO_FORMATS) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5  # the EXIF orientations that swap the sides
+            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     except DAMAGED:
         return read_photo(path).size[::-1]  # it says what is wrong
     return (width, height) if turned else (height, width)

@@ -1,4 +1,4 @@
-"""Data as people have them: every fault is found, named and survived, before anything expensive."""
+"""The scan finds and names every fault in a data set; the manifest lists what is left."""
 
 import json
 import os
@@ -225,7 +225,25 @@ def test_a_manifest_takes_no_memory_for_photos(tmp_path):
     assert len(people.starts) == 3 and all(isinstance(start, int) for start in people.starts)
 
 
-# --- Anything at all ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [MemoryError, NameError, TypeError])
+def test_bugs_and_lack_of_memory_end_the_scan(tmp_path, monkeypatch, error):
+    """They say nothing about the photo, so it must not be skipped; the manifest of the last scan stays."""
+    make_person(tmp_path / "ids" / "anna")
+    look(tmp_path / "ids")
+    file = tmp_path / "out" / "people.jsonl"
+    before = file.read_bytes()
+    (tmp_path / "ids" / "anna" / "3.png").write_bytes((tmp_path / "ids" / "anna" / "2.png").read_bytes())
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(manifest, "decode_photo", fail)
+    with pytest.raises(error):
+        look(tmp_path / "ids")
+    assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
+
+
+# Anything at all
 
 
 @pytest.fixture(scope="module")

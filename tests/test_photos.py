@@ -2,11 +2,12 @@
 
 import io
 import random
+import struct
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from flux.errors import UserError
 from people import photos
@@ -28,6 +29,28 @@ def test_exif_rotation_is_applied(tmp_path):
     image = read_photo(tmp_path / "a.jpg")
     assert (image.mode, image.size) == ("RGB", (40, 60))
     assert image.getpixel((20, 5))[0] > 200 and image.getpixel((20, 55))[2] > 200
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_all_orientations_are_applied_as_by_pillow(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.effect_noise((40, 32), 50).save(tmp_path / "a.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png")).convert("RGB")
+    photo = read_photo(tmp_path / "a.png")
+    assert photo.size == expected.size and photo.tobytes() == expected.tobytes()
+    assert photo_size(tmp_path / "a.png") == (photo.height, photo.width)
+
+
+def test_odd_exif_tags_do_not_matter(tmp_path):
+    """Pillow cannot write such tags again, which `ImageOps.exif_transpose` would do."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words"
+    odd = exif.tobytes().replace(b"\x01\x0e\0\x02", b"\x01\0\0\x02")  # the width consists of words
+    halves().save(tmp_path / "a.jpg", exif=odd)
+    with pytest.raises(struct.error), Image.open(tmp_path / "a.jpg") as image:
+        ImageOps.exif_transpose(image)
+    assert read_photo(tmp_path / "a.jpg").size == (40, 60)
 
 
 @pytest.mark.parametrize("mode, suffix", [("RGBA", "png"), ("RGBA", "webp"), ("LA", "png"), ("P", "png")])
@@ -116,14 +139,6 @@ def test_missing_photo(tmp_path):
         read_photo(tmp_path / "nobody.jpg")
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_photo_size_is_that_of_the_upright_photo(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.new("RGB", (40, 32)).save(tmp_path / "a.jpg", exif=exif)
-    assert photo_size(tmp_path / "a.jpg") == read_photo(tmp_path / "a.jpg").size[::-1]
-
-
 # Damaged files
 
 
@@ -162,14 +177,16 @@ def damaged_files(count: int) -> Iterator[bytes]:
 def test_damaged_files_raise_nothing_but_our_error(tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "MAX_PIXELS", 100_000)  # a damaged header may say anything; this saves time
     path, seen, read = tmp_path / "a.jpg", set(), 0
-    for content in damaged_files(2000):
+    for k, content in enumerate(damaged_files(2000)):
         path.write_bytes(content)
+        if k % 4 == 0:
+            examine(path)
         try:
             read += read_photo(path).mode == "RGB"
         except UserError as error:
             seen.add(type(error.__cause__.__cause__))
     assert 200 < read < 1800
-    assert {UnidentifiedImageError, OSError, SyntaxError, IndexError, ValueError} <= seen, seen
+    assert {UnidentifiedImageError, OSError, SyntaxError, ValueError} <= seen
 
 
 @pytest.mark.parametrize("error", [MemoryError, AttributeError, NameError])
