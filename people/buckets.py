@@ -13,8 +13,8 @@ from people.photos import Size
 def deal_buckets(people: Sequence, bucket_ids: int, generator: torch.Generator) -> list[list]:
     """Deal people at random into as few buckets of at most `bucket_ids` people as possible.
 
-    The sizes of the buckets differ by one at most: 51 people make 26 and 25, for in a bucket of its own one
-    person alone would train meta_down.
+    The sizes of the buckets differ by one at most: 51 people make 26 and 25. With 50 and 1, one person alone
+    would train meta_down.
     """
     if not people or bucket_ids < 1:
         raise UserError(f"cannot deal {len(people)} people into buckets of {bucket_ids}")

@@ -36,12 +36,14 @@ def scan_people(folder: Path, option: str = "--data") -> list[Person]:
     """
     folders = list_folders(folder, option)
     people = [Person(pid, path.name, _list_photos(path)) for pid, path in enumerate(folders)]
-    if empty := [printable(person.name) for person in people if not person.photos]:
+    empty = [printable(person.name) for person in people if not person.photos]
+    if empty:
         names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
         kinds = ", ".join(PHOTO_SUFFIXES)
         raise UserError(f"{len(empty)} of {len(people)} people in {folder} have no photo ({kinds}): {names}")
     names = [f"{person.name}/{photo.path.name}" for person in people for photo in person.photos]
-    if odd := [printable(name) for name in names if {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl"}]:
+    odd = [printable(name) for name in names if {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl"}]
+    if odd:
         # Files and tables of results use these names.
         raise UserError(f"{folder}: these names have control characters, rename them: {', '.join(odd[:5])}")
     return people
@@ -63,11 +65,12 @@ def list_folders(folder: Path, option: str = "--data") -> list[Path]:
             sample = printable(below[0].relative_to(folder))
             problem = f"is a level too high: a person's photos should not be in {sample}"
             raise UserError(f"{option} {folder} {problem}")
-    if not folders and (photos := photo_paths(folder)):
-        raise UserError(
-            f"{option} {folder} is a level too low: it holds {len(photos)} photos; give the folder above it"
-        )
     if not folders:
+        photos = len(photo_paths(folder))
+        if photos:
+            raise UserError(
+                f"{option} {folder} is a level too low: it holds {photos} photos; give the folder above it"
+            )
         raise UserError(f"{option} {folder} is empty; it should hold one folder of photos per person")
     return folders
 

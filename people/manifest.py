@@ -157,7 +157,8 @@ def scan_photos(
                 photos = {}
             else:
                 digests = {files[name]["digest"] for name in photos}
-                if twin := _person_with_the_same(digests, path.name, owners, report):
+                twin = _person_with_the_same(digests, path.name, owners, report)
+                if twin:
                     report.add("left out", "people with the photos of another", path.name, f"as {twin}")
                     photos = {}
             if photos:

@@ -32,8 +32,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow raises on damaged files. Its plugins unpack headers and index into them without checks of their
-# own, so there are many types; tests/test_photos.py damages files of all six formats and lets no other pass.
+# What Pillow raises on damaged files. Its plugins read headers unchecked, so there are many types;
+# tests/test_photos.py damages files of all six formats to see that these are all.
 # MemoryError is not among them: it says nothing of the photo.
 DAMAGED = (
     OSError,  # most decoders; UnidentifiedImageError is one

@@ -160,8 +160,8 @@ class PaperEvaluators(Evaluators):
     def _find_and_embed_faces(self, images: list[Image.Image]) -> list[Entry]:
         """Return for each image the number of faces and, if there is any, the embedding of the largest."""
         faces = [yunet.find_faces(image, self.detector) for image in images]
-        entries = [{"count": torch.tensor(len(found))} for found in faces]
-        with_face = [k for k, found in enumerate(faces) if found]
+        entries = [{"count": torch.tensor(len(faces_of_image))} for faces_of_image in faces]
+        with_face = [k for k, entry in enumerate(entries) if entry["count"]]
         if with_face:
             boxes = [faces[k][0].box for k in with_face]
             embedded = self.recognizer.embed_faces([images[k] for k in with_face], boxes).cpu()

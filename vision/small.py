@@ -141,10 +141,10 @@ def named_in(prompt: str, vocabulary: dict[str, Sequence[str]]) -> dict[str, int
                 positions[name] = k
                 words_found.append(word)
     if not positions or len(positions) < len(words_found):
-        found = ", ".join(words_found) or "nothing"
+        named = ", ".join(words_found) or "nothing"
         known = "; ".join(f"{name}: {', '.join(words)}" for name, words in vocabulary.items())
         raise UserError(
-            f"the prompt {prompt!r} names {found}; to be scored it must name at "
+            f"the prompt {prompt!r} names {named}; to be scored it must name at "
             f"least one of these words, and at most one of each kind: {known}"
         )
     return positions
