@@ -2,11 +2,15 @@
 
 import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from run.files import atomic
 from scoring.tables import TITLES, scored_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = (
     "#0072B2",
@@ -17,6 +21,10 @@ COLOURS = (
     "#56B4E9",
 )  # Okabe and Ito's, which colour-blind people can tell apart
 MARKERS = "osD^vP"
+
+Key = tuple[str, int, float]  # method, rank and learning rate: what a curve is of
+Percents = dict[str, tuple[float, float]]  # by metric: the mean and half its interval, times 100
+Curves = dict[Key, dict[int, Percents]]  # the points of each curve by their steps
 
 
 def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
@@ -29,24 +37,10 @@ def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
     scores["system"], with "method", "rank", "lr" and "steps", tells on which curve a system is. A system
     without it, such as the base model, is a point at left and a horizontal line at right.
     """
-    curves, levels = {}, {}  # (method, rank, lr): {steps: percents}; name: percents
-    for name, scores in systems.items():
-        place, overall = scores.get("system") or {}, scores["overall"]
-        means = {
-            metric: overall[metric]
-            for metric in scored_metrics([scores])
-            if overall[metric]["mean"] is not None
-        }
-        percents = {metric: (100 * mean["mean"], 100 * (mean["ci95"] or 0)) for metric, mean in means.items()}
-        if place.get("steps") is None:
-            levels[name] = percents
-        else:
-            key = place["method"], place.get("rank") or 0, place.get("lr") or 0
-            curves.setdefault(key, {})[place["steps"]] = percents
-    curves = {key: dict(sorted(curves[key].items())) for key in sorted(curves)}
-    drawn = [percents for curve in curves.values() for percents in curve.values()]
-    plane = any({"clip-t", "r-facesim"} <= percents.keys() for percents in [*drawn, *levels.values()])
-    timed = [metric for metric in ("r-facesim", "clip-t") if any(metric in percents for percents in drawn)]
+    curves, levels = _collect(systems)
+    points = [percents for curve in curves.values() for percents in curve.values()]
+    plane = any({"clip-t", "r-facesim"} <= percents.keys() for percents in [*points, *levels.values()])
+    timed = [metric for metric in ("r-facesim", "clip-t") if any(metric in percents for percents in points)]
     if not plane and not timed:
         return False
 
@@ -76,7 +70,27 @@ def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
     return True
 
 
-def _draw_plane(axes, curves: dict, levels: dict, colours: dict) -> None:
+def _collect(systems: dict[str, dict]) -> tuple[Curves, dict[str, Percents]]:
+    """Return the curves, sorted by key and steps, and by name the systems that are on none."""
+    curves: Curves = {}
+    levels: dict[str, Percents] = {}
+    for name, scores in systems.items():
+        percents: Percents = {}
+        for metric in scored_metrics([scores]):
+            score = scores["overall"][metric]
+            if score["mean"] is not None:
+                percents[metric] = 100 * score["mean"], 100 * (score["ci95"] or 0)
+        place = scores.get("system") or {}
+        if place.get("steps") is None:
+            levels[name] = percents
+        else:
+            key = place["method"], place.get("rank") or 0, place.get("lr") or 0
+            curves.setdefault(key, {})[place["steps"]] = percents
+    return {key: dict(sorted(curves[key].items())) for key in sorted(curves)}, levels
+
+
+def _draw_plane(axes: "Axes", curves: Curves, levels: dict[str, Percents], colours: dict) -> None:
+    """Draw R-FaceSim against CLIP-T."""
     both, ranks, clouds = ("clip-t", "r-facesim"), sorted({rank for _, rank, _ in curves}), {}
     for (method, rank, lr), curve in curves.items():
         colour = colours[method, lr]
@@ -106,8 +120,10 @@ def _draw_plane(axes, curves: dict, levels: dict, colours: dict) -> None:
     axes.margins(0.1)
 
 
-def _draw_time(axes, metric: str, curves: dict, levels: dict, colours: dict) -> None:
-    for (method, lr), rank in {(method, lr): rank for method, rank, lr in reversed(curves)}.items():
+def _draw_time(axes: "Axes", metric: str, curves: Curves, levels: dict[str, Percents], colours: dict) -> None:
+    """Draw a metric against steps."""
+    smallest_ranks = {(method, lr): rank for method, rank, lr in reversed(curves)}  # the last one stays
+    for (method, lr), rank in smallest_ranks.items():
         key, look = (method, rank, lr), {"color": colours[method, lr]}
         known = {n: percents[metric] for n, percents in curves[key].items() if metric in percents}
         steps, (means, halves) = [*known], np.array([*known.values()]).reshape(-1, 2).T
@@ -123,7 +139,7 @@ def _draw_time(axes, metric: str, curves: dict, levels: dict, colours: dict) -> 
     axes.set(ylabel=TITLES[metric], xticks=sorted({n for curve in curves.values() for n in curve}))
 
 
-def _curve_name(key: tuple[str, int, float], curves: dict) -> str:
+def _curve_name(key: Key, curves: Curves) -> str:
     method, rank, lr = key
     several = len({rate for *_, rate in curves}) > 1
     return method + (f", rank {rank}" if rank else "") + (f", lr {lr:g}" if several else "")
