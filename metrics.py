@@ -1,8 +1,14 @@
-"""CLIP-T, CLIP-I, FaceSim and R-FaceSim on pictures by any system (paper, section 4.3 and Algorithm 3)."""
+"""CLIP-T, CLIP-I, FaceSim and R-FaceSim of pictures by any system (paper, section 4.3 and Algorithm 3).
+
+python metrics.py report --images out/mine --people photos --prompts metaphd/prompts/frontal.txt
+
+docs/metrics.md says how the files are laid out, what is written, and which networks look at the pictures.
+"""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,112 +19,181 @@ from run.arguments import Manual, Parser
 from run.command import run_script
 from run.files import check_writable
 from run.models import SHIPPED, add_device_argument, choose_device
-from scoring.evaluators import Judges, add_judge_arguments, load_judges
+from scoring.evaluators import Evaluators, add_evaluator_arguments, load_evaluators
+from scoring.inputs import class_of, find_photos, read_names, read_prompts
+from scoring.intervals import half_interval
 from scoring.report import write_report
-from scoring.samples import (
-    class_of,
-    find_missing,
-    find_photos,
-    make_rows,
-    read_names,
-    read_prompts,
-    scan_samples,
-)
-from scoring.tables import TITLES, shorten, summarize, write_scores
+from scoring.samples import find_missing, make_rows, scan_samples
+from scoring.tables import TITLES, shorten, write_scores
 
+# What each metric needs besides --images.
 NEEDS = {"clip-t": "prompts", "clip-i": "base", "facesim": "people", "r-facesim": "people"}
 
-# Formulas: embeddings (n, d) of n pictures in, cosines (n,) out
+# The formulas: cosines of embeddings (..., d)
 
 
-def clip_t(pictures: Tensor, prompts: Tensor) -> Tensor:
-    """Compare each picture with its prompt: the cosine, as CLIP's embeddings have length 1."""
-    return (pictures * prompts).sum(dim=-1)
+def clip_t(image: Tensor, prompt: Tensor) -> Tensor:
+    """Compare a picture with its prompt; CLIP's embeddings have length 1."""
+    return (image * prompt).sum(dim=-1)
 
 
-def clip_i(pictures: Tensor, base: Tensor) -> Tensor:
-    """Compare each picture with the base model's for the same prompt and seed."""
-    return F.cosine_similarity(pictures, base, dim=-1)
+def clip_i(image: Tensor, base_image: Tensor) -> Tensor:
+    """Compare a picture with the base model's picture for the same prompt and seed."""
+    return F.cosine_similarity(image, base_image, dim=-1)
 
 
-def facesim(faces: Tensor, reference: Tensor) -> Tensor:
-    """Compare each face with that of the photo which the system was given, (d,)."""
-    return F.cosine_similarity(faces, reference, dim=-1)
+def facesim(e_g: Tensor, e_ref: Tensor) -> Tensor:
+    """Compare a generated face with that in the reference, the photo which the system was given."""
+    return F.cosine_similarity(e_g, e_ref, dim=-1)
 
 
-def r_facesim(faces: Tensor, others: Tensor) -> Tensor:
-    """Average over the person's other photos, (k, d), without the reference: S(i, p) of Algorithm 3."""
-    return F.cosine_similarity(faces[:, None], others, dim=-1).mean(dim=1)  # (n, k) -> (n,)
+def r_facesim(e_g: Tensor, e_t: Tensor) -> Tensor:
+    """Compare a generated face (d,) with the faces in the person's other photos (k, d), and average."""
+    return F.cosine_similarity(e_g, e_t, dim=-1).mean()
 
 
-# Scores
+# Algorithm 3: S(i, p) of each generated picture, then their mean
 
 
-def score(rows: Sequence[dict], judges: Judges, photos=None, no_face: str = "zero") -> None:
-    """Add to the rows of `make_rows` the scores that they allow, and the number of faces.
+def score_faces(
+    rows: Sequence[dict], evaluators: Evaluators, photos: dict[str, Sequence[Path]], no_face: str = "zero"
+) -> None:
+    """Add FaceSim and R-FaceSim to the rows, one for each generated picture.
 
-    A score that is not to be had is None. photos: of each person, the reference first. no_face: zero or skip.
-    Raises ValueError on photos without a face.
+    photos: of each identity; the first is the reference, from which M was fine-tuned to make the pictures.
+    no_face: "zero" scores a picture without a face 0, "skip" None. R-FaceSim is None without a second photo.
     """
-    pictures = [row["path"] for row in rows]
-    if {"text", "base"} & rows[0].keys():
-        images = judges.embed_images(pictures)
-    if "text" in rows[0]:
-        put(rows, "clip-t", clip_t(images, judges.embed_texts([row["text"] for row in rows])))
-    if "base" in rows[0]:
-        put(rows, "clip-i", clip_i(images, judges.embed_images([row["base"] for row in rows])))
-    if photos:
-        real = embed_photos({row["person"]: photos[row["person"]] for row in rows}, judges)
-        for row, face, count in zip(rows, *judges.embed_faces(pictures)):
-            reference, others = real[row["person"]].tensor_split([1])
-            scored = count or no_face == "zero"  # without a face the embedding is zero, and all cosines are
-            row["faces"] = count
-            row["facesim"] = facesim(face[None], reference).item() if scored else None
-            row["r-facesim"] = r_facesim(face[None], others).item() if scored and len(others) else None
+    real = embed_photos({row["person"]: photos[row["person"]] for row in rows}, evaluators)
+    generated, counts = evaluators.embed_faces([row["path"] for row in rows])
+    # For each i in I, for each p in P, and for each seed: g <- M(p), e_g <- E(C(g)).
+    for row, e_g, faces in zip(rows, generated, counts, strict=True):
+        i = row["person"]
+        e_ref = real[i][0]  # ref <- select one(i)
+        e_t = real[i][1:]  # T <- i \ {ref}; e_t <- E(C(t)) for each t in T
+        row["faces"], row["facesim"], row["r-facesim"] = faces, None, None
+        if faces or no_face == "zero":  # without a face e_g is zero, and so are its cosines
+            row["facesim"] = facesim(e_g, e_ref).item()
+            if len(e_t) > 0:
+                row["r-facesim"] = r_facesim(e_g, e_t).item()  # S(i, p) <- mean of cosine(e_g, e_t) over T
 
 
-def embed_photos(photos: dict[str, Sequence[Path]], judges: Judges) -> dict[str, Tensor]:
-    """Embed everybody's real photos, (n, d) each; ValueError names those without a face."""
-    real, blank = {}, []
-    for name, paths in photos.items():
-        real[name], counts = judges.embed_faces(paths)
-        blank += [str(path) for path, count in zip(paths, counts) if count == 0]
-    if blank:
-        raise UserError(f"no face found in {shorten(blank)}: replace or remove")
-    return real
+def average(rows: Iterable[dict], metric: str) -> tuple[float | None, dict[str, float]]:
+    """Average a metric: R-FaceSim <- mean{S(i, p) : i in I, p in P}; the mean of each i is returned, too.
+
+    Over seeds first, then over prompts, then over identities, so that each weighs the same even if pictures
+    are missing. Rows without a score do not count. The mean of no rows is None.
+    """
+    scores: dict[str, dict[str, list[float]]] = {}  # by identity and prompt, one for each seed
+    for row in rows:
+        if row[metric] is not None:
+            scores.setdefault(row["person"], {}).setdefault(row["prompt"], []).append(row[metric])
+    means = {i: fmean(fmean(seeds) for seeds in prompts.values()) for i, prompts in scores.items()}
+    return (fmean(means.values()) if means else None), means
 
 
-def put(rows: Sequence[dict], metric: str, values: Tensor) -> None:
-    for row, value in zip(rows, values.tolist(), strict=True):
-        row[metric] = value
+# All scores of a system
 
 
 def evaluate(
     rows: Sequence[dict],
-    judges: Judges,
-    photos: dict | None,
+    evaluators: Evaluators,
+    photos: dict[str, Sequence[Path]] | None,
     metrics: Sequence[str],
     no_face: str,
     missing: Sequence[str] = (),
-    **about,
+    **about: object,
 ) -> dict:
-    """Score the rows and return all that is to be written of a system, `about` it what the caller knows."""
-    score(rows, judges, photos, no_face)
-    judged = {"name": judges.name, "note": judges.note, "weights": judges.used}
+    """Score the rows of `make_rows` and return everything that is written of a system.
+
+    photos: of each person, the reference first; about: further entries, such as settings.
+    """
+    score(rows, evaluators, photos, no_face)
+    used = {"name": evaluators.name, "note": evaluators.note, "weights": evaluators.used}
     remarks = remark(rows, missing, no_face)
-    return {**about, "judges": judged, "remarks": remarks, **summarize(rows, metrics), "pictures": rows}
+    return {**about, "evaluators": used, "remarks": remarks, **summarize(rows, metrics), "pictures": rows}
 
 
-def remark(rows: Sequence[dict], missing: list[str], no_face: str) -> dict[str, list[str]]:
-    """Name the pictures and people whose scores need a word."""
+def score(
+    rows: Sequence[dict],
+    evaluators: Evaluators,
+    photos: dict[str, Sequence[Path]] | None = None,
+    no_face: str = "zero",
+) -> None:
+    """Add to the rows all scores for which they have the input; UserError on a photo without a face."""
+    if "text" in rows[0] or "base" in rows[0]:
+        images = evaluators.embed_images([row["path"] for row in rows])
+    if "text" in rows[0]:
+        prompts = evaluators.embed_texts([row["text"] for row in rows])
+        for row, value in zip(rows, clip_t(images, prompts).tolist(), strict=True):
+            row["clip-t"] = value
+    if "base" in rows[0]:
+        base_images = evaluators.embed_images([row["base"] for row in rows])
+        for row, value in zip(rows, clip_i(images, base_images).tolist(), strict=True):
+            row["clip-i"] = value
+    if photos:
+        score_faces(rows, evaluators, photos, no_face)
+
+
+def embed_photos(photos: dict[str, Sequence[Path]], evaluators: Evaluators) -> dict[str, Tensor]:
+    """Embed the faces of each person's real photos, (n, d); UserError names photos without a face."""
+    embedded, without_face = {}, []
+    for name, paths in photos.items():
+        embedded[name], counts = evaluators.embed_faces(paths)
+        without_face += [str(path) for path, count in zip(paths, counts) if count == 0]
+    if without_face:
+        raise UserError(f"no face found in {shorten(without_face)}: replace or remove")
+    return embedded
+
+
+def summarize(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, dict]:
+    """Average the rows over all people, over those of each class, and for each person; not times 100."""
+    classes = {row["person"]: row["class"] for row in rows}
+    people = {name: {"class": kind} for name, kind in classes.items()}
+    for metric in metrics:
+        _, means = average(rows, metric)
+        for name in people:
+            people[name][metric] = means.get(name)
+    groups = {kind: [row for row in rows if row["class"] == kind] for kind in sorted({*classes.values()})}
+    return {
+        "overall": describe(rows, metrics),
+        "classes": {kind: describe(group, metrics) for kind, group in groups.items()},
+        "people": people,
+    }
+
+
+def describe(rows: Sequence[dict], metrics: Sequence[str]) -> dict:
+    """Return each metric's mean with its 95 % interval over people, and Table 3's relative difference."""
+    summary: dict = {"people": len({row["person"] for row in rows})}
+    people = {}
+    for metric in metrics:
+        mean, people[metric] = average(rows, metric)
+        half = half_interval([*people[metric].values()])
+        summary[metric] = {"mean": mean, "ci95": half, "people": len(people[metric])}
+    both = [i for i in people.get("facesim", ()) if i in people.get("r-facesim", ())]
+    # Not where FaceSim may be zero: that would be a division by chance.
+    if both and summary["facesim"]["mean"] > (summary["facesim"]["ci95"] or 0.1):
+        means = [fmean(people[metric][i] for i in both) for metric in ("facesim", "r-facesim")]
+        summary["relative difference"] = relative_difference(*means)
+    return summary
+
+
+def relative_difference(facesim: float, r_facesim: float) -> float | None:
+    """Return the change from FaceSim to R-FaceSim relative to FaceSim (paper, Table 3).
+
+    It is -0.11 for a system that copies the pose of the reference.
+    """
+    return (r_facesim - facesim) / facesim if facesim > 0 else None
+
+
+def remark(rows: Sequence[dict], missing: Sequence[str], no_face: str) -> dict[str, list[str]]:
+    """List the pictures and people whose scores need an explanation, by what is to be said of them."""
     faces = [(str(row["path"]), row.get("faces", 1)) for row in rows]
+    effect = "counted as 0" if no_face == "zero" else "left out"
     alone = {row["person"] for row in rows if row.get("faces") and row["r-facesim"] is None}
     remarks = {
-        "missing": missing,
-        f"no face found, {'counted as 0' if no_face == 'zero' else 'left out'}": [
-            path for path, count in faces if count == 0
-        ],
-        "several faces, the largest is judged": [path for path, count in faces if count > 1],
+        "missing": [*missing],
+        f"no face found, {effect}": [path for path, count in faces if count == 0],
+        "several faces, the largest is scored": [path for path, count in faces if count > 1],
         "no photo besides the reference, so no R-FaceSim": sorted(alone),
     }
     return {title: names for title, names in remarks.items() if names}
@@ -126,71 +201,60 @@ def remark(rows: Sequence[dict], missing: list[str], no_face: str) -> dict[str, 
 
 # Command line
 
-MANUAL = """
+DESCRIPTION = """
 Score pictures of people, made by any system, with the metrics of the Meta-LoRA paper.
 
-commands:
-  clip-t      does it show what the prompt says? CLIP's cosine of picture and prompt; needs --prompts
-  clip-i      is it still the base model's scene? CLIP's cosine with that one's picture; needs --base
-  facesim     is it the person? cosine of the face with the reference photo's; needs --people
-  r-facesim   the same, a copied pose unrewarded: mean cosine with the person's other photos; needs --people
-  report      all of these for which there is input
-
-files:
-  --images    DIR/<person>/<prompt>/<seed>.png, every prompt with the same seeds. A prompt's folder begins
-              with its place in the list, counted from 0: 03, or 03_any-words
-  --prompts   a prompt per line, [man/woman] and [his/her] filled in by class; or a folder, as prompts/,
-              with a <class>.txt for each class
-  --base      DIR/<prompt>/<seed>.png under the same names; in DIR/<class> or DIR/<person> where they differ
-  --people    DIR/<person>/*.jpg|png, real photos; the first by name is the reference, which the system was
-              given, unless --references names another: {"anna": "03.jpg"}
-  --classes   {"anna": "woman", ...}; without it woman_anna is a woman, man_2 a man, others a person
-  --out       FILE.json with all numbers, as they are; beside it FILE.csv with those of every picture, the
-              table as FILE.md, and of report a page to look at, FILE.html. Tables are times 100: the mean
-              over seeds, then prompts, then people, and its 95 % confidence interval over people by
-              Student's t; and the relative difference of R-FaceSim from FaceSim (the paper's table 3), a
-              dash where FaceSim itself may be chance. What is left out is named.
-  A picture by sample.py says what it was made from: a prompt other than the list's is an error.
-
-judges:
-  CLIP ViT-B/32, and Inception-ResNet-v1 on the largest face that YuNet finds. But pictures of a --model that
-  brings judges of its own, as tiny does in tiny/weights/judges, are theirs: CLIP-T is then the share of what
-  the prompt names (of all that they know: scene, shirt, ...) that is seen, CLIP-I the cosine of what is seen
-  in both pictures, and a face the whole picture. Such scores say so, and compare with no others.
+  clip-t      compare each picture with its prompt
+  clip-i      compare each picture with the base model's
+  facesim     compare each face with the reference photo's
+  r-facesim   compare each face with the person's other photos
+  report      all of these for which there is input, and a page to look at
 
 examples:
-  python metrics.py report --images out/mine --people photos --prompts prompts/frontal.txt
-  python metrics.py clip-t --images out/mine --prompts prompts
-  python metrics.py report --model tiny --images out/drawn --people drawn --prompts words.txt
+  python metrics.py report --images out/mine --people photos --prompts metaphd/prompts/frontal.txt
+  python metrics.py clip-t --images out/mine --prompts metaphd/prompts
+  python metrics.py report --model tiny --images out/toy --people people --prompts words.txt
+
+docs/metrics.md describes the files and the scores.
 """
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=MANUAL, formatter_class=Manual)
+    parser = Parser(description=DESCRIPTION, formatter_class=Manual)
     parser.add_argument("command", choices=[*TITLES, "report"], metavar="command", help="one of the above")
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
-    parser.add_argument("--images", required=True, **folder, help="pictures to be scored")
-    parser.add_argument("--prompts", **file, help="what they were made from; or a folder")
-    parser.add_argument("--base", **folder, help="the base model's pictures")
-    parser.add_argument("--people", **folder, help="real photos of the people")
-    parser.add_argument("--references", **file, help="which photo of each person the system was given")
-    parser.add_argument("--classes", **file, help="class of each person")
+    parser.add_argument("--images", required=True, **folder, help="DIR/<person>/<prompt>/<seed>.png")
+    parser.add_argument("--prompts", **file, help="a prompt per line; or a folder with <class>.txt")
+    parser.add_argument("--base", **folder, help="the base model's pictures, DIR/<prompt>/<seed>.png")
+    parser.add_argument(
+        "--people", **folder, help="real photos, DIR/<person>/*.jpg; the first is the reference"
+    )
+    parser.add_argument("--references", **file, help='other references, {"anna": "03.jpg"}')
+    parser.add_argument("--classes", **file, help='{"anna": "woman"}; default: by name, as woman_anna')
     parser.add_argument("--out", **file, help="default: out/scores.json, or out/<command>.json")
     parser.add_argument("--incomplete", action="store_true", help="score although pictures are missing")
-    add_judge_arguments(parser)
+    add_evaluator_arguments(parser)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help=f"whose judges to take: {', '.join(SHIPPED)}, or a model folder")
+    group.add_argument(
+        "--model", help=f"use the evaluators that come with it: {', '.join(SHIPPED)}, or a folder"
+    )
     add_device_argument(group)
-    group.add_argument("--cache", default=Path("out/judged"), **folder, help="embeddings to keep")
+    group.add_argument("--cache", default=Path("out/judged"), **folder, help="keeps embeddings")
     parser.set_defaults(dtype="fp32")
     args = parser.parse_args(argv)
-    args.metrics = [args.command] if args.command != "report" else [m for m in TITLES if vars(args)[NEEDS[m]]]
-    if lacking := [NEEDS[metric] for metric in args.metrics if not vars(args)[NEEDS[metric]]]:
-        parser.error(f"{args.command} needs --{lacking[0]}")
+    given = vars(args)
+    if args.command == "report":
+        args.metrics = [metric for metric in TITLES if given[NEEDS[metric]]]
+    else:
+        args.metrics = [args.command]
     if not args.metrics:
         parser.error("report needs at least one of --prompts, --base and --people")
-    unused = {*NEEDS.values()} - {NEEDS[metric] for metric in args.metrics}
-    vars(args).update(dict.fromkeys(unused))
+    needed = {NEEDS[metric] for metric in args.metrics}
+    for name in needed:
+        if not given[name]:
+            parser.error(f"{args.command} needs --{name}")
+    for name in {*NEEDS.values()} - needed:
+        given[name] = None
     args.out = args.out or Path("out") / f"{'scores' if args.command == 'report' else args.command}.json"
     return args
 
@@ -203,7 +267,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.people:
         least = 2 if args.command == "r-facesim" else 1  # the reference, and one to compare with
         references = read_names(args.references, "--references")
-        people = list(photos := find_photos(args.people, references, people, least))
+        photos = find_photos(args.people, references, people, least)
+        people = list(photos)
     given = read_names(args.classes, "--classes")
     classes = {name: class_of(name, given) for name in people}
     if args.prompts:
@@ -213,9 +278,13 @@ def main(argv: list[str] | None = None) -> None:
     if missing and not args.incomplete:
         raise UserError(f"{args.images} lacks {shorten(missing)}; --incomplete scores what is there")
 
-    judges = load_judges(args, TensorCache(args.cache), choose_device(args)[0])
-    scores = evaluate(rows, judges, photos, args.metrics, args.no_face, missing, settings=vars(args))
-    print(text := write_scores(args.out, scores, args.metrics))
+    device, _ = choose_device(args)
+    evaluators = load_evaluators(
+        args.model, TensorCache(args.cache), device, args.clip, args.recognizer, args.detector
+    )
+    scores = evaluate(rows, evaluators, photos, args.metrics, args.no_face, missing, settings=vars(args))
+    text = write_scores(args.out, scores, args.metrics)
+    print(text)
     if args.command == "report":
         page = args.out.with_suffix(".html")
         write_report(page, {args.images.name: scores}, photos, table=text)

@@ -52,9 +52,10 @@ from run.pictures import save_picture
 from run.plan import MemoryOptions, Plan, Workload, add_memory_arguments, estimate, make_plan
 from run.settings import Training, add_training_arguments
 from scoring.curves import draw_curves
-from scoring.evaluators import Judges, add_judge_arguments, load_judges
+from scoring.evaluators import Evaluators, add_evaluator_arguments, load_evaluators
+from scoring.inputs import class_of, find_photos, read_names, read_prompts
 from scoring.report import write_report
-from scoring.samples import Sample, class_of, find_photos, read_names, read_prompts
+from scoring.samples import Sample
 from scoring.sheets import write_sheets
 from scoring.tables import TITLES, table, write_scores
 from vision.detector import load_detector
@@ -133,7 +134,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--seeds", type=int, default=5, help="pictures of each prompt, with seeds 0, 1, ...")
     group.add_argument("--sample-steps", type=int, default=30, help="Euler steps")
     group.add_argument("--guidance", type=float, default=3.5, help="the model's guidance input")
-    add_judge_arguments(parser)
+    add_evaluator_arguments(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--at-once", type=int, default=1, help="people who learn side by side, and pictures in a batch"
@@ -211,10 +212,10 @@ class Benchmark:
         return personalize.add_adapters(model, self.prior_of(run), run.rank, self.args.targets, seeds)
 
     def check(self) -> None:
-        """Let the judges look at all photos and prompts, before days of work, and find the faces."""
-        judges = self.load_judges()
-        judges.embed_texts([text for subject in self.subjects for text in subject.prompts])
-        metrics.embed_photos({subject.name: subject.photos for subject in self.subjects}, judges)
+        """Embed all photos and prompts before days of work, and find the faces."""
+        evaluators = self.load_evaluators()
+        evaluators.embed_texts([text for subject in self.subjects for text in subject.prompts])
+        metrics.embed_photos({subject.name: subject.photos for subject in self.subjects}, evaluators)
         detector, self.boxes = cache(lambda: load_detector(self.args.detector)), {}
         for augment in sorted({run.augment for run in self.runs}):
             for subject in self.subjects:
@@ -226,8 +227,9 @@ class Benchmark:
                     boxes = crop_boxes(photo.size[::-1], face)
                 self.boxes[augment, subject] = boxes
 
-    def load_judges(self) -> Judges:
-        return load_judges(self.args, TensorCache(self.args.out / "judged"), self.device)
+    def load_evaluators(self) -> Evaluators:
+        args, cache = self.args, TensorCache(self.args.out / "judged")
+        return load_evaluators(args.model, cache, self.device, args.clip, args.recognizer, args.detector)
 
     def _read_settings(self) -> dict:
         if not self.file.exists():
@@ -394,7 +396,7 @@ class Benchmark:
             eject(self.model)
         bar.close()
 
-    def score(self, system: str, judges: Judges) -> dict:
+    def score(self, system: str, evaluators: Evaluators) -> dict:
         """Compute all metrics of a system, write them, and draw a sheet for everybody; return the scores."""
         rows, names = [], [*TITLES]
         for subject in self.subjects:
@@ -403,7 +405,7 @@ class Benchmark:
                 rows.append({**vars(x), "class": subject.kind, "text": text, "base": base.path})
         photos = {subject.name: subject.photos for subject in self.subjects}
         about = {"system": self.systems[system], "settings": vars(self.args)}
-        scores = metrics.evaluate(rows, judges, photos, names, self.args.no_face, **about)
+        scores = metrics.evaluate(rows, evaluators, photos, names, self.args.no_face, **about)
         write_scores(self.args.out / "scores" / f"{system}.json", scores, names)
         write_sheets(self.args.out / "sheets" / system, scores, photos)
         return scores
@@ -458,11 +460,11 @@ def measure(args: argparse.Namespace) -> None:
                 benchmark.draw(run.system(step))
         benchmark.unload()
 
-    judges = benchmark.load_judges()
+    evaluators = benchmark.load_evaluators()
     systems = tqdm(benchmark.systems, "scoring", unit="system")
-    scores = {name: benchmark.score(name, judges) for name in systems}
+    scores = {name: benchmark.score(name, evaluators) for name in systems}
     text = table({name: own["overall"] for name, own in scores.items()}, [*TITLES])
-    text += f"\n\n{judges.note}" if judges.note else ""
+    text += f"\n\n{evaluators.note}" if evaluators.note else ""
     print(text)
     with atomic(args.out / "scores.md") as temporary:
         temporary.write_text(text + "\n", "utf-8")

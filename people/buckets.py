@@ -1,4 +1,4 @@
-"""The order of stage 1 (paper, Algorithm 1): people dealt into buckets, their photos into batches."""
+"""Deal people into buckets and their photos into batches (paper, Algorithm 1)."""
 
 import math
 from collections import Counter
@@ -9,13 +9,12 @@ import torch
 from flux.errors import UserError
 from people.photos import Size
 
-# The order of training
-
 
 def deal_buckets(people: Sequence, bucket_ids: int, generator: torch.Generator) -> list[list]:
-    """Deal people at random into the fewest buckets of at most `bucket_ids`, of equal size give or take one.
+    """Deal people at random into as few buckets of at most `bucket_ids` people as possible.
 
-    Cutting 51 people after 50 would leave a bucket that moves meta_down for one person; so it is 26 and 25.
+    The sizes of the buckets differ by one at most: 51 people make 26 and 25. With 50 and 1, one person alone
+    would train meta_down.
     """
     if not people or bucket_ids < 1:
         raise UserError(f"cannot deal {len(people)} people into buckets of {bucket_ids}")
@@ -27,10 +26,11 @@ def deal_buckets(people: Sequence, bucket_ids: int, generator: torch.Generator) 
 def deal_batches(
     shapes: Sequence[Size], uses: int, batch: int, generator: torch.Generator
 ) -> list[list[int]]:
-    """Return a bucket's batches, lists of positions in `shapes`; their number is the paper's q_bucket.
+    """Return the batches of a bucket as lists of positions in `shapes`. Their number is the paper's q_bucket.
 
-    Every image comes `uses` times, again only after all others of its shape have come. A batch has one
-    shape; only the last of a shape may have fewer than `batch` images. Shapes alternate at random.
+    shapes: of each image of the bucket. All images of a batch have the same shape. Each image is used `uses`
+    times, and comes again only after all others of its shape. The last batch of a shape may be smaller than
+    `batch`. The batches of different shapes are mixed at random.
     """
     queues: dict[Size, list[list[int]]] = {}
     for shape in dict.fromkeys(shapes):

@@ -1,4 +1,4 @@
-"""Shapes that are trained in, and the crops around a face (paper, appendix D)."""
+"""Choose the crops around a face (paper, appendix D), and the shape in which a picture is trained."""
 
 import math
 from collections.abc import Sequence
@@ -17,14 +17,13 @@ COMMON_RATIOS = (*ASPECT_RATIOS, (3, 2), (2, 3), (5, 4), (4, 5))  # of photos
 SHORT_SIDES = (1.5, 2.0, 2.5, 3.5, 4.5)  # times the longer side of the face; paper, appendix D
 
 
-# Shapes and crops
-
-
 def fit_shape(size: Size, resolution: int, multiple: int) -> Size:
-    """Return the shape in which a picture of `size` is trained.
+    """Return the (height, width) in which a picture of `size` is trained.
 
-    Both sides are multiples of `multiple`, the area is at most resolution ** 2, nothing is enlarged; of the
-    neighbouring shapes the one nearest in aspect wins. FLUX.1: 16, its autoencoder's 8 times its packing's 2.
+    Both sides are multiples of `multiple`, the area is at most resolution ** 2, and nothing is enlarged. Of
+    the possible shapes the one with the nearest aspect ratio is taken.
+    multiple: 16 for FLUX.1, whose autoencoder divides sides by 8 and whose packing divides them by 2.
+    Raises UserError when the picture is too small or too narrow.
     """
     height, width = size
     blocks = resolution**2 // multiple**2
@@ -38,7 +37,7 @@ def fit_shape(size: Size, resolution: int, multiple: int) -> Size:
     if not shapes:
         raise UserError(
             f"a picture of {height} x {width} pixels (h x w) is too small or too narrow: "
-            f"at resolution {resolution} both sides must come to {multiple} pixels at least"
+            f"at resolution {resolution} both sides must keep at least {multiple} pixels"
         )
 
     def badness(shape: Size) -> tuple[float, int]:
@@ -51,10 +50,11 @@ def fit_shape(size: Size, resolution: int, multiple: int) -> Size:
 
 @lru_cache
 def common_shape(size: Size, resolution: int, multiple: int) -> Size:
-    """Return one of few shapes, so that photos of all sizes make whole batches.
+    """Return the (height, width) in which a photo is trained: one of few, so that photos fill whole batches.
 
-    The nearest of nine aspect ratios, in the largest eighth of the resolution in which nothing is enlarged. A
-    photo too small for the least of them keeps its own shape.
+    The aspect ratio is the nearest of COMMON_RATIOS. The area is that of a square with a side of 8/8, 7/8, ..
+    1/8 of the resolution, the largest at which nothing is enlarged. A photo too small for all of them gets
+    its `fit_shape`.
     """
     height, width = size
     across, down = min(COMMON_RATIOS, key=lambda ratio: abs(math.log(ratio[0] / ratio[1] * height / width)))
@@ -68,15 +68,15 @@ def common_shape(size: Size, resolution: int, multiple: int) -> Size:
 
 
 def to_tensor(image: Image.Image, shape: Size, box: Box | None = None, flip: bool = False) -> Tensor:
-    """Turn an RGB image, or a box of it, into a (3, h, w) float32 tensor in [-1, 1] of the given shape.
+    """Turn an RGB image, or a box of it, into a float32 tensor (3, *shape) in [-1, 1].
 
-    The box is covered, not squeezed: the few pixels by which its aspect differs are cut off on both sides.
+    The aspect ratio is kept. If that of the box is another, equal parts are cut off on both sides.
     """
     height, width = shape
     x0, y0, x1, y1 = box or (0, 0, *image.size)
     scale = min((x1 - x0) / width, (y1 - y0) / height)  # source pixels per pixel
     left, top = (x0 + x1 - width * scale) / 2, (y0 + y1 - height * scale) / 2
-    # PIL's resize reads a fractional box and widens its filter when shrinking, so one resampling does it all.
+    # Pillow's resize takes a fractional box and widens its filter when shrinking: one resampling does it all.
     source = (max(left, x0), max(top, y0), min(left + width * scale, x1), min(top + height * scale, y1))
     pixels = np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=source))
     tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1  # (3, h, w)
@@ -86,12 +86,12 @@ def to_tensor(image: Image.Image, shape: Size, box: Box | None = None, flip: boo
 def crop_boxes(size: Size, face: Sequence[float]) -> list[Box]:
     """Return the crops of a photo around its face, at most 25, all different (paper, appendix D).
 
-    For each aspect ratio and each of SHORT_SIDES, a crop whose short side is that many times the longer side
-    of the face, centred on it and shifted, never padded, to stay inside the photo. Crops that do not fit
-    give way, once, to the largest of their aspect ratio that does. Even that can be smaller than the face:
-    16:9 cuts a tall face in an upright portrait. It stays centred, which keeps as much of the face as can be.
+    For each of ASPECT_RATIOS and SHORT_SIDES there is a crop whose short side is that many times f_long, the
+    longer side of the face. It is centred on the face and shifted, never padded, to lie inside the photo.
+    Crops that are too large for the photo are replaced by the largest of their aspect ratio, which is listed
+    once. That can still cut the face, such as 16:9 in an upright portrait; it is then centred on it.
 
-    size: the photo's (height, width). Raises ValueError when the face is not inside the photo.
+    size: the photo's (height, width). Raises UserError when the face is not inside the photo.
     """
     height, width = size
     x0, y0, x1, y1 = face

@@ -1,4 +1,4 @@
-"""A people data set as stage 1 reads it: encoded once to a cache on disk, loaded a bucket at a time."""
+"""The people data set of stage 1: encoded once into a cache on disk, then loaded bucket by bucket."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ from run.files import fingerprint
 from run.ranks import Ranks
 from run.settings import Training
 
-VERSION = 1  # raise it whenever `to_tensor` changes a pixel: latents made before are then encoded anew
+VERSION = 1  # raise it whenever `to_tensor` changes, so that all photos are encoded anew
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What an update learns from."""
+    """The samples of one update."""
 
     inputs: dict[str, Tensor]  # the arguments of `flow_loss`
-    slots: Tensor  # (b,) the identity of each sample in its bucket
-    photos: list[str]  # their files
+    slots: Tensor  # (b,) of the person on each photo
+    photos: list[str]  # paths
 
     @property
     def t(self) -> list[float]:
@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BucketData:
-    """The photos of a bucket, encoded: a list entry each."""
+    """The encoded photos of a bucket: one entry in each list per photo."""
 
     paths: list[Path]
     slots: list[int]
@@ -50,9 +50,9 @@ class BucketData:
 
 
 class LatentDataset:
-    """How photos and captions become entries of the cache: in which shape, and under which keys.
+    """People, with the latents of their photos and the embeddings of their captions in a cache.
 
-    The keys hold everything that an entry depends on, so entries of other settings are never taken for ours.
+    The key of an entry is a hash of everything it depends on, so entries of other settings are never used.
     """
 
     def __init__(
@@ -66,17 +66,19 @@ class LatentDataset:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        """shape: in which a photo of a size is trained; t5_length: None for what the tokenizer says."""
+        """shape: returns the (height, width) in which a photo of a size is trained.
+        t5_length: number of tokens; None takes the tokenizer's.
+        """
         self.people, self.cache, self.files, self.shape = people, cache, files, shape
         self.t5_length, self.device, self.dtype = t5_length, device, dtype
         sizes = flux.load_autoencoder(files.autoencoder, "meta").sizes  # from the header alone
         self.autoencoder = f"{fingerprint(files.autoencoder)} {sizes} {dtype}"
         sizes = flux.load_clip(files.clip, "meta").sizes, flux.load_t5(files.t5, "meta").sizes
         folders = [files.tokenizers / name for name in ("tokenizer", "tokenizer_2")]
-        words = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-        self.encoders = f"{fingerprint(files.clip, files.t5, *words)} {sizes} {t5_length} {dtype}"
+        vocabularies = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+        self.encoders = f"{fingerprint(files.clip, files.t5, *vocabularies)} {sizes} {t5_length} {dtype}"
         self.default_caption = f"a photo of a {class_word}"
-        # Of the sample grids.
+        # For the sample grids that training writes.
         self.sample_prompts = [self.default_caption, f"{self.default_caption} smiling at the beach"]
 
     def caption(self, photo: Photo) -> str:
@@ -86,46 +88,60 @@ class LatentDataset:
         return content_key(text, self.encoders)
 
     def keys(self, photo: Photo) -> tuple[str, str]:
-        """Return the keys of its latents and of its caption."""
+        """Return the keys of a photo's latents and of its caption."""
         latents = content_key(VERSION, photo.digest, self.shape(photo.size), self.autoencoder)
         return latents, self.prompt_key(self.caption(photo))
 
     def encode(self, ranks: Ranks, vram: float | None = None) -> None:
-        """Encode what the cache has not yet; the encoders are loaded for that only, and gone afterwards.
+        """Encode all photos and captions that are not in the cache yet.
 
-        The ranks share the work by key, so that no entry is made twice.
+        The encoders are loaded only if there are any, and freed afterwards. Each rank encodes its part.
         """
-        lacks = lambda key: ranks.makes(key) and key not in self.cache
-        missing = [False, any(lacks(self.prompt_key(text)) for text in self.sample_prompts)]
-        for photo in (photo for person in self.people for photo in person.photos):
-            missing = [known or lacks(key) for known, key in zip(missing, self.keys(photo))]
-            if all(missing):
-                break
-        if missing[0]:
+        photos_left, prompts_left = self._find_missing(ranks)
+        if photos_left:
             autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
             for person in tqdm(self.people, "latents of people", disable=not ranks.leads):
                 for photo in person.photos:
-                    if lacks(key := self.keys(photo)[0]):
+                    key, _ = self.keys(photo)
+                    if self._lacks(key, ranks):
                         picture = to_tensor(read_photo(photo.path), self.shape(photo.size))
                         self.cache.put(key, encode_picture(picture, autoencoder))
             del autoencoder
             release(self.device)
-        if missing[1]:
+        if prompts_left:
             conditioner = flux.load_conditioner(self.files, self.device, self.dtype, self.t5_length, vram)
             captions = (self.caption(photo) for person in self.people for photo in person.photos)
             for text in chain(self.sample_prompts, tqdm(captions, "captions", disable=not ranks.leads)):
-                if lacks(key := self.prompt_key(text)):
+                key = self.prompt_key(text)
+                if self._lacks(key, ranks):
                     self.cache.put(key, encode_prompt(text, conditioner))
             del conditioner
             release(self.device)
-        ranks.wait()  # each has made a part
+        ranks.wait()  # until the others have encoded their parts
+
+    def _lacks(self, key: str, ranks: Ranks) -> bool:
+        """Say whether an entry is missing that this rank has to make."""
+        return ranks.makes(key) and key not in self.cache
+
+    def _find_missing(self, ranks: Ranks) -> tuple[bool, bool]:
+        """Say whether any latents, and whether any prompts, are missing that this rank has to make."""
+        photos_left = False
+        prompts_left = any(self._lacks(self.prompt_key(text), ranks) for text in self.sample_prompts)
+        for person in self.people:
+            for photo in person.photos:
+                latents, caption = self.keys(photo)
+                photos_left = photos_left or self._lacks(latents, ranks)
+                prompts_left = prompts_left or self._lacks(caption, ranks)
+            if photos_left and prompts_left:
+                break
+        return photos_left, prompts_left
 
     def shapes(self, pids: Sequence[int]) -> list[Size]:
-        """Return in which shapes the photos of some people are trained."""
+        """Return the shape in which each photo of some people is trained."""
         return [self.shape(photo.size) for pid in pids for photo in self.people[pid].photos]
 
     def load(self, pids: Sequence[int]) -> BucketData:
-        """Read the photos of a bucket's people, whose slots are their places in `pids`."""
+        """Load the encoded photos of a bucket; the slot of a person is the position in `pids`."""
         photos = [(slot, photo) for slot, pid in enumerate(pids) for photo in self.people[pid].photos]
         keys = [self.keys(photo) for _, photo in photos]
         loaded = self._fetch({key for pair in keys for key in pair})
@@ -139,20 +155,23 @@ class LatentDataset:
     def batch(
         self, data: BucketData, chosen: Sequence[int], generator: torch.Generator, training: Training
     ) -> Batch:
-        """Stack the chosen photos of a bucket, of one shape, and draw their noise and times."""
+        """Stack the chosen photos of a bucket, all of one shape, and draw their noise and times."""
         entries = [data.entries[k] for k in chosen]
         inputs = make_batch(entries, generator, training, self.device, self.dtype)
         slots = torch.tensor([data.slots[k] for k in chosen], device=self.device)
         return Batch(inputs, slots, [str(data.paths[k]) for k in chosen])
 
     def load_sample_prompts(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return by text what the sample grids show: txt (1, l, d) and pooled (1, d)."""
+        """Return txt (1, l, d) and pooled (1, d) of each prompt of the sample grids."""
         keys = {text: self.prompt_key(text) for text in self.sample_prompts}
         loaded = self._fetch(keys.values())
-        return {x: tuple(loaded[key][part][None] for part in ("txt", "pooled")) for x, key in keys.items()}
+        return {text: (loaded[key]["txt"][None], loaded[key]["pooled"][None]) for text, key in keys.items()}
 
     def _fetch(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         loaded = {key: self.cache.get(key) for key in keys}
-        if lost := sum(entry is None for entry in loaded.values()):
-            raise UserError(f"{self.cache.folder} has lost {lost} entries; the same command makes them anew")
+        lost = sum(entry is None for entry in loaded.values())
+        if lost:
+            raise UserError(
+                f"{lost} entries of {self.cache.folder} are gone or damaged; the same command makes them anew"
+            )
         return loaded

@@ -1,4 +1,4 @@
-"""Which face of a photo is the person's: told beside the photo, or the only one that matters."""
+"""Find the face of the person in a photo: in a faces.json beside it, or with the detector."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def known_face(path: Path) -> Box | None:
-    """Return the box that a faces.json beside a photo tells of it, {"01.jpg": [x0, y0, x1, y1]}."""
+    """Return the box that a photo has in the faces.json of its folder, {"01.jpg": [x0, y0, x1, y1]}."""
     file = path.with_name("faces.json")
     known = read_json(file) if file.is_file() else {}
     if path.name not in known:
@@ -32,14 +32,17 @@ def find_face(
     detector: "cv2.FaceDetectorYN",
     advice: str = "say where it is: --face x0,y0,x1,y1; or train on the whole photo: --no-augment",
 ) -> Box:
-    """Return the box of the only face that matters; UserError with advice when there is none or several."""
+    """Return the box of the only large face in a photo.
+
+    advice: what else the user can do, for the UserError that is raised when there is no face, or several.
+    """
     faces = find_faces(photo, detector)
     if not faces:
         raise UserError(
             f"{path}: no face found in {photo.width}x{photo.height} pixels. Take a photo in which the face "
             f"is upright and unobstructed, or {advice}"
         )
-    # Bystanders far behind do not count.
+    # People far behind do not count.
     prominent = [face for face in faces if face.area > faces[0].area / 4]
     if len(prominent) > 1:
         boxes = "\n".join("  " + ",".join(map(str, face.box)) for face in prominent)

@@ -1,4 +1,4 @@
-"""Folders of people: whose photos there are, and their captions."""
+"""List the people, photos and captions in a folder."""
 
 import unicodedata
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ MAX_CAPTION = 2**16  # bytes
 @dataclass(frozen=True, slots=True)
 class Photo:
     path: Path
-    caption: str | None  # None: the trainer says "a photo of a <class>"
-    size: Size | None = None  # of the upright photo; where nobody has looked yet, None
+    caption: str | None  # None: the default one, "a photo of a <class>"
+    # Known after a scan, see people/manifest.py:
+    size: Size | None = None  # of the upright photo
     digest: str | None = None  # SHA-256 of the file
 
 
@@ -31,25 +32,27 @@ def scan_people(folder: Path, option: str = "--data") -> list[Person]:
 
     People and photos are sorted by name; pids count from 0. Hidden files and folders are left out.
     option: what the folder is called in messages.
-    Raises FileNotFoundError or ValueError when the folder is laid out otherwise, or a person has no photo.
+    Raises FileNotFoundError or UserError when the folder has another layout, or a person has no photo.
     """
     folders = list_folders(folder, option)
     people = [Person(pid, path.name, _list_photos(path)) for pid, path in enumerate(folders)]
-    if empty := [printable(person.name) for person in people if not person.photos]:
+    empty = [printable(person.name) for person in people if not person.photos]
+    if empty:
         names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
         kinds = ", ".join(PHOTO_SUFFIXES)
         raise UserError(f"{len(empty)} of {len(people)} people in {folder} have no photo ({kinds}): {names}")
     names = [f"{person.name}/{photo.path.name}" for person in people for photo in person.photos]
-    if odd := [printable(name) for name in names if {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl"}]:
-        # Files and pages are called after them, in which such names would be lost or obeyed.
-        raise UserError(f"{folder}: rename what has control characters in its name: {', '.join(odd[:5])}")
+    odd = [printable(name) for name in names if {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl"}]
+    if odd:
+        # Files and tables of results use these names.
+        raise UserError(f"{folder}: these names have control characters, rename them: {', '.join(odd[:5])}")
     return people
 
 
 def list_folders(folder: Path, option: str = "--data") -> list[Path]:
     """Return the people's folders, sorted by name.
 
-    Raises FileNotFoundError or ValueError when there are none, or the folder is a level too high or too low.
+    Raises FileNotFoundError or UserError when there are none, or the folder is a level too high or too low.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -62,17 +65,18 @@ def list_folders(folder: Path, option: str = "--data") -> list[Path]:
             sample = printable(below[0].relative_to(folder))
             problem = f"is a level too high: a person's photos should not be in {sample}"
             raise UserError(f"{option} {folder} {problem}")
-    if not folders and (photos := photo_paths(folder)):
-        raise UserError(
-            f"{option} {folder} is a level too low: it holds {len(photos)} photos; give the folder above it"
-        )
     if not folders:
+        photos = len(photo_paths(folder))
+        if photos:
+            raise UserError(
+                f"{option} {folder} is a level too low: it holds {photos} photos; give the folder above it"
+            )
         raise UserError(f"{option} {folder} is empty; it should hold one folder of photos per person")
     return folders
 
 
 def photo_paths(folder: Path) -> list[Path]:
-    """Return what is called like a photo in a folder, sorted by name; hidden files are left out."""
+    """Return the files of a folder that have a photo's suffix, sorted by name, without hidden ones."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
     return [path for path in paths if not path.name.startswith(".")]
 
@@ -82,9 +86,9 @@ def _list_photos(folder: Path) -> tuple[Photo, ...]:
 
 
 def read_caption(photo: Path) -> str | None:
-    """Return the text beside a photo, in one line and without control characters; None when there is none.
+    """Return the text of the `.txt` file beside a photo, on one line; None when there is no such file.
 
-    Raises ValueError when it is empty, very long, or not UTF-8.
+    Control characters become spaces. Raises UserError when the text is empty, very long, or not UTF-8.
     """
     path = photo.with_suffix(".txt")
     if not path.is_file():
@@ -92,7 +96,7 @@ def read_caption(photo: Path) -> str | None:
     with path.open("rb") as file:
         content = file.read(MAX_CAPTION + 1)
     if len(content) > MAX_CAPTION:
-        raise UserError(f"{printable(path)} is longer than a caption can be, {MAX_CAPTION} bytes")
+        raise UserError(f"{printable(path)} is too long for a caption: at most {MAX_CAPTION} bytes")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Photos and prompts as FLUX.1 sees them, encoded once; and batches made of them."""
+"""Encode pictures and prompts for FLUX.1, and make training batches of them."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ from run.settings import Training
 
 @torch.no_grad()
 def encode_picture(picture: Tensor, autoencoder: AutoEncoder) -> dict[str, Tensor]:
-    """Return the posterior of a picture (3, h, w) in [-1, 1]: mean and std (z, h', w') on the CPU.
+    """Encode a picture (3, h, w) in [-1, 1]; return its posterior: mean and std, (z, h/8, w/8) on the CPU.
 
-    They are scaled as latents and in float16: 1 MB at 1024 x 1024.
+    Both are shifted and scaled as latents are, in float16: 1 MB at 1024 x 1024.
     """
     device = next(autoencoder.parameters()).device
     mean, std = autoencoder.encode_moments(picture[None].to(device))
@@ -24,7 +24,7 @@ def encode_picture(picture: Tensor, autoencoder: AutoEncoder) -> dict[str, Tenso
 
 @torch.no_grad()
 def encode_prompt(prompt: str, conditioner: Conditioner) -> dict[str, Tensor]:
-    """Return txt (l, d) and pooled (d,) of a prompt, on the CPU."""
+    """Encode a prompt; return txt (l, d) and pooled (d,) on the CPU."""
     txt, pooled = conditioner.encode([prompt])
     return {"txt": txt[0].cpu(), "pooled": pooled[0].cpu()}
 
@@ -36,7 +36,7 @@ def make_batch(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Stack (posterior, prompt) pairs and draw noise and times: the arguments of `flow_loss`."""
+    """Stack (posterior, prompt) pairs, draw noise and times, and return the arguments of `flow_loss`."""
     posteriors, prompts = zip(*entries)
     latents = torch.stack([entry["mean"] for entry in posteriors]).float()  # (b, z, h, w)
     if training.latents == "sample":

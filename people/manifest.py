@@ -1,7 +1,7 @@
-"""Look at every photo and caption before anything expensive: what is used, converted or skipped, and why.
+"""Check all photos and captions of a people data set, and list those that can be used: the manifest.
 
-The result is a file of one line per person. It is read person by person, so that ten thousand people take no
-memory, and it is the memory of the next look: what has not changed is not read again.
+The manifest is a file with one line per person. It is read one person at a time, so ten thousand people take
+little memory. The next scan starts from it and opens only the photos that have changed since.
 """
 
 import hashlib
@@ -19,31 +19,41 @@ from tqdm import tqdm
 
 from flux.errors import UserError
 from people.folders import Person, Photo, list_folders, photo_paths, read_caption
-from people.photos import PHOTO_FORMATS, PHOTO_SUFFIXES, Size, any_size, decode_photo
+from people.photos import (
+    DAMAGED,
+    ORIENTATION,
+    PHOTO_FORMATS,
+    PHOTO_SUFFIXES,
+    TURNS,
+    Size,
+    any_size,
+    decode_photo,
+)
 from run.files import atomic
 from run.terminal import printable
 
-VERSION = 1  # raise it whenever `examine` finds something else: everything is then read again
+VERSION = 1  # raise it whenever `examine` returns something else, so that all photos are examined anew
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".jfif", ".jxl")
 THREADS = 4
 
 
 @dataclass
 class Report:
-    """What a look found: how much is used; by verdict and reason what is not, or not as it is."""
+    """What a scan found: how many people and photos are used, and which are not, or not as they are."""
 
     people: int = 0
     photos: int = 0
-    found: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+    # By verdict and reason: the photos or people.
+    findings: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, verdict: str, reason: str, where: str, detail: str = "") -> None:
-        """verdict: "converted", "noted", "skipped", or "left out" of a person as a whole."""
-        self.found[verdict, reason].append(printable(f"{where}: {detail}" if detail else where))
+        """Add a finding; verdict: "converted", "noted", "skipped", or of a whole person "left out"."""
+        self.findings[verdict, reason].append(printable(f"{where}: {detail}" if detail else where))
 
     def table(self, examples: int = 3) -> str:
-        """Lay the findings out, a reason to a line, with a few examples each; empty when there are none."""
+        """Return a text with a line for each reason and a few examples below it; "" without findings."""
         lines = []
-        for (verdict, reason), cases in sorted(self.found.items()):
+        for (verdict, reason), cases in sorted(self.findings.items()):
             more = f", and {len(cases) - examples} more" if len(cases) > examples else ""
             lines.append(
                 f"  {verdict:<9} {len(cases):>6}  {reason}\n{'':19} {'; '.join(cases[:examples])}{more}"
@@ -51,26 +61,32 @@ class Report:
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
-        """Write all findings, tabs between verdict, reason and case."""
+        """Write one line per finding: verdict, reason, photo or person, with tabs between them."""
         with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for (verdict, reason), cases in sorted(self.found.items()):
+            for (verdict, reason), cases in sorted(self.findings.items()):
                 file.writelines(f"{verdict}\t{reason}\t{case}\n" for case in cases)
 
     def tell(self, folder: Path, path: Path, strict: bool) -> None:
-        """Print what is used and the table, write all to `path`; strict: ValueError if there is anything."""
+        """Print how much is used and the table; write all findings to `path`.
+
+        Raises UserError instead, if `strict` and there is any finding.
+        """
         print(f"{self.people} people, {self.photos} photos, in {folder}")
-        if not self.found:
+        if not self.findings:
             path.unlink(missing_ok=True)
             return
         self.write(path)
         table = f"{self.table()}\n  all of them: {path}"
         if strict:
-            raise UserError(f"--strict: {folder} is not as it should be\n{table}")
+            raise UserError(f"--strict: {folder} has faults\n{table}")
         print(table)
 
 
 class Manifest:
-    """The people of a scan, read from its file one by one; in memory there is a number for each."""
+    """The people that a scan accepted. They are read from the file one at a time, by pid.
+
+    starts: where in the file the line of each pid begins.
+    """
 
     def __init__(self, file: Path, folder: Path, starts: list[int]):
         self.file, self.folder, self.starts = file, folder, starts
@@ -82,6 +98,8 @@ class Manifest:
         with self.file.open("rb") as lines:
             lines.seek(self.starts[pid])
             entry = _unpack(lines.readline())
+        if entry is None:
+            raise UserError(f"{self.file} is damaged or has been changed; start the command again")
         photos = tuple(
             Photo(self.folder / entry["name"] / name, caption, tuple(known["size"]), known["digest"])
             for name, caption in entry["photos"].items()
@@ -93,7 +111,7 @@ class Manifest:
         return (self[pid] for pid in range(len(self)))
 
     def contents(self) -> dict[str, str]:
-        """Return by person how many photos there are, and a hash of them and their captions."""
+        """Return for each person the number of photos and a hash of the photos and their captions."""
         contents = {}
         for person in self:
             parts = [[photo.path.name, photo.digest, photo.caption] for photo in person.photos]
@@ -110,14 +128,18 @@ def scan_photos(
     min_photos: int = 1,
     option: str = "--data",
 ) -> tuple[Manifest, Report]:
-    """Examine all photos and captions of `<folder>/<person>/*` and write what there is to `file`.
+    """Examine all photos and captions in `<folder>/<person>/` and write the manifest to `file`.
 
-    usable: raises ValueError for a size (height, width) that cannot be trained. A bad photo is left out, and
-    a person with fewer than min_photos good ones; a bad caption gives way to the default one.
-    Raises FileNotFoundError or ValueError when the folder is laid out otherwise, or nobody is left.
+    A photo that cannot be used is left out. A person with fewer than `min_photos` usable photos is left out.
+    A caption that cannot be read is replaced by the default one. The report says all this.
+
+    usable: raises UserError for a size (height, width) in which no training is possible.
+    min_side: pixels of the shorter side; option: what the folder is called in messages.
+    Raises FileNotFoundError or UserError when the folder has another layout, or nobody is left.
     """
-    folders, report, seen, starts = list_folders(folder, option), Report(), {}, []
-    known = _Known(file)
+    folders, report, starts = list_folders(folder, option), Report(), []
+    owners: dict[int, str] = {}  # of each photo, by the start of its digest
+    known = _KnownPhotos(file)
     with (
         atomic(file) as temporary,
         temporary.open("wb") as lines,
@@ -125,7 +147,7 @@ def scan_photos(
         any_size(),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # PIL's, about what the report tells with the photo's name
+        warnings.simplefilter("ignore")  # Pillow's, which do not name the photo; the report does
         for path in tqdm(folders, "people", disable=len(folders) < 50):
             files = _examine_all(path, known.files_of(path.name), pool, report)
             photos = _choose(path, files, usable, min_side, report)
@@ -133,11 +155,16 @@ def scan_photos(
                 fewest = f"{len(photos)}, at least {min_photos} are needed"
                 report.add("left out", "people with too few photos", path.name, fewest)
                 photos = {}
-            elif twin := _twin(path.name, {files[name]["digest"] for name in photos}, seen, report):
-                report.add("left out", "people with the photos of another", path.name, f"as {twin}")
-                photos = {}
-            report.people, report.photos = report.people + bool(photos), report.photos + len(photos)
-            starts += [lines.tell()] if photos else []
+            else:
+                digests = {files[name]["digest"] for name in photos}
+                twin = _person_with_the_same(digests, path.name, owners, report)
+                if twin:
+                    report.add("left out", "people with the photos of another", path.name, f"as {twin}")
+                    photos = {}
+            if photos:
+                report.people += 1
+                report.photos += len(photos)
+                starts.append(lines.tell())
             lines.write(_pack({"version": VERSION, "name": path.name, "files": files, "photos": photos}))
     if not report.people:
         kinds = ", ".join(PHOTO_SUFFIXES)
@@ -146,34 +173,32 @@ def scan_photos(
 
 
 def _pack(entry: dict) -> bytes:
-    """Write an entry as a line that begins with its checksum."""
+    """Return an entry as a line of the manifest, which begins with a checksum of the rest."""
     text = json.dumps(entry).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _unpack(line: bytes) -> dict:
+def _unpack(line: bytes) -> dict | None:
+    """Return the entry of a line; None when the line is damaged."""
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
-    if int(checksum, 16) != zlib.crc32(text):
-        raise UserError("damaged")
-    return json.loads(text)
+    return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None
 
 
-class _Known:
-    """What the last survey found, by person; nothing of a line that is damaged or of another version."""
+class _KnownPhotos:
+    """What the manifest of the last scan says of photos; damaged lines and other versions do not count."""
 
     def __init__(self, file: Path):
         self.file, self.starts = file, {}
-        if file.is_file():
-            with file.open("rb") as lines:
-                for line in iter(lines.readline, b""):
-                    try:
-                        entry = _unpack(line)
-                    except ValueError:
-                        continue
-                    if entry["version"] == VERSION:
-                        self.starts[entry["name"]] = lines.tell() - len(line)
+        if not file.is_file():
+            return
+        with file.open("rb") as lines:
+            for line in iter(lines.readline, b""):
+                entry = _unpack(line)
+                if entry and entry["version"] == VERSION:
+                    self.starts[entry["name"]] = lines.tell() - len(line)
 
-    def files_of(self, name: str) -> dict:
+    def files_of(self, name: str) -> dict[str, dict]:
+        """Return what `examine` said of each photo of a person, by file name."""
         if name not in self.starts:
             return {}
         with self.file.open("rb") as lines:
@@ -182,7 +207,7 @@ class _Known:
 
 
 def _examine_all(folder: Path, known: dict, pool: ThreadPoolExecutor, report: Report) -> dict[str, dict]:
-    """Return what is known of each photo in a folder, by name; only what has changed is opened."""
+    """Return what `examine` says of each photo in a folder, by name; only changed photos are opened."""
     try:
         paths = photo_paths(folder)
         others = [path for path in folder.iterdir() if path.suffix.lower() in OTHER_SUFFIXES]
@@ -193,7 +218,7 @@ def _examine_all(folder: Path, known: dict, pool: ThreadPoolExecutor, report: Re
         if not path.name.startswith("."):
             report.add("skipped", f"not one of {', '.join(PHOTO_SUFFIXES)}", f"{folder.name}/{path.name}")
     states = {path: _state(path) for path in paths}
-    # What was refused is tried again: it may have been the disk's fault, not the photo's.
+    # Photos that were refused are tried again: the disk may have been at fault, not the photo.
     good = {name: entry for name, entry in known.items() if "refused" not in entry}
     changed = [path for path in paths if good.get(path.name, {}).get("state", "none") != states[path]]
     fresh = dict(zip(changed, pool.map(examine, changed)))
@@ -201,7 +226,7 @@ def _examine_all(folder: Path, known: dict, pool: ThreadPoolExecutor, report: Re
 
 
 def _state(path: Path) -> list[int] | None:
-    """Return what changes whenever a file does. The change time also tells a copy with an old date."""
+    """Return numbers that change whenever the file does; the change time also notices a copy's old date."""
     try:
         status = path.stat()
     except OSError:  # a link to nothing, or to itself
@@ -210,26 +235,31 @@ def _state(path: Path) -> list[int] | None:
 
 
 def examine(path: Path) -> dict:
-    """Read a photo whole: its digest, upright size and what `read_photo` changes; or why it is refused."""
-    if not path.is_file():  # a folder; a link to nothing; a pipe, on which opening would wait for ever
+    """Decode a photo; return its digest, its upright size and what `read_photo` changes, or why not."""
+    if not path.is_file():  # a folder, a link to nothing, or a pipe, which would block when opened
         return {"refused": "no file" if path.exists() else "a link to nothing"}
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         image = decode_photo(path)
         return {"digest": digest, "size": [image.height, image.width], "changes": _changes(path)}
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         return {"refused": printable(error)}
 
 
 def _changes(path: Path) -> list[str]:
-    """Name what `read_photo` does to a photo beyond reading it."""
-    with Image.open(path, formats=PHOTO_FORMATS) as image:
-        raw, mode, frames = str(image.tile), image.mode, getattr(image, "n_frames", 1)
-        turned, clear = image.getexif().get(0x0112, 1) not in (0, 1), image.has_transparency_data
+    """List what `read_photo` changes in a photo."""
+    try:
+        with Image.open(path, formats=PHOTO_FORMATS) as image:
+            raw, mode = str(image.tile), image.mode
+            frames = getattr(image, "n_frames", 1)  # reads all frames, of which a later one may be damaged
+            turned = image.getexif().get(ORIENTATION) in TURNS
+            transparent = image.has_transparency_data
+    except DAMAGED as error:
+        raise UserError(printable(error)) from error
     changes = {
         "turned upright by its EXIF data": turned,
-        "transparent: put on white": clear,
+        "transparent: put on white": transparent,
         "16 bits a channel: reduced to 8": mode.startswith("I") or ";16" in raw,
         "animated: only the first frame is used": frames > 1,
         f"{mode} colours: converted to RGB": mode in ("CMYK", "YCCK", "LAB", "HSV"),
@@ -237,46 +267,51 @@ def _changes(path: Path) -> list[str]:
     return [change for change, applies in changes.items() if applies]
 
 
-def _choose(folder: Path, files: dict, usable: Callable, min_side: int, report: Report) -> dict:
-    """Return by name the photos that are used, with their captions, and tell the report of all others."""
-    photos, first = {}, {}
-    for name, found in files.items():
+def _choose(
+    folder: Path, files: dict[str, dict], usable: Callable[[Size], object], min_side: int, report: Report
+) -> dict[str, str | None]:
+    """Return the captions of the photos that are used, by name; add all other photos to the report."""
+    captions, names = {}, {}  # by file name; by digest
+    for name, entry in files.items():
         where = f"{folder.name}/{name}"
-        if "refused" in found:
-            report.add("skipped", "no photos that can be read", where, found["refused"])
+        if "refused" in entry:
+            report.add("skipped", "no photos that can be read", where, entry["refused"])
             continue
-        if twin := first.get(found["digest"]):
+        if entry["digest"] in names:
+            twin = names[entry["digest"]]
             report.add("skipped", "the same as another of the same person", where, f"as {twin}")
             continue
-        size = tuple(found["size"])
+        size = tuple(entry["size"])
         try:
             if min(size) < min_side:
                 raise UserError(f"{size[0]} x {size[1]} pixels (h x w)")
             usable(size)
-        except ValueError as error:
+        except UserError as error:
             report.add("skipped", f"too small (--min-side {min_side}) or too narrow", where, str(error))
             continue
-        first[found["digest"]] = name
-        for change in found["changes"]:
+        names[entry["digest"]] = name
+        for change in entry["changes"]:
             report.add("converted", change, where)
         try:
-            photos[name] = read_caption(folder / name)
-        except (OSError, ValueError) as error:
+            captions[name] = read_caption(folder / name)
+        except (OSError, UserError) as error:
+            reason = "no caption that can be read: the default one is used"
             fault = printable(error).removeprefix(printable((folder / name).with_suffix(".txt")))
-            report.add(
-                "converted", "no caption that can be read: the default one is used", where, fault.strip()
-            )
-            photos[name] = None
-    return photos
+            report.add("converted", reason, where, fault.strip())
+            captions[name] = None
+    return captions
 
 
-def _twin(name: str, digests: set[str], seen: dict[int, str], report: Report) -> str | None:
-    """Return who has all these photos already. Sharing some is only told: two people may be on a photo."""
-    keys = [int(digest[:15], 16) for digest in digests]  # small, for there may be a million
-    shared = [seen[key] for key in keys if key in seen]
+def _person_with_the_same(digests: set[str], name: str, owners: dict[int, str], report: Report) -> str | None:
+    """Return who already has all these photos, if anybody; else note in `owners` whose they are.
+
+    Sharing only some photos is allowed, as two people may be on one photo; the report mentions it.
+    """
+    keys = [int(digest[:15], 16) for digest in digests]  # small numbers, as there may be a million
+    shared = [owners[key] for key in keys if key in owners]
     if len(shared) == len(keys) and len(set(shared)) == 1:
         return shared[0]
     for other in sorted(set(shared)):
         report.add("noted", "people who share photos", name, f"{shared.count(other)} with {other}")
-    seen.update(dict.fromkeys(keys, name))
+    owners.update(dict.fromkeys(keys, name))
     return None

@@ -1,44 +1,46 @@
-"""The paper's figure 3: R-FaceSim against CLIP-T, and both against steps."""
+"""Draw the paper's figure 3: R-FaceSim against CLIP-T, and both against training steps."""
 
 import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from run.files import atomic
-from scoring.tables import TITLES, _metrics
+from scoring.tables import TITLES, scored_metrics
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito's, which colour-blind people can tell apart
 MARKERS = "osD^vP"
 
-
-# Curves
+Key = tuple[str, int, float]  # method, rank and learning rate: what a curve is of
+Percents = dict[str, tuple[float, float]]  # by metric: the mean and half its interval, times 100
+Curves = dict[Key, dict[int, Percents]]  # the points of each curve by their steps
 
 
 def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
-    """Draw the paper's figure 3 from scores over all people; return False, and draw nothing, without any.
+    """Draw the paper's figure 3 from the scores of systems, over all people; return whether there was any.
 
-    Left, R-FaceSim against CLIP-T: a curve through the step counts of each method, rank and learning rate,
-    and, where a method has several ranks, a parabola fitted to all its points. Right, both against steps with
-    95 % intervals, at each method's least rank. A system is on a curve by scores["system"], {"method",
-    "rank", "lr", "steps"}; one without is a point at left, and a level at right.
+    Left: R-FaceSim against CLIP-T. Each method, rank and learning rate has a curve through its numbers of
+    steps. A method with several ranks also has a parabola fitted to all its points. Right: both metrics
+    against steps, with 95 % intervals, for the smallest rank of each method.
+
+    scores["system"], with "method", "rank", "lr" and "steps", tells on which curve a system is. A system
+    without it, such as the base model, is a point at left and a horizontal line at right.
     """
-    curves, levels = {}, {}  # (method, rank, lr): {steps: percents}; name: percents
-    for name, scores in systems.items():
-        place, overall = scores.get("system") or {}, scores["overall"]
-        means = {
-            metric: overall[metric] for metric in _metrics([scores]) if overall[metric]["mean"] is not None
-        }
-        percents = {metric: (100 * mean["mean"], 100 * (mean["ci95"] or 0)) for metric, mean in means.items()}
-        if place.get("steps") is None:
-            levels[name] = percents
-        else:
-            key = place["method"], place.get("rank") or 0, place.get("lr") or 0
-            curves.setdefault(key, {})[place["steps"]] = percents
-    curves = {key: dict(sorted(curves[key].items())) for key in sorted(curves)}
-    drawn = [percents for curve in curves.values() for percents in curve.values()]
-    plane = any({"clip-t", "r-facesim"} <= percents.keys() for percents in [*drawn, *levels.values()])
-    timed = [metric for metric in ("r-facesim", "clip-t") if any(metric in percents for percents in drawn)]
+    curves, levels = _collect(systems)
+    points = [percents for curve in curves.values() for percents in curve.values()]
+    plane = any({"clip-t", "r-facesim"} <= percents.keys() for percents in [*points, *levels.values()])
+    timed = [metric for metric in ("r-facesim", "clip-t") if any(metric in percents for percents in points)]
     if not plane and not timed:
         return False
 
@@ -58,7 +60,7 @@ def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
             panels[timed[0]].set_title("Bands are 95 % intervals over people", fontsize=9)
             panels[timed[-1]].set_xlabel("steps")
         handles = {}
-        for panel in panels.values():  # a curve that is in several panels comes once
+        for panel in panels.values():  # a curve in several panels has one entry
             handles |= dict(zip(*panel.get_legend_handles_labels()[::-1])) | handles
         columns = min(len(handles), 5)
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
@@ -68,7 +70,27 @@ def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
     return True
 
 
-def _draw_plane(axes, curves: dict, levels: dict, colours: dict) -> None:
+def _collect(systems: dict[str, dict]) -> tuple[Curves, dict[str, Percents]]:
+    """Return the curves, sorted by key and steps, and by name the systems that are on none."""
+    curves: Curves = {}
+    levels: dict[str, Percents] = {}
+    for name, scores in systems.items():
+        percents: Percents = {}
+        for metric in scored_metrics([scores]):
+            score = scores["overall"][metric]
+            if score["mean"] is not None:
+                percents[metric] = 100 * score["mean"], 100 * (score["ci95"] or 0)
+        place = scores.get("system") or {}
+        if place.get("steps") is None:
+            levels[name] = percents
+        else:
+            key = place["method"], place.get("rank") or 0, place.get("lr") or 0
+            curves.setdefault(key, {})[place["steps"]] = percents
+    return {key: dict(sorted(curves[key].items())) for key in sorted(curves)}, levels
+
+
+def _draw_plane(axes: "Axes", curves: Curves, levels: dict[str, Percents], colours: dict) -> None:
+    """Draw R-FaceSim against CLIP-T."""
     both, ranks, clouds = ("clip-t", "r-facesim"), sorted({rank for _, rank, _ in curves}), {}
     for (method, rank, lr), curve in curves.items():
         colour = colours[method, lr]
@@ -78,7 +100,9 @@ def _draw_plane(axes, curves: dict, levels: dict, colours: dict) -> None:
         marker = MARKERS[ranks.index(rank) % len(MARKERS)]
         look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1}
         axes.plot(*zip(*points), label=_curve_name((method, rank, lr), curves), **look)
-        shown = slice(None, None, 1 if len(curves) <= 2 else max(1, len(steps) - 1))  # of many only both ends
+        shown = slice(
+            None, None, 1 if len(curves) <= 2 else max(1, len(steps) - 1)
+        )  # of many curves, only at both ends
         for n, point in zip(steps[shown], points[shown]):
             axes.annotate(str(n), point, (5, 4), textcoords="offset points", fontsize=7, color=colour)
     for cloud, points in clouds.items():
@@ -96,14 +120,16 @@ def _draw_plane(axes, curves: dict, levels: dict, colours: dict) -> None:
     axes.margins(0.1)
 
 
-def _draw_time(axes, metric: str, curves: dict, levels: dict, colours: dict) -> None:
-    for (method, lr), rank in {(method, lr): rank for method, rank, lr in reversed(curves)}.items():
+def _draw_time(axes: "Axes", metric: str, curves: Curves, levels: dict[str, Percents], colours: dict) -> None:
+    """Draw a metric against steps."""
+    smallest_ranks = {(method, lr): rank for method, rank, lr in reversed(curves)}  # the last one stays
+    for (method, lr), rank in smallest_ranks.items():
         key, look = (method, rank, lr), {"color": colours[method, lr]}
         known = {n: percents[metric] for n, percents in curves[key].items() if metric in percents}
         steps, (means, halves) = [*known], np.array([*known.values()]).reshape(-1, 2).T
         axes.plot(steps, means, "o-", label=_curve_name(key, curves), markersize=5, **look)
         axes.fill_between(steps, means - halves, means + halves, alpha=0.15, linewidth=0, **look)
-        if len(steps) == 1:  # of which a band shows nothing
+        if len(steps) == 1:  # a band would have no width
             axes.errorbar(steps, means, halves, capsize=3, **look)
     for name, percents in levels.items():
         if metric in percents:
@@ -113,7 +139,7 @@ def _draw_time(axes, metric: str, curves: dict, levels: dict, colours: dict) -> 
     axes.set(ylabel=TITLES[metric], xticks=sorted({n for curve in curves.values() for n in curve}))
 
 
-def _curve_name(key: tuple[str, int, float], curves: dict) -> str:
+def _curve_name(key: Key, curves: Curves) -> str:
     method, rank, lr = key
     several = len({rate for *_, rate in curves}) > 1
     return method + (f", rank {rank}" if rank else "") + (f", lr {lr:g}" if several else "")

@@ -1,7 +1,7 @@
-"""What one would rather see than read: a page of scores and pictures, the paper's figure 3, contact sheets.
+"""The report: one HTML file with the scores and pictures of one or several systems.
 
-Scores come as `metrics.py` writes them, as JSON; nothing here computes one. The page is a single file that
-needs neither server nor network: templates/report.html with everything put into its two {{places}}.
+The scores are those that `metrics.py` writes as JSON. The page needs neither a server nor a network: it is
+report.html in this folder, with everything filled into its two {{places}}.
 """
 
 import base64
@@ -17,13 +17,11 @@ from tqdm import tqdm
 
 from people.photos import read_photo
 from run.files import atomic
-from scoring.tables import TITLES, _metrics
+from scoring.tables import TITLES, scored_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")
-SIDE, PLENTY = 128, 4000  # pixels of a thumbnail's longer side, up to so many thumbnails: some 20 MB
-
-
-# The page
+SIDE = 128  # pixels of a thumbnail's longer side
+PLENTY = 4000  # thumbnails of that size, some 20 MB; if there are more, they are smaller
 
 
 def write_report(
@@ -33,27 +31,27 @@ def write_report(
     curves: Path | None = None,
     table: str = "",
 ) -> None:
-    """Write one HTML file to look at and compare systems: their scores, remarks, and every picture.
+    """Write one HTML file that shows and compares systems: scores, remarks, and every picture.
 
-    systems: the scores of each by its name; photos: of each person, the reference first; curves: what
-    `draw_curves` drew; table: the scores as text, to copy. Raises as `read_photo` when a picture is gone.
+    systems: the scores of each, by its name; photos: of each person, the reference first; curves: the file
+    that `draw_curves` wrote; table: the scores as text. Raises as `read_photo` when a picture is missing.
     """
     people = dict.fromkeys(name for scores in systems.values() for name in scores["people"])
     photos = {name: (photos or {}).get(name, []) for name in people}
     rows = [row for scores in systems.values() for row in scores["pictures"]]
     files = dict.fromkeys(map(Path, [*(row["path"] for row in rows), *sum(photos.values(), [])]))
-    side, uris = thumbnail_side(len(files)), {}  # uris by their numbers, in order; equal pictures share one
+    side, uris = thumbnail_side(len(files)), {}  # the number of each data URI; equal pictures share one
     for file in tqdm(files, "thumbnails", disable=len(files) < 50):
         files[file] = uris.setdefault(thumbnail(file, side), len(uris))
     content = {
         "side": side,
-        "metrics": {metric: TITLES[metric] for metric in _metrics(systems.values())},
+        "metrics": {metric: TITLES[metric] for metric in scored_metrics(systems.values())},
         "curves": curves and _uri("png", curves.read_bytes()),
         "photos": {name: [files[Path(photo)] for photo in photos[name]] for name in people},
         "systems": [
             {
                 "name": name,
-                "note": scores.get("judges", {}).get("note", ""),
+                "note": scores.get("evaluators", {}).get("note", ""),
                 "settings": scores.get("settings", {}),
                 "remarks": scores.get("remarks", {}),
                 "groups": {"overall": scores["overall"], **scores["classes"]},
@@ -64,7 +62,8 @@ def write_report(
         ],
         "images": list(uris),
     }
-    # In a script element only "<" can end the data; ASCII also carries file names that are not Unicode.
+    # Without "<" nothing in the data can end the script element. JSON in ASCII also holds file names that are
+    # not valid Unicode.
     text = json.dumps(content, default=str, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     places = {"table": html.escape(table), "data": text}
     page = re.sub(r"{{(\w+)}}", lambda place: places[place[1]], TEMPLATE.read_text("utf-8"))
@@ -74,12 +73,12 @@ def write_report(
 
 
 def thumbnail_side(count: int) -> int:
-    """Return the longer side of thumbnails: SIDE, or less, down to 32, where there are more than PLENTY."""
+    """Return the longer side of thumbnails in pixels: SIDE for up to PLENTY pictures, for more down to 32."""
     return max(32, min(SIDE, int(SIDE * math.sqrt(PLENTY / max(1, count))) // 8 * 8))
 
 
 def thumbnail(path: Path, side: int) -> str:
-    """Return a picture, made to fit a square of `side`, as a data URI."""
+    """Return a picture, shrunk to fit a square of `side` pixels, as a data URI."""
     image, file = read_photo(path), io.BytesIO()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     image.save(file, "jpeg", quality=80, optimize=True)

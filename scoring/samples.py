@@ -1,8 +1,6 @@
-"""Pictures by a system as folders, and what they are scored against: photos and prompts."""
+"""Pictures made by a system, `<person>/<prompt>/<seed>.png`, and the prompt and base picture of each."""
 
-import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from flux.errors import UserError
-from people.folders import Person, scan_people
-from people.photos import PHOTO_FORMATS, PHOTO_SUFFIXES
-
-# Pictures by a system
+from people.photos import DAMAGED, PHOTO_FORMATS, PHOTO_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -21,21 +16,30 @@ class Sample:
     """A picture that a system made, `<person>/<prompt>/<seed>.png`."""
 
     person: str
-    prompt: str  # "03" of the folders 03, 3 and 03_any-words; the whole name when it begins with no number
+    prompt: (
+        str  # "03" for the folders 03, 3 and 03_any-words; the whole name if it does not begin with a number
+    )
     seed: str
     path: Path
 
 
 def scan_samples(folder: Path) -> list[Sample]:
-    """List a system's pictures, sorted; ValueError when there are none, one lies elsewhere, or two alike."""
+    """List a system's pictures, sorted by name.
+
+    Raises FileNotFoundError when there is no such folder, and UserError when it holds no pictures, pictures
+    at another level, or two with the same person, prompt and seed.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {folder}: no such folder")
+    layout = f"--images {folder}: pictures should be <person>/<prompt>/<seed>.png"
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
     files = [file for file in files if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "."]
-    if not files or (stray := [file for file in files if len(file.parts) != 3]):
-        found = f"{len(stray)} of {len(files)} are not, such as {stray[0]}" if files else "there are none"
-        raise UserError(f"--images {folder}: pictures should be <person>/<prompt>/<seed>.png; {found}")
-    samples = {}
+    if not files:
+        raise UserError(f"{layout}; there are none")
+    stray = [file for file in files if len(file.parts) != 3]
+    if stray:
+        raise UserError(f"{layout}; {len(stray)} of {len(files)} are not, such as {stray[0]}")
+    samples: dict[tuple[str, str, str], Sample] = {}
     for file in files:
         person, prompt, _ = file.parts
         number = re.match(r"\d+", prompt)
@@ -46,8 +50,13 @@ def scan_samples(folder: Path) -> list[Sample]:
     return list(samples.values())
 
 
-def make_rows(samples: Sequence[Sample], classes: dict[str, str], prompts=None, base=None) -> list[dict]:
-    """Return a row for each picture: what it is, its prompt, and the base model's picture to compare with.
+def make_rows(
+    samples: Sequence[Sample],
+    classes: dict[str, str],
+    prompts: dict[str, list[str]] | None = None,
+    base: Path | None = None,
+) -> list[dict]:
+    """Return a row for each picture, with its prompt as "text" and the base model's picture as "base".
 
     classes: of each person; prompts: a list for each class; base: a folder, see `find_base`.
     """
@@ -63,27 +72,28 @@ def make_rows(samples: Sequence[Sample], classes: dict[str, str], prompts=None, 
 def find_missing(
     samples: Sequence[Sample], classes: dict[str, str], prompts: dict[str, list[str]] | None = None
 ) -> list[str]:
-    """List what lacks for everybody in `classes` to have every prompt with every seed.
+    """List the pictures that are missing for all people in `classes` to have every prompt with every seed.
 
-    The prompts are those of the list for the class if there is one, else all that anybody has.
+    The prompts are those in the list for the class if there is one, else all that any person has.
     """
-    have = {(sample.person, sample.prompt, sample.seed) for sample in samples}
-    folders, seeds = sorted({prompt for _, prompt, _ in have}), sorted({seed for _, _, seed in have})
-    numbers = {kind: [f"{n:02d}" for n in range(len(texts))] for kind, texts in (prompts or {}).items()}
-    places = [(person, prompt) for person in classes for prompt in numbers.get(classes[person], folders)]
-    return [
-        f"{person}/{prompt}/{s}"
-        for person, prompt in places
-        for s in seeds
-        if (person, prompt, s) not in have
-    ]
+    present = {(sample.person, sample.prompt, sample.seed) for sample in samples}
+    folders = sorted({sample.prompt for sample in samples})
+    seeds = sorted({sample.seed for sample in samples})
+    missing = []
+    for person, kind in classes.items():
+        expected = [f"{n:02d}" for n in range(len(prompts[kind]))] if prompts else folders
+        for prompt in expected:
+            for seed in seeds:
+                if (person, prompt, seed) not in present:
+                    missing.append(f"{person}/{prompt}/{seed}")
+    return missing
 
 
 def find_text(sample: Sample, prompts: Sequence[str]) -> str:
-    """Return the prompt of a picture by its number.
+    """Return the prompt of a picture: the one at its number in the list.
 
-    Raises ValueError when the list has no such number, and when the picture says it was made from another
-    prompt: a wrong list of the right length would otherwise go unnoticed.
+    Raises UserError when the list has no such number, and when the picture itself names another prompt:
+    a wrong list of the right length would otherwise go unnoticed.
     """
     if not sample.prompt.isdecimal() or int(sample.prompt) >= len(prompts):
         places = f"a number from 00 to {len(prompts) - 1:02d}, its place in the list of prompts"
@@ -98,110 +108,21 @@ def find_text(sample: Sample, prompts: Sequence[str]) -> str:
 
 
 def written_prompt(picture: Path) -> str | None:
-    """Return the prompt that `sample.py` wrote into a picture's header; None when there is none to read."""
+    """Return the prompt that `sample.py` wrote into a picture's header; None when there is none."""
     try:
         with Image.open(picture, formats=PHOTO_FORMATS) as image:
             return image.info.get("prompt")
-    except (OSError, ValueError, SyntaxError):  # damaged: whoever reads its pixels will say how
+    except DAMAGED:  # `read_photo` will say what is wrong
         return None
 
 
 def find_base(sample: Sample, base: Path, kind: str) -> Path:
-    """Return the base model's picture of the same name, below the person, the person's class, or neither."""
+    """Return the base model's picture for the same prompt and seed, as <prompt>/<seed>.png.
+
+    It is looked for in the folder of the person, in that of the class `kind`, and in `base` itself.
+    """
     name = Path(*sample.path.parts[-2:])
     for path in (base / sample.person / name, base / kind / name, base / name):
         if path.is_file():
             return path
     raise FileNotFoundError(f"--base {base} has no {name} to compare with {sample.path}")
-
-
-# People and prompts
-
-
-def find_photos(
-    folder: Path, references: dict[str, str], needed: Sequence[str] = (), least: int = 1
-) -> dict[str, list[Path]]:
-    """Return everybody's photos, first the reference a system was given: as named, else the first by name.
-
-    In a folder of man and woman alone, as Meta-PHD's ffhq/, each photo is a person, such as man_00123, and
-    `least` does not apply. Raises ValueError when someone needed is not there, or has fewer than `least`
-    photos, and when a reference is not there, or is there twice: R-FaceSim must not compare with it.
-    """
-    people = scan_people(folder, "--people")
-    if {person.name for person in people} <= {"man", "woman"}:
-        singles = [(f"{p.name}_{photo.path.stem}", photo) for p in people for photo in p.photos]
-        people, least = [Person(0, name, (photo,)) for name, photo in singles], 1
-        if twice := [name for name, n in Counter(person.name for person in people).items() if n > 1]:
-            raise UserError(f"--people {folder}: several photos are called {', '.join(twice)}")
-    for option, names in {"--images": needed, "--references": references}.items():
-        if strange := set(names) - {person.name for person in people}:
-            raise UserError(
-                f"{option} names {', '.join(sorted(strange))}, whom --people {folder} does not have"
-            )
-    if few := [person.name for person in people if len(person.photos) < least]:
-        raise UserError(f"--people {folder}: {', '.join(few)} must have at least {least} photos")
-    photos = {}
-    for person in people:
-        name = references.get(person.name, person.photos[0].path.name)
-        paths = sorted((photo.path for photo in person.photos), key=lambda path: path.name != name)
-        if paths[0].name != name:
-            raise UserError(f"--references: {folder / person.name} has no photo {name}")
-        if copies := [path for path in paths[1:] if path.read_bytes() == paths[0].read_bytes()]:
-            raise UserError(f"{copies[0]} is a copy of the reference {name}: remove it")
-        photos[person.name] = paths
-    return photos
-
-
-def read_names(path: Path | None, option: str) -> dict[str, str]:
-    """Read a JSON object from people's names to strings; ValueError when the file holds something else."""
-    names = read_json(path, f"{option} {path}") if path else {}
-    if not all(isinstance(value, str) for value in names.values()):
-        raise UserError(f'{option} {path} should read like {{"anna": "...", "boris": "..."}}')
-    return names
-
-
-def read_json(path: Path, called: str) -> dict:
-    """Read a JSON object; ValueError, saying what the file is called, when it holds something else."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise OSError(f"{called} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{called} is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f'{called} should read like {{"anna": ..., "boris": ...}}')
-    return found
-
-
-def class_of(person: str, classes: dict[str, str]) -> str:
-    """Return a person's class: as given, else what the name begins with, as woman_07 does, else "person"."""
-    named = re.match(r"(man|woman)(?![a-z])", person)
-    kind = classes.get(person) or (named[1] if named else "person")
-    if not re.fullmatch(r"\w[\w -]*", kind):  # folders and lists of prompts are called after it
-        raise UserError(f"--classes: {kind!r} must be a word, as woman")
-    return kind
-
-
-def read_prompts(path: Path, kind: str) -> list[str]:
-    """Read a prompt per line, blank ones left out, for a class; [his/her] becomes "his" for man, else "her".
-
-    path: a file, or a folder with a `<class>.txt` for each class. Raises ValueError on bytes that are not
-    UTF-8, on a list without prompts, and on slots for people who are neither man nor woman.
-    """
-    file = path / f"{kind}.txt" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"--prompts {file}: no such file")
-    data = file.read_bytes()
-    try:
-        lines = data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 text") from error
-    if not (prompts := [" ".join(line.split()) for line in lines if line.strip()]):
-        raise UserError(f"{file} holds no prompts")
-    slot = re.compile(r"\[([^][/]*)/([^][/]*)\]")
-    if kind not in ("man", "woman") and any(map(slot.search, prompts)):
-        raise UserError(
-            f"{file} has slots such as [man/woman], for which the class {kind} has no word: give --classes"
-        )
-    return [slot.sub(r"\1" if kind == "man" else r"\2", prompt) for prompt in prompts]

@@ -1,9 +1,8 @@
-"""The metrics: by hand on a few embeddings, on real and drawn people with real judges, on wrong folders."""
+"""The metrics: by hand on a few embeddings, on real and synthetic people, and on wrong input."""
 
 import csv
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 import metrics
 from flux.clip import CLIPSizes
 from flux.conditioner import clip_tokenizer
-from people import cache
+from people.cache import TensorCache
 from run.files import fingerprint
 from run.models import SHIPPED
 from run.pictures import save_picture
@@ -36,7 +35,7 @@ def unit(degrees: float) -> torch.Tensor:
     return torch.tensor([math.cos(angle), math.sin(angle)])
 
 
-class FakeJudges(metrics.Judges):
+class FakeEvaluators(metrics.Evaluators):
     """Embed a file named 30.png as the direction of 30 degrees; 30+2.png has two faces, none.png has none."""
 
     def __init__(self):
@@ -68,12 +67,12 @@ def test_r_facesim_by_hand_on_six_embeddings():
     """Two generated faces, a reference and three other photos."""
     rows = rows_of("anna/00/10.png", "anna/01/50.png")
     photos = {"anna": [Path("0.jpg"), Path("40.jpg"), Path("60.jpg"), Path("90.jpg")]}
-    metrics.score(rows, FakeJudges(), photos)
+    metrics.score(rows, FakeEvaluators(), photos)
     assert rows[0]["facesim"] == pytest.approx(cosine(10), abs=1e-6)
     assert rows[1]["facesim"] == pytest.approx(cosine(50), abs=1e-6)
     first, second = (cosine(30) + cosine(50) + cosine(80)) / 3, (cosine(10) + cosine(10) + cosine(40)) / 3
     assert [row["r-facesim"] for row in rows] == pytest.approx([first, second], abs=1e-6)
-    overall = tables.summarize(rows, ["facesim", "r-facesim"])["overall"]
+    overall = metrics.summarize(rows, ["facesim", "r-facesim"])["overall"]
     assert overall["r-facesim"]["mean"] == pytest.approx((first + second) / 2, abs=1e-6)
     facesim = (cosine(10) + cosine(50)) / 2
     assert overall["relative difference"] == pytest.approx(
@@ -85,7 +84,7 @@ def test_clip_scores_by_hand():
     rows = rows_of("anna/00/10.png", "anna/01/50.png", prompts={"woman": ["0", "90"]})
     for row, base in zip(rows, (40, 50)):
         row["base"] = Path(f"{base}.png")
-    metrics.score(rows, FakeJudges())
+    metrics.score(rows, FakeEvaluators())
     assert [row["clip-t"] for row in rows] == pytest.approx([cosine(10), cosine(40)], abs=1e-6)
     assert [row["clip-i"] for row in rows] == pytest.approx([cosine(30), 1], abs=1e-6)
 
@@ -103,7 +102,7 @@ def test_every_prompt_and_person_weighs_the_same():
             ("c", "woman", "01", 0.3),
         ]
     ]
-    summary = tables.summarize(rows, ["facesim"])
+    summary = metrics.summarize(rows, ["facesim"])
     assert [person["facesim"] for person in summary["people"].values()] == pytest.approx([0.5, 0.9, 0.3])
     assert summary["classes"]["man"]["facesim"]["mean"] == pytest.approx(0.7)
     assert summary["overall"]["facesim"]["mean"] == pytest.approx(1.7 / 3)  # over people, not over classes
@@ -113,29 +112,24 @@ def test_every_prompt_and_person_weighs_the_same():
     assert tables.table(groups, ["facesim"]).endswith("| overall | 3      | 56.67 ± 75.89  |")
 
 
-@pytest.mark.parametrize("freedom, value", [(1, 12.706), (2, 4.303), (5, 2.571), (15, 2.131), (59, 2.001)])
-def test_student_equals_the_printed_table(freedom, value):
-    assert tables.student(freedom) == pytest.approx(value, rel=3e-4)
-
-
 def test_pictures_without_a_face_are_zero_or_left_out_and_named():
     photos = {"anna": [Path("0.jpg"), Path("60.jpg")], "boris": [Path("0.jpg")]}
     places = "anna/00/0.png", "anna/01/none.png", "boris/00/0+3.png", "boris/01/none.png"
     means = {}
     for no_face in ("zero", "skip"):
-        metrics.score(rows := rows_of(*places), FakeJudges(), photos, no_face)
-        overall = tables.summarize(rows, ["facesim", "r-facesim"])["overall"]
+        metrics.score(rows := rows_of(*places), FakeEvaluators(), photos, no_face)
+        overall = metrics.summarize(rows, ["facesim", "r-facesim"])["overall"]
         means[no_face] = [overall[metric]["mean"] for metric in ("facesim", "r-facesim")]
         remarks = metrics.remark(rows, [], no_face)
         said = "no face found, " + {"zero": "counted as 0", "skip": "left out"}[no_face]
         assert remarks[said] == [places[1], places[3]]
-        assert remarks["several faces, the largest is judged"] == [places[2]]
+        assert remarks["several faces, the largest is scored"] == [places[2]]
         assert remarks["no photo besides the reference, so no R-FaceSim"] == ["boris"]
         assert overall["r-facesim"]["people"] == 1
         assert overall["relative difference"] == pytest.approx(-0.5)  # anna alone, on both sides
     assert means["zero"] == pytest.approx([0.5, 0.25]) and means["skip"] == pytest.approx([1, 0.5])
     with pytest.raises(ValueError, match="no face found in 1 .*none.jpg"):
-        metrics.score(rows_of("anna/00/0.png"), FakeJudges(), {"anna": [Path("0.jpg"), Path("none.jpg")]})
+        metrics.score(rows_of("anna/00/0.png"), FakeEvaluators(), {"anna": [Path("0.jpg"), Path("none.jpg")]})
 
 
 # Real photos
@@ -184,14 +178,14 @@ def test_the_right_person_scores_high_and_the_wrong_one_near_zero(real):
     assert abs(wrong["facesim"]) < 0.25 and abs(wrong["r-facesim"]) < 0.25
 
 
-# Drawn people
+# Synthetic people
 
 
 @pytest.fixture
-def drawn(tmp_path, monkeypatch) -> Path:
+def synthetic(tmp_path, monkeypatch) -> Path:
     """Two people's pictures, as if made from their captions: in right/ their own, in wrong/ the other's."""
-    write_people(tmp_path / "drawn", people=2, photos=8, seed=3, photo_share=1)
-    one, two = sorted(path for path in (tmp_path / "drawn").iterdir() if path.is_dir())
+    write_people(tmp_path / "synthetic", people=2, photos=8, seed=3, photo_share=1)
+    one, two = sorted(path for path in (tmp_path / "synthetic").iterdir() if path.is_dir())
     (tmp_path / "prompts").mkdir()
     for person, other in ((one, two), (two, one)):
         for k in (4, 5, 6, 7):
@@ -201,7 +195,7 @@ def drawn(tmp_path, monkeypatch) -> Path:
                 shutil.copy(shown / f"{k:03d}.png", place / "0.png")
         texts = [(person / f"{k:03d}.txt").read_text() for k in (4, 5, 6, 7)]
         (tmp_path / "prompts" / f"{person.name}.txt").write_text("\n".join(texts))
-    for path in (tmp_path / "drawn").glob("*/00[4567].png"):
+    for path in (tmp_path / "synthetic").glob("*/00[4567].png"):
         path.unlink()
     kinds = {person.name: person.name for person in (one, two)}  # a list for each, as their captions differ
     (tmp_path / "classes.json").write_text(json.dumps(kinds))
@@ -209,73 +203,81 @@ def drawn(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def judge_drawn(images: str, *argv: str) -> dict:
-    options = ["--people", "drawn", "--prompts", "prompts", "--classes", "classes.json", "--model", "tiny"]
+def score_synthetic(images: str, *argv: str) -> dict:
+    options = [
+        "--people",
+        "synthetic",
+        "--prompts",
+        "prompts",
+        "--classes",
+        "classes.json",
+        "--model",
+        "tiny",
+    ]
     metrics.main(["report", "--images", images, *options, "--device", "cpu", *argv])
     return json.loads(Path("out/scores.json").read_text())
 
 
-def test_drawn_people_are_judged_by_the_small_judges(drawn, capsys):
-    right = judge_drawn("right", "--base", "wrong")
+def test_synthetic_people_are_scored_by_the_small_evaluators(synthetic, capsys):
+    right = score_synthetic("right", "--base", "wrong")
     said = capsys.readouterr().out
-    wrong = judge_drawn("wrong")
+    wrong = score_synthetic("wrong")
     mean = {key: right["overall"][key]["mean"] for key in metrics.TITLES}
     assert mean["facesim"] > 0.8 and mean["r-facesim"] > 0.8 and mean["clip-t"] > 0.9
     assert abs(wrong["overall"]["r-facesim"]["mean"]) < 0.3 and wrong["overall"]["clip-t"]["mean"] < 0.7
     assert 0 < mean["clip-i"] < 0.9
-    note = "judged by tiny/weights/judges: CLIP-T is the share of what the prompt names that is seen"
-    assert note in said and note in Path("out/scores.md").read_text() and note in right["judges"]["note"]
+    note = "scored by tiny/weights/judges: CLIP-T is the mean probability"
+    assert note in said and note in Path("out/scores.md").read_text() and note in right["evaluators"]["note"]
     folder = SHIPPED["tiny"] / "judges"
     files = {name: fingerprint(folder / f"{name}.safetensors") for name in ("identity", "prompt")}
-    assert right["judges"]["weights"] == files and right["judges"]["name"] == str(folder)
-    # CLIP-T is the judge's own adherence.
-    row, judge = right["pictures"][0], load_judges(folder)[1]
-    seen = judge.look(Image.open(row["path"]))
-    assert row["clip-t"] == pytest.approx(judge.adherence(seen, row["text"]).item(), abs=1e-5)
+    assert right["evaluators"]["weights"] == files and right["evaluators"]["name"] == str(folder)
+    # CLIP-T is the network's own adherence.
+    row, network = right["pictures"][0], load_judges(folder)[1]
+    seen = network.look(Image.open(row["path"]))
+    assert row["clip-t"] == pytest.approx(network.adherence(seen, row["text"]).item(), abs=1e-5)
 
 
-def test_small_judges_embed_a_picture_once(drawn, monkeypatch):
-    scores = judge_drawn("right")
+def test_small_evaluators_embed_a_picture_once(synthetic, monkeypatch):
+    scores = score_synthetic("right")
     monkeypatch.setattr(PromptNet, "odds", None)
     monkeypatch.setattr(IdentityNet, "forward", None)
-    assert judge_drawn("right")["overall"] == scores["overall"]
+    assert score_synthetic("right")["overall"] == scores["overall"]
 
 
-def test_small_judges_shrink_a_large_picture(drawn):
-    look = evaluators.SmallJudges(SHIPPED["tiny"] / "judges", cache.MemoryCache())
+def test_small_evaluators_shrink_a_large_picture(synthetic):
+    small = evaluators.SmallEvaluators(SHIPPED["tiny"] / "judges", TensorCache(Path("cache")))
     own, other, *_ = sorted(Path("right").glob("*/00/0.png"))
     Image.open(own).resize((192, 192), Image.Resampling.BICUBIC).save(large := Path("large.png"))
-    faces, _ = look.embed_faces([own, large, other])
+    faces, _ = small.embed_faces([own, large, other])
     assert faces[0] @ faces[1] > 0.95 > faces[0] @ faces[2]
-    seen = look.embed_images([own, large])
+    seen = small.embed_images([own, large])
     assert (seen[0] - seen[1]).abs().max() < 0.1
 
 
-def test_what_small_judges_cannot_judge_is_told(drawn):
+def test_small_evaluators_say_what_they_cannot_score(synthetic):
     prompts = sorted(Path("prompts").iterdir())[0]
     lines = prompts.read_text().splitlines()
     prompts.write_text("\n".join(["a dog", *lines[1:]]))
     with pytest.raises(ValueError, match="'a dog' names nothing.*scene: beach.*who: man, woman"):
-        judge_drawn("right")
+        score_synthetic("right")
     prompts.write_text("\n".join(lines))
     picture = sorted(Path("right").glob("*/00/0.png"))[0]
     Image.new("RGB", (64, 32)).save(picture)
-    with pytest.raises(ValueError, match=f"{picture} has 64 x 32 pixels; .*judges know .* 64 x 64"):
-        judge_drawn("right")
-    with pytest.raises(ValueError, match="--clip is of no use: --model tiny brings judges"):
-        judge_drawn("right", "--clip", ".")
+    with pytest.raises(ValueError, match=f"{picture} has 64 x 32 pixels; .*judges need .* 64 x 64"):
+        score_synthetic("right")
+    with pytest.raises(ValueError, match="--clip is of no use: --model tiny brings evaluators"):
+        score_synthetic("right", "--clip", ".")
     with pytest.raises(FileNotFoundError, match="--clip x: no such file"):
-        judge_drawn("right", "--clip", "x")
+        score_synthetic("right", "--clip", "x")
     with pytest.raises(FileNotFoundError, match="--model tinny: neither a folder nor"):
-        judge_drawn("right", "--model", "tinny")
+        score_synthetic("right", "--model", "tinny")
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "."])
-def test_models_without_judges_are_judged_by_the_papers(name, tmp_path, monkeypatch):
+def test_models_without_evaluators_get_the_papers(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = metrics.parse_arguments(["clip-t", "--images", "x", "--prompts", "y", "--model", name])
-    found = metrics.load_judges(args, cache.MemoryCache())
-    assert isinstance(found, evaluators.PaperJudges) and "CLIP" in found.name and not found.note
+    found = metrics.load_evaluators(name, cache=None)
+    assert isinstance(found, evaluators.PaperEvaluators) and "CLIP" in found.name and not found.note
 
 
 # The command line
@@ -324,7 +326,7 @@ def test_report_writes_every_number(run, clip, pictures, capsys):
     assert Path("out/scores.md").read_text() in capsys.readouterr().out
     row = scores["pictures"][-1]
     assert row["text"] == "a photo of her face" and row["base"] == "base/01/4.png"
-    assert scores["judges"]["weights"] == {"CLIP": fingerprint(clip / "model.safetensors")}
+    assert scores["evaluators"]["weights"] == {"CLIP": fingerprint(clip / "model.safetensors")}
     judge = load_clip_vit(clip)
     picture, base = judge.embed_images([Image.open(row["path"]), Image.open(row["base"])])
     text = judge.embed_texts(clip_tokenizer(clip)([row["text"]]))[0]
@@ -410,9 +412,9 @@ def test_wrong_photos_are_told(run):
 
 
 def test_no_face_anywhere_is_said(run, yunet, capsys):
-    """Blank squares beside photos of a drawn person, in whom YuNet finds no face: so judges are fake."""
+    """YuNet finds no face in synthetic people either, so the evaluators are fake."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "load_judges", lambda *_: FakeJudges())
+        patch.setattr(metrics, "load_evaluators", lambda *_: FakeEvaluators())
         for path in sorted(Path("images").glob("*/*/*.png")):
             path.rename(path.with_name("none.png")) if path.stem == "3" else path.unlink()
         for person in ("man_1", "woman_1"):
@@ -443,27 +445,3 @@ def test_the_manual_names_every_option(capsys):
     said = capsys.readouterr().out
     options = ("clip-t", "--images", "--references", "--no-face {zero,skip}", "--recognizer", "out/judged")
     assert all(option in said for option in options) and "<person>/<prompt>/<seed>.png" in said
-
-
-# Prompts
-
-
-def test_the_prompt_lists():
-    man, woman = (samples.read_prompts(PROMPTS, kind) for kind in ("man", "woman"))
-    assert len(man) == len(woman) == len({*man}) == len({*woman}) == 20
-    for prompts, word in ((man, "man"), (woman, "woman")):
-        assert all(re.search(rf"\b{word}\b", prompt) for prompt in prompts)
-    for kind, other in (("man", r"\b(woman|her|she)\b"), ("woman", r"\b(man|his|he)\b")):
-        frontal = samples.read_prompts(PROMPTS / "frontal.txt", kind)
-        assert len(frontal) == 10
-        for prompt in frontal + {"man": man, "woman": woman}[kind]:
-            assert not re.search(other, prompt) and not set(prompt) & set("[]/")
-            assert len(prompt) < 160 and len(prompt.split()) < 40  # CLIP sees 75 tokens
-
-
-@pytest.mark.parametrize("name, kind", [
-    ("woman_anna", "woman"), ("man-3", "man"), ("man", "man"), ("manuel", "person"), ("anna", "person"),
-])  # fmt: skip
-def test_the_class_of_a_person(name, kind):
-    assert samples.class_of(name, {}) == kind
-    assert samples.class_of(name, {name: "woman"}) == "woman"

@@ -271,7 +271,7 @@ def test_sheets_are_written(tmp_path, files, photos):
     sheets.write_sheets(tmp_path / "sheets", scores, photos)
     assert {path.stem for path in (tmp_path / "sheets").iterdir()} == PEOPLE.keys() - {NASTY}
     plain, marked = (
-        sheets._scored({"path": files[11], "clip-t": 0.3, "faces": n}, ["clip-t"], 256).getpixel((250, 252))
+        sheets._cell({"path": files[11], "clip-t": 0.3, "faces": n}, ["clip-t"], 256).getpixel((250, 252))
         for n in (1, 0)
     )
     assert plain == (0x22, 0x22, 0x22) and marked == (0xA3, 0x20, 0x2A)

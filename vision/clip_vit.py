@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021) with both towers: images and texts to unit vectors, for the metrics' cosines.
+"""CLIP (Radford et al. 2021) with both towers: embed images and texts as unit vectors.
 
 Names are those of the hub's `openai/clip-vit-base-patch32`. The text tower is FLUX's, with its projection.
 """
@@ -33,6 +33,7 @@ WEIGHTS = {
         "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f",
     ),
 }
+# What else is downloaded, into the same folder.
 BESIDE = ("config.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -52,7 +53,7 @@ class CLIPViTSizes:
 
     @classmethod
     def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
-        """Read the sizes from a checkpoint's header; heads are 64 wide unless `config` says otherwise."""
+        """Read the sizes from a checkpoint's header; heads are 64 wide if `config` does not say."""
         hidden_size, _, patch_size, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
         patches = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
         layers = {name.split(".")[3] for name in shapes if name.startswith("vision_model.encoder.layers.")}
@@ -69,7 +70,9 @@ class CLIPViTSizes:
 
 
 class CLIPViT(nn.Module):
-    # Counters 0, 1, 2 .., and the factor that turned cosines into logits for training.
+    """Both towers; their embeddings of an image and of a text that describes it have a high cosine."""
+
+    # Positions 0, 1, 2 .., and the factor that turned cosines into logits for training.
     IGNORED = (
         "text_model.embeddings.position_ids",
         "vision_model.embeddings.position_ids",
@@ -98,6 +101,8 @@ class CLIPViT(nn.Module):
 
 
 class VisionModel(nn.Module):
+    """The image tower, a vision transformer."""
+
     def __init__(self, sizes: CLIPViTSizes):
         super().__init__()
         d, patch_size = sizes.hidden_size, sizes.patch_size
@@ -125,8 +130,8 @@ class VisionModel(nn.Module):
 def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     """Scale the short side to `size`, bicubic, cut out the centre and normalise -> (3, size, size) float32.
 
-    Equal, of opaque images, to transformers' CLIPImageProcessor with PIL to the last bit; that with
-    torchvision and openai/CLIP resize and round a little differently.
+    For opaque images this equals transformers' CLIPImageProcessor with PIL to the last bit. With torchvision
+    it rounds a little differently, and so does openai/CLIP.
     """
     image, short = image.convert("RGB"), min(image.size)
     width, height = (int(size * side / short) for side in image.size)
@@ -138,27 +143,30 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     return torch.from_numpy(rearrange(pixels, "h w c -> c h w"))
 
 
-def load_clip_vit(path: Path | None = None, device="cpu", dtype=torch.float32) -> CLIPViT:
-    """Load the weights that `find_clip_vit` finds; frozen. ValueError lists all that does not fit."""
+def load_clip_vit(
+    path: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> CLIPViT:
+    """Load the weights that `find_clip_vit` finds, frozen; UserError lists all tensors that do not fit."""
     return load(CLIPViT, CLIPViTSizes, find_clip_vit(path), device, dtype)
 
 
 def find_clip_vit(path: Path | None = None) -> Path:
-    """Return the weights' file in a folder, the file itself, or without a path that of ViT-B/32 on the hub.
+    """Return the weights file: that of a folder, the file itself, or without a path the hub's ViT-B/32.
 
-    Beside the hub's file lie its config and its tokenizer. Raises OSError when there is no file or no way to
-    the hub, and ValueError when the hub's file has another SHA-256 than the pinned one.
+    Its config and tokenizer are in the same folder. Raises OSError when there is no file or the download
+    fails, and UserError when the hub's file does not have the pinned SHA-256.
     """
     if path is None:
         return _from_hub()
     files = [path / name for name in WEIGHTS] if path.is_dir() else [path]
-    if not (found := [file for file in files if file.is_file()]):
-        raise FileNotFoundError(f"--clip {path}: no such file, and no folder with {' or '.join(WEIGHTS)}")
-    return found[0]
+    for file in files:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"--clip {path}: no such file, and no folder with {' or '.join(WEIGHTS)}")
 
 
 def _from_hub() -> Path:
-    """Take the file that the hub's cache has, or else download the first, and what lies beside it."""
+    """Return the weights file that is in the hub's cache already, else download one, with what it needs."""
     cached = [
         name
         for name, (revision, _) in WEIGHTS.items()
@@ -167,7 +175,7 @@ def _from_hub() -> Path:
     name = (cached or list(WEIGHTS))[0]
     revision, sha256 = WEIGHTS[name]
     try:
-        file, *_ = [hub_file(REPOSITORY, x, revision) for x in (name, *BESIDE)]
+        file, *_ = [hub_file(REPOSITORY, part, revision) for part in (name, *BESIDE)]
     except OSError as error:
         raise OSError(
             f"could not download CLIP ViT-B/32 ({error}).\n"

@@ -1,4 +1,4 @@
-"""Inception-ResNet-v1 (Szegedy et al. 2017) recognises faces: unit vectors, cosine near 1 for one person.
+"""Inception-ResNet-v1 (Szegedy et al. 2017): embed faces as unit vectors, to recognise people.
 
 The networks are those of davidsandberg/facenet under the names that timesler/facenet-pytorch gave their
 tensors (`models/inception_resnet_v1.py`); the paper's FaceSim uses the one trained on VGGFace2.
@@ -33,17 +33,17 @@ SIZE = 160  # pixels, both sides
 
 @dataclass(frozen=True)
 class InceptionResnetSizes:
-    """The output's width, which tells facenet's networks of 2017 (128) and of 2018 (512, VGGFace2) apart.
+    """The width of the output: 128 for facenet's networks of 2017, 512 for those of 2018 (VGGFace2).
 
-    The older were trained on faces standardised each by itself, the newer with fixed numbers for all; and
-    they are given different crops, see `crop_face`.
+    For the older ones each face is standardised by its own mean and deviation, for the newer ones by fixed
+    numbers. Their crops differ, too, see `crop_face`.
     """
 
     embedding_size: int
 
     @classmethod
     def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
-        """Read the width from a checkpoint's header; ValueError unless it is 128 or 512, KeyError without."""
+        """Read the width from a checkpoint's header; UserError unless it is 128 or 512."""
         embedding_size = shapes["last_linear.weight"][0]
         if embedding_size not in (128, 512):
             raise UserError(f"it embeds a face in {embedding_size} numbers, known are 128 and 512")
@@ -51,11 +51,14 @@ class InceptionResnetSizes:
 
     @property
     def fixed(self) -> bool:
+        """Whether faces are standardised by fixed numbers."""
         return self.embedding_size == 512
 
 
 class InceptionResnet(nn.Module):
-    IGNORED = ("logits.weight", "logits.bias")  # told the people of the training set apart
+    """The network without the layer that classified the people of the training set."""
+
+    IGNORED = ("logits.weight", "logits.bias")
 
     def __init__(self, sizes: InceptionResnetSizes):
         super().__init__()
@@ -104,7 +107,14 @@ class InceptionResnet(nn.Module):
 
 
 class Conv(nn.Module):
-    def __init__(self, ins: int, outs: int, kernel: int | tuple[int, int], stride: int = 1, padding=0):
+    def __init__(
+        self,
+        ins: int,
+        outs: int,
+        kernel: int | tuple[int, int],
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
+    ):
         super().__init__()
         self.conv = nn.Conv2d(ins, outs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outs, eps=1e-3)  # TensorFlow's default
@@ -114,7 +124,7 @@ class Conv(nn.Module):
 
 
 class Branches(nn.Module):
-    """Run `branch0`, `branch1` .. side by side and concatenate their channels."""
+    """Run `branch0`, `branch1`, .. on the same input and concatenate their channels."""
 
     def __init__(self, *branches: nn.Module):
         super().__init__()
@@ -127,7 +137,7 @@ class Branches(nn.Module):
 
 
 class Residual(Branches):
-    """Add what the branches find, scaled down: with large updates the authors' training fell apart."""
+    """Add the output of the branches, scaled down: without the scale the authors' training diverged."""
 
     def __init__(self, *branches: nn.Module, ins: int, outs: int, scale: float, last: bool = False):
         super().__init__(*branches)
@@ -140,7 +150,7 @@ class Residual(Branches):
 
 
 def block35() -> Residual:
-    """Named, as the next two, for the side of its maps in the original network, whose input is larger."""
+    """The names of these three blocks are the sides of their feature maps at the original input size."""
     return Residual(
         Conv(256, 32, 1),
         nn.Sequential(Conv(256, 32, 1), Conv(32, 32, 3, padding=1)),
@@ -171,11 +181,11 @@ def block8(scale: float, last: bool = False) -> Residual:
 
 
 def crop_face(image: Image.Image, box: Box, sizes: InceptionResnetSizes) -> Image.Image:
-    """Cut a face out and scale it to 160 x 160, bilinear; ValueError when the box lies outside the image.
+    """Cut a face out and scale it to 160 x 160, bilinear; UserError when the box lies outside the image.
 
-    For VGGFace2's network the box itself, as facenet-pytorch does with its default margin of 0, though its
-    boxes come from another detector. For the older ones the square around the box, 10 % larger. What would
-    lie outside the image is left out, so at its edge a crop need not be square, and is stretched.
+    For VGGFace2's network the crop is the box itself, as with facenet-pytorch's default margin 0, which has
+    another detector. For the older networks it is a square around the box, 10 % larger. The part of a crop
+    outside the image is left out, and the rest is stretched to a square.
     """
     x0, y0, x1, y1 = box
     if not sizes.fixed:
@@ -192,21 +202,23 @@ def standardize(crop: Image.Image, sizes: InceptionResnetSizes) -> Tensor:
     x = torch.from_numpy(rearrange(np.array(crop, np.float32), "h w c -> c h w"))
     if sizes.fixed:
         return (x - 127.5) / 128
-    floor = x.numel() ** -0.5  # keeps a blank crop finite
+    floor = x.numel() ** -0.5  # avoids a division by zero for a crop of one colour
     return (x - x.mean()) / x.std(correction=0).clamp(min=floor)
 
 
-def load_recognizer(path: Path | None = None, device="cpu", dtype=torch.float32) -> InceptionResnet:
-    """Load a recogniser from safetensors, or from a pickled .pt or .pth; without a path the paper's; frozen.
+def load_recognizer(
+    path: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> InceptionResnet:
+    """Load a network, frozen, from safetensors or a pickled .pt or .pth file; without a path the paper's.
 
-    Raises OSError when there is no file and no way to it, and ValueError when the file has another SHA-256
-    than the pinned one, or that lists all that does not fit.
+    Raises OSError when there is no file or the download fails, and UserError when the download does not have
+    the pinned SHA-256, or when tensors do not fit: it lists them.
     """
     return load(InceptionResnet, InceptionResnetSizes, path or _download(), device, dtype)
 
 
 def _download() -> Path:
-    """Return VGGFace2's weights from torch's cache, in facenet-pytorch's folder, or download them."""
+    """Return VGGFace2's weights from torch's cache, where facenet-pytorch keeps them, or download them."""
     file = Path(torch.hub.get_dir()).with_name("checkpoints") / FILE
     if not file.is_file():
         try:

@@ -1,12 +1,13 @@
-"""Small judges that look at whole pictures: whose face is it, does the picture show what the prompt says?
+"""Two small networks for pictures of 64 x 64 pixels: one recognises people, one the content of a prompt.
 
-They come with a model folder, as `judges/identity.safetensors` and `judges/prompt.safetensors`, for pictures
-in which the large judges see nothing. Which words they know stands in the metadata of the latter.
+A model folder may bring them along, as `judges/identity.safetensors` and `judges/prompt.safetensors`, for
+pictures that are too small for CLIP and Inception-ResNet. The metadata of the latter list the words it knows.
 """
 
 import json
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,16 @@ SIZE = 64  # pixels
 
 
 def fits(height: int, width: int) -> bool:
-    """Tell whether a picture has the size that the judges have learned from, in any shape."""
+    """Tell whether a picture has about the number of pixels that the networks were trained on."""
     return 0.7 < height * width / SIZE**2 < 1.4
 
 
 class Block(nn.Module):
-    """Two convolutions beside a short cut (He et al. 2015), halving the picture at stride 2."""
+    """Two convolutions with a residual connection (He et al. 2015); stride 2 halves height and width."""
 
     def __init__(self, ins: int, outs: int, stride: int):
         super().__init__()
-        # BatchNorm, frozen a constant scale: GroupNorm would weaken brightness, by which skins differ.
+        # Not GroupNorm: it would remove brightness, in which skins differ. Frozen, BatchNorm only scales.
         self.conv1, self.norm1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False), nn.BatchNorm2d(outs)
         self.conv2, self.norm2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False), nn.BatchNorm2d(outs)
         self.short = nn.Conv2d(ins, outs, 1, stride, bias=False) if stride > 1 else nn.Identity()
@@ -41,7 +42,7 @@ class Block(nn.Module):
         return (self.short(x) + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))).relu()
 
 
-class Judge(nn.Module):
+class SmallNet(nn.Module):
     """A small residual network that attends to four places of a picture, as a face may be anywhere."""
 
     def __init__(self, outs: int):
@@ -53,19 +54,19 @@ class Judge(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image: (b, 3, h, w) in [-1, 1], of about 64 x 64 pixels in any shape -> (b, outs)."""
         if not fits(*image.shape[2:]):
-            raise UserError(f"the judges know pictures of about {SIZE}x{SIZE}, got {tuple(image.shape[2:])}")
+            raise UserError(f"pictures must have about {SIZE}x{SIZE} pixels, got {tuple(image.shape[2:])}")
         x = self.blocks(self.stem(image).relu())  # (b, 128, h/8, w/8)
         where = self.where(x).flatten(2).softmax(dim=-1)  # (b, 4, hw/64)
         return self.head((where @ x.flatten(2).mT).flatten(1)).float()
 
     def look(self, image: Image.Image) -> Tensor:
-        """Return a picture as `forward` wants it, pixel for pixel, (1, 3, h, w)."""
+        """Turn a picture into the input of `forward`, (1, 3, h, w), without resizing."""
         pixels = torch.from_numpy(np.array(image.convert("RGB")))
         return rearrange(pixels, "h w c -> 1 c h w").to(self.head.weight) / 127.5 - 1
 
 
-class IdentityNet(Judge):
-    """Embed the person in a picture as a unit vector, (b, 128): cosine near 1 for the same, 0 for another."""
+class IdentityNet(SmallNet):
+    """Embed the person in a picture as a unit vector, (b, 128); two of one person have a cosine near 1."""
 
     def __init__(self):
         super().__init__(outs=128)
@@ -75,12 +76,15 @@ class IdentityNet(Judge):
 
     @torch.no_grad()
     def embed_faces(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return unit vectors (n, 128); one by one, so pictures may differ in shape."""
+        """Return unit vectors (n, 128). Pictures go through one by one, so their shapes may differ."""
         return torch.cat([self(self.look(image)) for image in images])
 
 
-class PromptNet(Judge):
-    """Tell each attribute in `vocabulary`, such as {"who": ["man", "woman"]}: its logits, (b, its values)."""
+class PromptNet(SmallNet):
+    """Classify a picture by each attribute of a vocabulary, such as {"who": ["man", "woman"]}.
+
+    The output is a dictionary from attributes to logits, (b, number of its words).
+    """
 
     def __init__(self, vocabulary: dict[str, Sequence[str]]):
         self.vocabulary = {name: [*words] for name, words in vocabulary.items()}
@@ -91,26 +95,33 @@ class PromptNet(Judge):
         return dict(zip(self.vocabulary, super().forward(image).split(self.counts, dim=-1)))
 
     def odds(self, image: Tensor) -> Tensor:
-        """Return the probability of every word, (b, words)."""
+        """Return the probability of each word of the vocabulary, (b, words)."""
         return torch.cat([logits.softmax(dim=-1) for logits in self(image).values()], dim=-1)
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the probability of every word, (n, words)."""
+        """Return the probability of each word of the vocabulary, (n, words)."""
         return torch.cat([self.odds(self.look(image)) for image in images])
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Share 1 among the words that a prompt names, (n, words): times a picture's odds, their mean."""
-        shares = []
-        for prompt in prompts:
+        """Return weights (n, words): 1/k for each of the k words that a prompt names, 0 for the others.
+
+        The dot product with the probabilities of a picture is the mean probability of the named words.
+        """
+        starts = dict(zip(self.vocabulary, [0, *accumulate(self.counts)]))  # of the words of each attribute
+        weights = torch.zeros(len(prompts), sum(self.counts))
+        for row, prompt in zip(weights, prompts):
             named = named_in(prompt, self.vocabulary)
-            rows = [F.one_hot(torch.tensor(named[name]), n) if name in named else torch.zeros(n)
-                    for name, n in zip(self.vocabulary, self.counts)]  # fmt: skip
-            shares.append(torch.cat(rows) / len(named))
-        return torch.stack(shares)
+            for name, k in named.items():
+                row[starts[name] + k] = 1 / len(named)
+        return weights
 
     def adherence(self, image: Tensor, prompt: str | Sequence[str]) -> Tensor:
-        """Return the mean probability of all that the prompt names, (b,): a hidden shirt gets about 1/6."""
+        """Return the mean probability of the words that the prompt names, (b,).
+
+        image: (b, 3, h, w); prompt: one for all pictures or one for each. An attribute that the picture does
+        not show counts by chance: a shirt outside the picture gets about 1/6, as there are six colours.
+        """
         prompts = [prompt] * len(image) if isinstance(prompt, str) else prompt
         if len(prompts) != len(image):
             raise UserError(f"{len(image)} pictures, but {len(prompts)} prompts")
@@ -118,33 +129,41 @@ class PromptNet(Judge):
 
 
 def named_in(prompt: str, vocabulary: dict[str, Sequence[str]]) -> dict[str, int]:
-    """Find what a prompt names, as positions: {"scene": 4, "who": 0} for "a man at night".
+    """Find the words of the vocabulary in a prompt: {"scene": 4, "who": 0} for "a man at night".
 
-    Raises ValueError when it names nothing in the vocabulary, or two words for the same.
+    Raises UserError when there is none, or two of the same attribute.
     """
-    has = lambda word: re.search(rf"\b{word}\b", prompt.lower())
-    said = [(name, k) for name, words in vocabulary.items() for k, word in enumerate(words) if has(word)]
-    if not said or len(dict(said)) < len(said):
+    positions: dict[str, int] = {}
+    words_found = []
+    for name, words in vocabulary.items():
+        for k, word in enumerate(words):
+            if re.search(rf"\b{word}\b", prompt.lower()):
+                positions[name] = k
+                words_found.append(word)
+    if not positions or len(positions) < len(words_found):
+        named = ", ".join(words_found) or "nothing"
         known = "; ".join(f"{name}: {', '.join(words)}" for name, words in vocabulary.items())
-        found = ", ".join(vocabulary[name][k] for name, k in said) or "nothing"
         raise UserError(
-            f"the prompt {prompt!r} names {found}; to be judged it must name one or more of these, "
-            f"of each kind one at most: {known}"
+            f"the prompt {prompt!r} names {named}; to be scored it must name at "
+            f"least one of these words, and at most one of each kind: {known}"
         )
-    return dict(said)
+    return positions
 
 
-def load_judges(folder: Path | str, device="cpu") -> tuple[IdentityNet, PromptNet]:
-    """Load both judges, frozen, in float32; ValueError when a file is damaged or of another kind."""
+def load_judges(folder: Path | str, device: torch.device | str = "cpu") -> tuple[IdentityNet, PromptNet]:
+    """Load both networks of a folder `judges`, frozen, in float32.
+
+    Raises UserError when a file is damaged or holds another network.
+    """
     files = [Path(folder) / f"{name}.safetensors" for name in ("identity", "prompt")]
     (identity, _), (prompt, metadata) = map(read_tensors, files)
     if "vocabulary" not in metadata:
         raise UserError(f"{files[1]} does not say in its metadata which words it knows")
-    judges = IdentityNet(), PromptNet(json.loads(metadata["vocabulary"]))
-    for judge, state, file in zip(judges, (identity, prompt), files):
+    networks = IdentityNet(), PromptNet(json.loads(metadata["vocabulary"]))
+    for network, state, file in zip(networks, (identity, prompt), files):
         try:
-            judge.load_state_dict(state, strict=True)
+            network.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            raise UserError(f"{file} does not hold this judge: {error}") from error
-        judge.requires_grad_(False).eval().to(device)
-    return judges
+            raise UserError(f"{file} does not hold this network: {error}") from error
+        network.requires_grad_(False).eval().to(device)
+    return networks

@@ -1,6 +1,5 @@
-"""The shipped judges: they tell people apart whatever the view, and prompts that a picture shows."""
+"""The evaluators: the small ones tell people and prompts apart; each model gets the right ones."""
 
-import argparse
 import json
 import re
 import shutil
@@ -14,7 +13,6 @@ from torch import Tensor
 from flux import find_files
 from flux.checkpoint import read_tensors
 from flux.loading import native_size
-from people.cache import MemoryCache
 from scoring import evaluators
 from tiny.judges import NAMED
 from tiny.people import STYLES, VIEW, caption, draw_identities, draw_views, render, to_pil
@@ -27,7 +25,7 @@ PEOPLE, RANK_1 = 200, 0.93  # measured .986, see judges.json
 @pytest.fixture(scope="module")
 def judges() -> tuple[IdentityNet, PromptNet]:
     if not (FOLDER / "judges.json").exists():
-        pytest.skip(f"{FOLDER} holds no trained judges; python tiny/judges.py makes them")
+        pytest.skip(f"{FOLDER} holds no trained networks; python tiny/judges.py makes them")
     return load_judges(FOLDER)
 
 
@@ -40,18 +38,18 @@ def people() -> tuple[Tensor, Tensor, Tensor]:
     # A narrow face, not too low: the shirt shows.
     views[..., VIEW.index("width")].clamp_(0.3, 0.45)
     views[..., VIEW.index("y")].clamp_(max=0.5)
-    return identities, views, torch.stack([render(identities, some)[0] for some in views])
+    return identities, views, torch.stack([render(identities, photo)[0] for photo in views])
 
 
 def test_people_are_told_apart(judges, people):
     first = judges[0](people[2][0])
     views = draw_views(PEOPLE, torch.Generator().manual_seed(20_001), style=0.0)
     cosines = judges[0](render(people[0], views)[0]) @ first.mT
-    own = torch.eye(PEOPLE, dtype=torch.bool)
+    same = torch.eye(PEOPLE, dtype=torch.bool)
     assert (cosines.argmax(dim=1) == torch.arange(PEOPLE)).float().mean() > RANK_1
-    assert cosines[own].mean() > 0.75 and cosines[~own].mean().abs() < 0.1
+    assert cosines[same].mean() > 0.75 and cosines[~same].mean().abs() < 0.1
     wrong = cosines[torch.arange(PEOPLE), torch.arange(PEOPLE) - 1]
-    assert (cosines[own] > wrong).float().mean() > 0.98
+    assert (cosines[same] > wrong).float().mean() > 0.98
 
 
 def test_style_scene_and_shirt_do_not_make_a_person(judges, people):
@@ -67,12 +65,12 @@ def test_style_scene_and_shirt_do_not_make_a_person(judges, people):
 
 def test_adherence_is_high_for_the_caption_and_low_for_another(judges, people):
     identities, views, images = people[0][:60], people[1][:, :60], people[2][:, :60]
-    for some, pictures in zip(views, images):
-        captions = [caption(v, i, torch.Generator().manual_seed(0)) for v, i in zip(some, identities)]
+    for shown_views, pictures in zip(views, images):
+        captions = [caption(v, i, torch.Generator().manual_seed(0)) for v, i in zip(shown_views, identities)]
         right = judges[1].adherence(pictures, captions)
         assert right.shape == (60,) and right.mean() > 0.95
         for attribute in ("scene", "shirt", "style"):
-            words, shown = [*NAMED[attribute]], some[:, VIEW.index(attribute)].long()
+            words, shown = [*NAMED[attribute]], shown_views[:, VIEW.index(attribute)].long()
             right = judges[1].adherence(pictures, [words[k] for k in shown])
             wrong = judges[1].adherence(pictures, [words[k - 1] for k in shown])
             assert right.mean() > 0.95 and wrong.mean() < 0.05
@@ -114,12 +112,12 @@ def test_a_score_depends_on_its_own_picture_only(judges, people):
         ("a sketch in a room", {"scene": 7, "style": 2}),
     ],
 )
-def test_a_prompt_names_what_is_judged(prompt, named):
+def test_words_are_found_in_a_prompt(prompt, named):
     assert named_in(prompt, NAMED) == named
 
 
 @pytest.mark.parametrize("prompt", ["a dog", "", "a man and a woman", "a photo of a painting", "a roommate"])
-def test_a_prompt_that_cannot_be_judged_is_refused(prompt):
+def test_a_prompt_without_known_words_is_refused(prompt):
     with pytest.raises(ValueError, match=re.escape(repr(prompt))):
         named_in(prompt, NAMED)
 
@@ -155,56 +153,55 @@ def test_the_words_come_with_the_file(judges, tmp_path):
     state, _ = read_tensors(FOLDER / "prompt.safetensors")
     few = {"vocabulary": json.dumps({"who": ["man", "woman"]})}
     save_file(state, tmp_path / "prompt.safetensors", metadata=few)
-    with pytest.raises(ValueError, match="prompt.safetensors does not hold this judge"):
+    with pytest.raises(ValueError, match="prompt.safetensors does not hold this network"):
         load_judges(tmp_path)
 
 
 def test_other_sizes_are_refused_and_other_shapes_are_not():
     judge = IdentityNet().eval()
     assert judge(torch.zeros(2, 3, 56, 72)).shape == (2, 128)
-    with pytest.raises(ValueError, match=r"64x64, got \(128, 128\)"):
+    with pytest.raises(ValueError, match=r"64x64 pixels, got \(128, 128\)"):
         judge(torch.zeros(1, 3, 128, 128))
 
 
-# --- Which judges a model brings ---------------------------------------------------------------------------
+# Which evaluators a model brings
 
 
 @pytest.fixture
-def world(model, tmp_path) -> Path:
-    """A copy of the random model with the small judges."""
-    shutil.copytree(model, tmp_path / "world")
-    return Path(shutil.copytree(FOLDER, tmp_path / "world" / "judges")).parent
+def own_model(model, tmp_path) -> Path:
+    """A copy of the random model with the small evaluators."""
+    shutil.copytree(model, tmp_path / "own_model")
+    return Path(shutil.copytree(FOLDER, tmp_path / "own_model" / "judges")).parent
 
 
-def judges_for(model: str | None, **options: Path | None):
-    given = {"clip": None, "recognizer": None, "detector": None, **options}
-    return evaluators.load_judges(argparse.Namespace(model=model, **given), MemoryCache())
+def evaluators_for(model: str | None, **files: Path | None) -> evaluators.Evaluators:
+    return evaluators.load_evaluators(model, cache=None, **files)
 
 
-def test_folder_file_and_variable_bring_the_same(world, monkeypatch):
+def test_folder_file_and_variable_bring_the_same(own_model, monkeypatch):
     """What lies beside the transformer is the model's, however --model names it."""
-    file = world / "flux1-random.safetensors"
+    file = own_model / "flux1-random.safetensors"
     monkeypatch.setenv("FLUX_DEV", str(file))
-    for name in (str(world), str(file), "flux-dev"):
-        found = judges_for(name)
-        assert isinstance(found, evaluators.SmallJudges) and found.folder == world / "judges"
-        files = find_files(argparse.Namespace(model=name))
-        assert files.folder == world and native_size(files.folder) == 64
-    with pytest.raises(ValueError, match="--clip is of no use: --model .* brings judges of its own"):
-        judges_for(str(file), clip=world)
-    assert judges_for("tiny").folder == FOLDER
+    for name in (str(own_model), str(file), "flux-dev"):
+        found = evaluators_for(name)
+        assert isinstance(found, evaluators.SmallEvaluators) and found.folder == own_model / "judges"
+        files = find_files(name)
+        assert files.folder == own_model and native_size(files.folder) == 64
+    with pytest.raises(ValueError, match="--clip is of no use: --model .* brings evaluators of its own"):
+        evaluators_for(str(file), clip=own_model)
+    assert evaluators_for("tiny").folder == FOLDER
 
 
-def test_a_diffusers_layout_is_one_folder(world):
-    (world / "transformer").mkdir()
-    (world / "flux1-random.safetensors").rename(world / "transformer" / "model.safetensors")
-    assert find_files(argparse.Namespace(model=str(world))).folder == world
-    assert judges_for(str(world)).folder == world / "judges"
+def test_a_diffusers_layout_is_one_folder(own_model):
+    (own_model / "transformer").mkdir()
+    (own_model / "flux1-random.safetensors").rename(own_model / "transformer" / "model.safetensors")
+    assert find_files(str(own_model)).folder == own_model
+    assert evaluators_for(str(own_model)).folder == own_model / "judges"
 
 
-def test_others_are_judged_by_the_papers(model, monkeypatch):
+def test_other_models_get_the_papers(model, monkeypatch):
     monkeypatch.delenv("FLUX_DEV", raising=False)
     for name in (None, "flux-dev", "somebody/flux", str(model)):
-        assert isinstance(judges_for(name), evaluators.PaperJudges)
+        assert isinstance(evaluators_for(name), evaluators.PaperEvaluators)
     with pytest.raises(FileNotFoundError, match="--model flux-dve: neither a folder nor a file"):
-        judges_for("flux-dve")
+        evaluators_for("flux-dve")

@@ -1,4 +1,4 @@
-"""Data as people have them: every fault is found, named and survived, before anything expensive."""
+"""The scan finds and names every fault in a data set; the manifest lists what is left."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from PIL import Image
 
 from people import manifest
 from people.crops import common_shape
-from people.manifest import Manifest
+from people.manifest import Manifest, scan_photos
 from people.photos import read_photo
 from run.files import atomic
 from run.terminal import printable
@@ -42,7 +42,7 @@ def look(folder: Path, out: Path | None = None, **options):
 
 
 def reasons(report) -> dict[str, list[str]]:
-    return {f"{verdict}: {reason}": cases for (verdict, reason), cases in report.found.items()}
+    return {f"{verdict}: {reason}": cases for (verdict, reason), cases in report.findings.items()}
 
 
 def test_clean_data_has_nothing_to_report(tmp_path):
@@ -217,7 +217,7 @@ def test_a_memory_of_another_version_or_damaged_is_not_used(tmp_path, monkeypatc
     assert list(look(tmp_path / "ids")[0]) == first and len(read) == 6 + 8
 
 
-def test_a_roster_takes_no_memory_for_photos(tmp_path):
+def test_a_manifest_takes_no_memory_for_photos(tmp_path):
     for k in range(3):
         make_person(tmp_path / "ids" / str(k), seed=k)
     people, _ = look(tmp_path / "ids")
@@ -225,7 +225,25 @@ def test_a_roster_takes_no_memory_for_photos(tmp_path):
     assert len(people.starts) == 3 and all(isinstance(start, int) for start in people.starts)
 
 
-# --- Anything at all ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [MemoryError, NameError, TypeError])
+def test_bugs_and_lack_of_memory_end_the_scan(tmp_path, monkeypatch, error):
+    """They say nothing about the photo, so it must not be skipped; the manifest of the last scan stays."""
+    make_person(tmp_path / "ids" / "anna")
+    look(tmp_path / "ids")
+    file = tmp_path / "out" / "people.jsonl"
+    before = file.read_bytes()
+    (tmp_path / "ids" / "anna" / "3.png").write_bytes((tmp_path / "ids" / "anna" / "2.png").read_bytes())
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(manifest, "decode_photo", fail)
+    with pytest.raises(error):
+        look(tmp_path / "ids")
+    assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
+
+
+# Anything at all
 
 
 @pytest.fixture(scope="module")
@@ -237,11 +255,11 @@ def pictures() -> dict[str, bytes]:
         "a.jpg": {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"},
         "a.webp": {"save_all": True, "append_images": [noise(2)]},
     }.items():
-        with atomic(folder / f"survey-{os.getpid()}-{name}") as temporary:
+        with atomic(folder / f"manifest-{os.getpid()}-{name}") as temporary:
             noise(1).save(temporary, **options)
             contents[name] = temporary.read_bytes()
             temporary.write_bytes(b"")
-        (folder / f"survey-{os.getpid()}-{name}").unlink()
+        (folder / f"manifest-{os.getpid()}-{name}").unlink()
     return contents
 
 
@@ -258,7 +276,7 @@ def pictures() -> dict[str, bytes]:
     st.binary(max_size=40) | st.none(),
 )
 def test_damaged_photos_and_captions(tmp_path, pictures, name, changes, end, caption):
-    """A photo is used or refused, with a reason; nothing is raised, and nothing written but the survey."""
+    """A photo is used or refused, with a reason; nothing is raised, and nothing written but the manifest."""
     ids, out = tmp_path / "ids", tmp_path / "out"
     shutil.rmtree(ids, ignore_errors=True)
     make_person(ids / "good", photos=1)
@@ -273,7 +291,7 @@ def test_damaged_photos_and_captions(tmp_path, pictures, name, changes, end, cap
     before = {path: path.read_bytes() for path in ids.rglob("*") if path.is_file()}
     people, report = look(ids, out)
     assert report.photos == sum(len(person.photos) for person in people) in (1, 2)
-    assert report.photos == 2 or any(verdict == "skipped" for verdict, _ in report.found)
+    assert report.photos == 2 or any(verdict == "skipped" for verdict, _ in report.findings)
     assert {path: path.read_bytes() for path in ids.rglob("*") if path.is_file()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"ids", "out"}
     assert [path.name for path in out.iterdir()] == ["people.jsonl"]
