@@ -232,16 +232,14 @@ def main(argv: list[str] | None = None) -> None:
             ranks.wait()  # until the folder is ours
             try:
                 result = train(args, files, device, dtype, stop, ranks)
+                print(f"{result}: next, python personalize.py PHOTO --model {args.model} --meta {result}")
             except torch.OutOfMemoryError as error:
                 raise UserError(explain_out_of_memory(error, device, stop.resident)) from error
             except (Stopped, KeyboardInterrupt) as stopped:
-                second = isinstance(stopped, KeyboardInterrupt) and (stop.wanted or ranks.size > 1)
-                if second:  # stopped at once, or the other ranks are elsewhere
-                    raise
+                if isinstance(stopped, KeyboardInterrupt) and (stop.wanted or ranks.size > 1):
+                    raise  # stopped at once, or the other ranks are elsewhere
                 again = command_line(Path(__file__).name, argv, ranks.command)
                 print(f"\nstopped; this goes on:\n  {again}")
-                return
-    print(f"{result}: next, python personalize.py PHOTO --model {args.model} --meta {result}")
 
 
 def train(
