@@ -59,7 +59,8 @@ def read_lora(path: Path, model: nn.Module | None = None) -> tuple[Lora, dict[st
     refuse(path, wrong + problems)  # first what it is instead of a LoRA
     if texts:
         warnings.warn(
-            f"{path}: {len(texts)} tensors for text encoders are left out; only the transformer's part is used",
+            f"{path}: {len(texts)} tensors for text encoders are left out; "
+            "only the transformer's part is used",
             stacklevel=2,
         )
     if not any(a.any() and b.any() for a, b in lora.values()):
@@ -101,7 +102,7 @@ def model_order(name: str) -> tuple[int, int]:
 
 
 class Alphas:
-    """What a file's updates are multiplied by: alpha / rank, for rsLoRA alpha / its root, and 1 without alpha."""
+    """What a file's updates are multiplied by: alpha / rank, for rsLoRA alpha / its root, without alpha 1."""
 
     def __init__(self, path: Path, metadata: dict[str, str]):
         # diffusers keeps PEFT's settings in the header; PEFT in a file beside its adapter_model.safetensors.
