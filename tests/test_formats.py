@@ -190,6 +190,8 @@ def test_uneven_q_k_and_v_are_refused():
     q, k = (f"transformer_blocks.4.attn.to_{x}.bias" for x in "qk")
     with pytest.raises(ValueError, match=r"qkv.bias cannot be made of .*to_q.bias \(3000,\), .*\(3144,\)"):
         fitted(Flux, header | {q: ((3000,), "BF16"), k: ((3144,), "BF16")})
+    with pytest.raises(ValueError, match=r"qkv.bias cannot be made of .*to_q.bias \(\),"):
+        fitted(Flux, header | {q: ((), "BF16")})
 
 
 def test_strange_tensors_of_a_checkpoint_are_told():
