@@ -234,22 +234,24 @@ def _without_prefix(kind: type[nn.Module], header: Header) -> dict[str, str]:
 def _lookup(kind: type[nn.Module], name: str, names: dict[str, str]) -> tuple[str, tuple[str, ...], str]:
     """Return our name for a tensor, all the tensors that ours is made of, and what is to be changed."""
     for pattern, ours, parts in PATTERNS.get(kind, ()):
-        if match := pattern.fullmatch(name):
-            *numbers, suffix = match.groups()
-            parts = tuple(f"{part.format(*numbers)}.{suffix}" for part in parts)
-            if ours.startswith("decoder.up."):  # ours are stored from fine to coarse, theirs as they run
-                levels = len({x.split(".")[2] for x in names if x.startswith("decoder.up_blocks.")})
-                numbers[0] = levels - 1 - int(numbers[0])
-            change = "swap" if ours == SWAPPED else ""
-            if suffix == "weight" and ".attn_1." in ours and not ours.endswith("norm"):
-                change = "1x1"
-            ours = ours.format(*numbers)
-            return ours if ours.endswith(".scale") else f"{ours}.{suffix}", parts, change
+        match = pattern.fullmatch(name)
+        if match is None:
+            continue
+        *numbers, suffix = match.groups()
+        parts = tuple(f"{part.format(*numbers)}.{suffix}" for part in parts)
+        if ours.startswith("decoder.up."):  # ours are stored from fine to coarse, theirs as they run
+            levels = len({x.split(".")[2] for x in names if x.startswith("decoder.up_blocks.")})
+            numbers[0] = levels - 1 - int(numbers[0])
+        change = "swap" if ours == SWAPPED else ""
+        if suffix == "weight" and ".attn_1." in ours and not ours.endswith("norm"):
+            change = "1x1"
+        ours = ours.format(*numbers)
+        return ours if ours.endswith(".scale") else f"{ours}.{suffix}", parts, change
     return name, (name,), ""
 
 
 def _pattern(part: str) -> re.Pattern:
-    return re.compile(re.escape(part).replace(r"\{\}", r"(\d+)") + r"\.(weight|bias)")
+    return re.compile(re.escape(part).replace(r"\{\}", r"(\d{1,4})") + r"\.(weight|bias)")
 
 
 PATTERNS = {

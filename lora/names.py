@@ -28,7 +28,7 @@ def find_name(module: str) -> tuple[str, str] | None:
     Outside the blocks the number is "".
     """
     flat, number = module.replace(".", "_"), ""
-    block = re.search(r"_(\d+)_", flat)
+    block = re.search(r"_(\d{1,4})_", flat)
     if block:
         number = block[1]
         flat = f"{flat[: block.start()]}_#_{flat[block.end() :]}"
