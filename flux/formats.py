@@ -140,8 +140,7 @@ class Source:
     @property
     def fits_together(self) -> bool:
         """Tell whether the tensors can be stacked: q, k and v of one shape, and the MLP as wide."""
-        have_rows = len(self.shapes) == 1 or () not in self.shapes
-        return have_rows and len(set(self.shapes[:3])) == 1 and len({shape[1:] for shape in self.shapes}) == 1
+        return len(set(self.shapes[:3])) == 1 and len({shape[1:] for shape in self.shapes}) == 1
 
 
 def kinds_inside(names: list[str]) -> set[type[nn.Module]]:
@@ -194,10 +193,11 @@ def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source],
         if change == "1x1" and len(shapes[0]) == 4:
             change = ""
         source = Source(names, shapes, dtypes, tuple(scales.pop(part, None) for part in parts), change)
-        if not absent and not source.fits_together:
+        has_rows = len(shapes) == 1 or () not in shapes
+        if not has_rows or not absent and not source.fits_together:
             listed = ", ".join(f"{x} {shape}" for x, shape in zip(names, shapes))
             problems.append(f"{name} cannot be made of {listed}")
-            if () in shapes:
+            if not has_rows:
                 continue
         for x, shape, dtype, scale in zip(names, shapes, dtypes, source.scales):
             if is_scaled and dtype in FP8 and len(shape) == 2 and scale is None:
