@@ -1,6 +1,6 @@
 """FLUX.1 in plain PyTorch: transformer, autoencoder, text encoders, tokenizers, sampler.
 
-Weights are read from the original safetensors files; nothing here knows of LoRA.
+Weights are read from the original safetensors files. Nothing here knows of adapters or of command lines.
 """
 
 from flux.autoencoder import AutoEncoder

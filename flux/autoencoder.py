@@ -14,6 +14,9 @@ from einops import rearrange
 from torch import Generator, Tensor, nn
 
 from flux.errors import UserError
+from flux.sizes import Shapes, config_number, count_names, shape_of
+
+GROUPS = 32  # of every norm
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class AutoEncoderSizes:
     def __post_init__(self):
         if self.encoder_blocks == 0 and set(self.ch_mult) != {1}:
             raise UserError(f"only residual blocks can widen: encoder_blocks 0 with ch_mult {self.ch_mult}")
+        if self.ch % GROUPS or 0 in self.ch_mult:
+            raise UserError(f"{self.ch} channels times {self.ch_mult} are no multiples of {GROUPS}")
 
     @property
     def reduction(self) -> int:
@@ -44,29 +49,25 @@ class AutoEncoderSizes:
         return 2 * self.reduction
 
     @classmethod
-    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
+    def from_shapes(cls, shapes: Shapes, config: dict) -> Self:
         """Read the sizes from a checkpoint's header; `config` may give scaling_factor and shift_factor.
 
-        Raises ValueError when the tensor names are not those of `ae.safetensors`.
+        Raises UserError when the tensor names are not those of `ae.safetensors`.
         """
-
-        def count(prefix: str) -> int:
-            rests = (name.removeprefix(prefix) for name in shapes if name.startswith(prefix))
-            return len({rest.split(".")[0] for rest in rests})
-
-        levels = count("decoder.up.")  # not the encoder's, which may have no blocks
+        levels = count_names(shapes, "decoder.up.")  # not the encoder's, which may have no blocks
         if levels == 0 or "encoder.conv_in.weight" not in shapes:
             raise UserError("not a FLUX autoencoder: encoder.conv_in or decoder.up.0.block.0 is missing")
-        ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+        ch, in_channels, _, _ = shape_of(shapes, "encoder.conv_in.weight", 4)
+        widths = [shape_of(shapes, f"decoder.up.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
         return cls(
             in_channels=in_channels,
             ch=ch,
-            ch_mult=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)),
-            encoder_blocks=count("encoder.down.0.block."),
-            decoder_blocks=count("decoder.up.0.block."),
-            z_channels=shapes["decoder.conv_in.weight"][1],
-            scale_factor=config.get("scaling_factor", cls.scale_factor),  # diffusers' spelling
-            shift_factor=config.get("shift_factor", cls.shift_factor),
+            ch_mult=tuple(width // ch for width in widths),
+            encoder_blocks=count_names(shapes, "encoder.down.0.block."),
+            decoder_blocks=count_names(shapes, "decoder.up.0.block."),
+            z_channels=shape_of(shapes, "decoder.conv_in.weight", 4)[1],
+            scale_factor=config_number(config, "scaling_factor", cls.scale_factor),  # diffusers' names
+            shift_factor=config_number(config, "shift_factor", cls.shift_factor),
         )
 
 
@@ -90,7 +91,7 @@ class AutoEncoder(nn.Module):
     def encode_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the posterior, already shifted and scaled like latents.
 
-        Raises ValueError when a side of the image is not a multiple of the reduction.
+        Raises UserError when a side of the image is not a multiple of the reduction.
         """
         h, w = image.shape[-2:]
         if h % self.sizes.reduction or w % self.sizes.reduction:
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
 
 
 def group_norm(d: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, d, eps=1e-6)
+    return nn.GroupNorm(GROUPS, d, eps=1e-6)
 
 
 def res_blocks(d_in: int, d_out: int, count: int) -> nn.Sequential:

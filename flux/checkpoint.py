@@ -1,7 +1,7 @@
-"""Load weights exactly: header first, then memory-mapped, assigned, strict.
+"""Load weights exactly: read the header, map the file to memory, assign every tensor, strictly.
 
-A checkpoint is a safetensors file, a folder of shards, or (for the judges) what `torch.save` wrote. What the
-file does not have as we need it is made: diffusers' q, k and v are joined, other dtypes converted.
+A checkpoint is a safetensors file, a folder of shards, or (for frozen evaluators) what `torch.save` wrote.
+Tensors that are stored in another way are made: diffusers' q, k and v are joined, other dtypes converted.
 """
 
 import json
@@ -25,20 +25,20 @@ from flux.formats import FLOATS, Header, Shape, Source, is_config_of, translate
 from flux.memory import drop_pages, file_ranges
 
 PICKLED = (".bin", ".pt", ".pth")
-WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # beside them may lie variants in 16 bit
+WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # beside variants in 16 bit, perhaps
 MAGIC = {
     b"PK\x03\x04": "it is a zip, as torch.save writes; safetensors of the same weights are needed",
     b"GGUF": "it is a GGUF file; safetensors in 8 bits or more are needed",
     b"version https://git-lfs": "it only says where git-lfs keeps the file: run `git lfs pull`",
     b"<": "it is a web page, perhaps one that asks to log in",
 }
-LARGE = 2**24  # bytes of a tensor that is not made in memory
-SAMPLE = 4096  # values at each end of a tensor that are looked at
+LARGE = 2**24  # bytes from which a tensor is made in a file, not in memory
+SAMPLE = 4096  # values at each end of a tensor that are checked to be finite
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[safe_open]:
-    """Open a safetensors file; ValueError names it when it is damaged or of another kind."""
+    """Open a safetensors file; UserError names it when it is damaged or of another kind."""
     try:
         with safe_open(file, "pt") as f:
             yield f
@@ -47,7 +47,7 @@ def opened(file: Path) -> Iterator[safe_open]:
 
 
 def _damage(file: Path) -> str:
-    """Say what is wrong with a file that safetensors refuses, "" when that is not plain to see."""
+    """Say what is wrong with a file that safetensors refuses, or return ""."""
     size = file.stat().st_size
     with file.open("rb") as f:
         start = f.read(64)
@@ -62,17 +62,22 @@ def _damage(file: Path) -> str:
         try:
             f.seek(8)
             entries = json.loads(f.read(length))
-            end = max(x["data_offsets"][1] for name, x in entries.items() if name != "__metadata__")
+            end = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+        # No JSON, or JSON of another shape.
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return ""
     return f"it has {size} bytes, its header tells of {8 + length + end}" if size != 8 + length + end else ""
 
 
 def unpickle(file: Path) -> dict[str, Tensor]:
-    """Read a state dict that `torch.save` wrote, running none of its code; ValueError when it is none."""
+    """Read a state dict that `torch.save` wrote, running none of its code; UserError when it is none."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # from six modules: damaged, cut short, of another kind, or with code in it
+    except MemoryError:
+        raise
+    # zipfile, pickle, struct and torch raise a dozen types for a file that is damaged, cut short, of another
+    # kind, or with code in it: RuntimeError, UnpicklingError, EOFError, BadZipFile, KeyError ...
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{file} is not a whole PyTorch file of weights ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -85,31 +90,41 @@ def shards(path: Path) -> list[Path]:
 
     Raises FileNotFoundError when there is none, or when not all that belong together are there.
     """
-    if not path.is_dir():
-        names = [path.name] if path.is_file() else []
-        path = path.parent if names else path
-    elif indices := [x for x in path.glob("*.index.json") if x.name.count(".") == 3]:  # not a variant's
-        listed = read_json(indices[0]).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise UserError(f"{indices[0]} does not say which tensor is in which file")
-        names = sorted(set(listed.values()))
-    else:
-        names = [name for name in WHOLE if (path / name).is_file()][:1]
-        names = names or sorted(file.name for file in path.glob("[!.]*.safetensors"))
-        counts = [match for name in names if (match := re.fullmatch(r"(.*)-\d+-of-(\d+)(\..*)", name))]
-        numbered = lambda m: [f"{m[1]}-{i:05d}-of-{m[2]}{m[3]}" for i in range(1, int(m[2]) + 1)]
-        names = sorted({*names, *(name for match in counts for name in numbered(match))})
-    if missing := [name for name in names if not (path / name).is_file()]:
+    if path.is_file():
+        return [path]
+    names = shard_names(path)
+    if not names:
+        raise FileNotFoundError(f"{path}: no such safetensors file, or a folder without any")
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
         raise FileNotFoundError(
             f"{path} lacks {', '.join(missing)}, of {len(names)} files that belong together"
         )
-    if not names:
-        raise FileNotFoundError(f"{path}: no such safetensors file, or a folder without any")
     return [path / name for name in names]
 
 
+def shard_names(folder: Path) -> list[str]:
+    """Return the files that a folder has, or should have, by its index or by their numbers."""
+    indices = [file for file in folder.glob("*.index.json") if file.name.count(".") == 3]  # not a variant's
+    if indices:
+        weight_map = read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
+            raise UserError(f"{indices[0]} does not say which tensor is in which file")
+        return sorted(set(weight_map.values()))
+    for name in WHOLE:
+        if (folder / name).is_file():
+            return [name]
+    names = {file.name for file in folder.glob("[!.]*.safetensors")}
+    for name in sorted(names):
+        match = re.fullmatch(r"(.*)-\d+-of-(\d+)(\..*)", name)
+        if match:
+            stem, count, suffix = match.groups()
+            names |= {f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1)}
+    return sorted(names)
+
+
 def read_json(file: Path) -> dict:
-    """Read a JSON object; ValueError names a file that holds none."""
+    """Read a JSON object; UserError names a file that holds none."""
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
@@ -130,12 +145,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Read the headers of a file, or of all shards in a folder; ValueError names a damaged file."""
+        """Read the headers of a file, or of all shards in a folder; UserError names a damaged file."""
         path = Path(path)
         if path.suffix in PICKLED and path.is_file():
             state = unpickle(path)
-            dtype = lambda tensor: "F32" if tensor.is_floating_point() else "I64"
-            header = {name: (tuple(tensor.shape), dtype(tensor)) for name, tensor in state.items()}
+            header = {
+                name: (tuple(tensor.shape), "F32" if tensor.is_floating_point() else "I64")
+                for name, tensor in state.items()
+            }
             return cls(path, dict.fromkeys(state, path), header, state)
         file_of, header = {}, {}
         for file in shards(path):
@@ -156,20 +173,25 @@ class Checkpoint:
     def read(
         self, sources: dict[str, Source], device: str | torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Make tensors; on the CPU what is one tensor of `dtype` in the file stays mapped to it, uncopied.
+        """Make tensors; on the CPU those that the file holds in `dtype` stay mapped to it, uncopied.
 
-        Integers, BatchNorm's counters for one, keep their dtype. ValueError lists the tensors that are not
-        finite; only their two ends are looked at, for a whole model would have to be read from the disk.
+        Integers, such as BatchNorm's counters, keep their dtype. UserError lists the tensors that are not
+        finite; only their two ends are checked, for a whole model would have to be read from the disk.
         """
         with ExitStack() as stack:
-            files = dict.fromkeys(self.file_of[x] for source in sources.values() for x in source.names)
-            if self.unpickled:
-                get = self.unpickled.__getitem__
-            else:
-                handles = {file: stack.enter_context(opened(file)) for file in files}
-                get = lambda name: handles[self.file_of[name]].get_tensor(name)
+            handles = {}
+
+            def get(name: str) -> Tensor:
+                if self.unpickled:
+                    return self.unpickled[name]
+                file = self.file_of[name]
+                if file not in handles:
+                    handles[file] = stack.enter_context(opened(file))
+                return handles[file].get_tensor(name)
+
             tensors = {name: make(source, get, device, dtype) for name, source in sources.items()}
-        if broken := [name for name, tensor in tensors.items() if not _ends_are_finite(tensor)]:
+        broken = [name for name, tensor in tensors.items() if not _ends_are_finite(tensor)]
+        if broken:
             raise UserError(f"{self.path} is damaged: NaN or infinity in {', '.join(broken)}")
         return tensors
 
@@ -177,7 +199,7 @@ class Checkpoint:
 def make(
     source: Source, get: Callable[[str], Tensor], device: str | torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Make one of our tensors of the file's; `get` reads one by its name."""
+    """Make one of our tensors of those in the file; `get` reads one of them by its name."""
     first = get(source.names[0])
     dtype = dtype if first.is_floating_point() else first.dtype
     if source.is_plain and first.dtype == dtype:
@@ -198,11 +220,11 @@ def make(
 
 
 def empty(shape: Shape, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    """Return room for a tensor: if it is large and on the CPU, in a temporary file that nobody sees.
+    """Return an uninitialised tensor; a large one on the CPU is mapped to a temporary file without a name.
 
-    So the kernel can put it away, as it can what is mapped to the checkpoint; of FLUX.1-dev in diffusers'
-    layout 7.2 GB are made. They are in memory where TMPDIR has no room, with a warning, and on systems other
-    than Linux.
+    The kernel can then write it to that file when memory is short, as it can drop what is mapped to the
+    checkpoint: 7.2 GB of FLUX.1-dev in diffusers' layout. Where TMPDIR has no room, with a warning, and on
+    systems other than Linux, it is in memory.
     """
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type == "cpu" and size >= LARGE and hasattr(os, "posix_fallocate"):  # Linux
@@ -221,11 +243,15 @@ def _ends_are_finite(tensor: Tensor) -> bool:
 
 
 def load(
-    kind: type[nn.Module], sizes_kind: type, path: Path | str, device="cpu", dtype=torch.bfloat16
+    kind: type[nn.Module],
+    sizes_kind: type,
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> nn.Module:
-    """Build `kind` on the meta device with the sizes the header tells, then assign the weights.
+    """Build `kind` on the meta device with the sizes that the header tells, then assign the weights.
 
-    On the device "meta" no weights are read. Raises ValueError that names the file and lists every tensor
+    On the device "meta" no weights are read. Raises UserError that names the file and lists every tensor
     that is missing, unexpected, misshapen or of a wrong dtype.
     """
     checkpoint = Checkpoint.open(path)
@@ -238,8 +264,8 @@ def load(
 def fit(
     kind: type[nn.Module], sizes_kind: type, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, Source]]:
-    """Return the model on the meta device, and what each of its tensors is made of."""
-    path, sources = checkpoint.path, {}
+    """Return the model on the meta device, and what each of its tensors is made of; UserError as `load`."""
+    path = checkpoint.path
     try:
         sources, problems = translate(kind, checkpoint.header)
         shapes = {name: source.shape for name, source in sources.items()}
@@ -247,22 +273,22 @@ def fit(
         sizes = sizes_kind.from_shapes(shapes, config if is_config_of(kind, config) else {})
         with torch.device("meta"):
             model = kind(sizes)
-    except (KeyError, ValueError, IndexError, ZeroDivisionError, TypeError, AttributeError) as error:
-        reasons = {KeyError: f"it lacks {error.args[0]}", ZeroDivisionError: "its shapes make no sense"}
-        reason = reasons.get(type(error), error)
-        some = ", ".join(sorted(checkpoint.header)[:3]) or "no tensor"
-        message = f"{path} is not a {kind.__name__} checkpoint: {reason}; it begins with {some}"
+    except (UserError, KeyError) as error:  # KeyError: a tensor that tells a size is missing
+        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else error
+        first = ", ".join(sorted(checkpoint.header)[:3]) or "no tensor"
+        message = f"{path} is not a {kind.__name__} checkpoint: {reason}; it begins with {first}"
         raise UserError(message) from error
-    expected = model.state_dict()
-    problems += [f"missing {x} {tuple(t.shape)}" for x, t in expected.items() if x not in sources]
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    problems += [f"missing {name} {shape}" for name, shape in expected.items() if name not in sources]
     for name, source in sources.items():
         called = name if source.names == (name,) else f"{name}, made of {', '.join(source.names)},"
         if name not in expected:
             problems.append(f"unexpected {called} {source.shape}")
             continue
-        if source.shape != (shape := tuple(expected[name].shape)):
-            problems.append(f"{called} is {source.shape}, must be {shape}")
-        if expected[name].is_floating_point() and not {*source.dtypes} <= {*FLOATS}:
+        if source.shape != expected[name]:
+            problems.append(f"{called} is {source.shape}, must be {expected[name]}")
+        if name in floats and not {*source.dtypes} <= {*FLOATS}:
             problems.append(f"{called} is {', '.join(source.dtypes)}, must be {', '.join(FLOATS)}")
     if problems:
         raise UserError(f"{path} does not fit {sizes}:\n  " + "\n  ".join(problems))
@@ -270,7 +296,7 @@ def fit(
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a small safetensors file whole, with its metadata; ValueError names a file that is none."""
+    """Read a small safetensors file whole, with its metadata; UserError names a file that is none."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -279,7 +305,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_header(path: Path) -> tuple[dict, int]:
-    """Return a safetensors file's header, and where its data begin; ValueError when it is damaged."""
+    """Return a safetensors file's header, and where its data begin; UserError when it is damaged."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with opened(path), path.open("rb") as file:  # `opened` checks lengths and offsets

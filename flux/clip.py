@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flux.errors import UserError
+from flux.sizes import Shapes, config_count, count_names, shape_of
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,26 @@ class CLIPSizes:
     depth: int
 
     @classmethod
-    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
-        """Read the sizes from a checkpoint's header, only from its `text_model.`; KeyError if it is no CLIP.
+    def from_shapes(cls, shapes: Shapes, config: dict) -> Self:
+        """Read the sizes from a checkpoint's header, only from its `text_model.`; UserError if it is no CLIP.
 
         The header does not tell the heads: they are 64 wide unless `config`, of a text encoder or of a whole
         CLIP, gives `num_attention_heads`.
         """
-        vocab_size, hidden_size = shapes["text_model.embeddings.token_embedding.weight"]
-        layers = {name.split(".")[3] for name in shapes if name.startswith("text_model.encoder.layers.")}
+        vocab_size, hidden_size = shape_of(shapes, "text_model.embeddings.token_embedding.weight", 2)
+        config = config.get("text_config", config)
+        if not isinstance(config, dict):
+            raise UserError(f"its config.json has text_config {config!r}, must be an object")
+        num_heads = config_count(config, "num_attention_heads", max(1, hidden_size // 64))
+        if hidden_size % num_heads:
+            raise UserError(f"its width {hidden_size} is no multiple of {num_heads} attention heads")
         return cls(
             vocab_size=vocab_size,
-            max_length=shapes["text_model.embeddings.position_embedding.weight"][0],
+            max_length=shape_of(shapes, "text_model.embeddings.position_embedding.weight", 2)[0],
             hidden_size=hidden_size,
-            num_heads=config.get("text_config", config).get("num_attention_heads", hidden_size // 64),
-            mlp_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-            depth=len(layers),
+            num_heads=num_heads,
+            mlp_size=shape_of(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+            depth=count_names(shapes, "text_model.encoder.layers."),
         )
 
 
@@ -52,7 +58,7 @@ class CLIPText(nn.Module):
         self.text_model = TextModel(sizes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (b, l) -> pooled (b, hidden_size); ValueError when l exceeds the learned positions."""
+        """tokens: (b, l) -> pooled (b, hidden_size); UserError when l exceeds the learned positions."""
         return self.text_model(tokens)
 
 

@@ -1,28 +1,28 @@
-"""Prompts to what FLUX is conditioned on: T5 features and CLIP's pooled vector.
+"""Turn prompts into what FLUX is conditioned on: T5 features and CLIP's pooled vector.
 
 The tokenizers are built from the files in `tokenizer/` (CLIP) and `tokenizer_2/` (T5) of a model folder and
-give the tokens that transformers' CLIPTokenizer and T5Tokenizer give.
+give the same tokens as transformers' CLIPTokenizer and T5Tokenizer.
 """
 
-import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from flux.checkpoint import read_json
 from flux.clip import CLIPText
 from flux.errors import UserError
 from flux.t5 import T5
 
 
 class Conditioner(nn.Module):
-    """Both text encoders with their tokenizers; a module, so that the encoders move as one."""
+    """Both text encoders with their tokenizers; a module, so that the encoders move to a device together."""
 
     def __init__(self, t5: T5, clip: CLIPText, tokenizers: "Tokenizers"):
         super().__init__()
@@ -49,7 +49,7 @@ class PromptTokenizer:
     pad: int
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Return tokens (b, length); what does not fit is cut before `end`, with a warning that quotes it."""
+        """Return tokens (b, length); what is too long is cut before `end`, with a warning that quotes it."""
         room = self.length - len(self.start) - 1
         rows = []
         for prompt in prompts:
@@ -71,33 +71,18 @@ class Tokenizers:
 def load_tokenizers(folder: Path | str, t5_length: int | None = None) -> Tokenizers:
     """Read both tokenizers of a model folder; lengths are the files' `model_max_length` unless given.
 
-    Raises FileNotFoundError that names the missing file.
+    Raises FileNotFoundError that names the missing file, and UserError that names a damaged one.
     """
     folder = Path(folder)
     return Tokenizers(clip_tokenizer(folder / "tokenizer"), t5_tokenizer(folder / "tokenizer_2", t5_length))
 
 
-def named(load: Callable) -> Callable:
-    """Make a ValueError that names the folder of whatever a damaged file raises: often a plain Exception."""
-
-    @wraps(load)
-    def told(folder: Path, *rest) -> PromptTokenizer:
-        try:
-            return load(folder, *rest)
-        except (OSError, ImportError):
-            raise
-        except Exception as error:
-            raise UserError(f"{folder} is no whole tokenizer ({error})") from error
-
-    return told
-
-
-@named
 def clip_tokenizer(folder: Path) -> PromptTokenizer:
     """Build CLIP's byte-level BPE (openai/CLIP `simple_tokenizer.py`, without its repair of broken text)."""
     vocabulary, merges = (find(folder, "CLIP", name) for name in ("vocab.json", "merges.txt"))
     start, end = "<|startoftext|>", "<|endoftext|>"
-    bpe = models.BPE.from_file(str(vocabulary), str(merges), end_of_word_suffix="</w>", unk_token=end)
+    with damage_named(folder):
+        bpe = models.BPE.from_file(str(vocabulary), str(merges), end_of_word_suffix="</w>", unk_token=end)
     tokenizer = Tokenizer(bpe)
     tokenizer.add_special_tokens([start, end])
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -122,12 +107,12 @@ def clip_tokenizer(folder: Path) -> PromptTokenizer:
     )
 
 
-@named
 def t5_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
     """Load T5's unigram tokenizer from `tokenizer.json`, else from `spiece.model` with sentencepiece."""
     file = find(folder, "T5", "tokenizer.json", "spiece.model")
     if file.name == "tokenizer.json":
-        tokenizer = Tokenizer.from_file(str(file))
+        with damage_named(folder):
+            tokenizer = Tokenizer.from_file(str(file))
         encode, decode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.decode
     else:
         encode, decode = sentencepiece(file)
@@ -138,7 +123,8 @@ def sentencepiece(file: Path) -> tuple[Callable[[str], list[int]], Callable[[lis
     """Return encode and decode of a `spiece.model`, which lacks T5's special tokens: they are added here."""
     from sentencepiece import SentencePieceProcessor  # only needed where tokenizer.json is missing
 
-    pieces = SentencePieceProcessor(model_file=str(file))
+    with damage_named(file.parent):
+        pieces = SentencePieceProcessor(model_file=str(file))
     special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     special |= {f"<extra_id_{i}>": len(pieces) + 99 - i for i in range(100)}  # counted from the end
     splitter = re.compile(f"({'|'.join(map(re.escape, special))})")
@@ -150,12 +136,29 @@ def sentencepiece(file: Path) -> tuple[Callable[[str], list[int]], Callable[[lis
     return encode, lambda tokens: pieces.decode([token for token in tokens if token < len(pieces)])
 
 
-def max_length(folder: Path, what: str) -> int:
-    return json.loads(find(folder, what, "tokenizer_config.json").read_text())["model_max_length"]
+def max_length(folder: Path, kind: str) -> int:
+    """Return the tokens per prompt that a tokenizer's config tells; UserError when it does not."""
+    file = find(folder, kind, "tokenizer_config.json")
+    length = read_json(file).get("model_max_length")
+    if type(length) is not int or length < 1:
+        raise UserError(f"{file}: model_max_length {length!r}, must be a whole number above 0")
+    return length
 
 
-def find(folder: Path, what: str, *accepted: str) -> Path:
+def find(folder: Path, kind: str, *accepted: str) -> Path:
+    """Return the first of the accepted files that is there; FileNotFoundError names them."""
     for name in accepted:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"the {what} tokenizer needs {' or '.join(accepted)} in {folder}")
+    raise FileNotFoundError(f"the {kind} tokenizer needs {' or '.join(accepted)} in {folder}")
+
+
+@contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Raise UserError that names the folder when a library cannot read a tokenizer's file."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raises plain Exception, sentencepiece RuntimeError
+        raise UserError(f"{folder} is no whole tokenizer ({error})") from error

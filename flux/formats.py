@@ -1,7 +1,7 @@
-"""The names under which other programs store FLUX.1's weights, and the models that are taken for FLUX.1.
+"""The names under which other programs store FLUX.1's weights, and how to recognise other models.
 
-Our modules carry the names of the original files. Here stand, in one table per model, the names of diffusers
-where they differ; besides ComfyUI's prefixes and its scaled fp8. `translate` reads headers only, no weights.
+Our modules carry the names of the original files. One table per model holds diffusers' names where they
+differ; beside them are ComfyUI's prefixes and its scaled fp8. `translate` reads headers only, no weights.
 """
 
 import re
@@ -20,8 +20,8 @@ Header = dict[str, tuple[Shape, str]]  # of a safetensors file: shape and dtype,
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 FP8 = ("F8_E4M3", "F8_E5M2")
 
-# Ours to diffusers'. {} is a number, and .weight or .bias follows; several are ours from top to bottom.
-# Names that are not here are the same in both.
+# Our names to diffusers'. {} is a number, and .weight or .bias follows. Several names: their rows, in this
+# order, are the rows of ours. Names that are not here are the same in both.
 EMBEDDERS = {"time": "timestep", "vector": "text", "guidance": "guidance"}
 LAYERS = {"in": "1", "out": "2"}
 FLUX = {
@@ -118,13 +118,13 @@ WIDER_INPUT = {  # of img_in as a multiple of the latents: what else goes in
 
 @dataclass(frozen=True)
 class Source:
-    """How one of our tensors is made: tensors of the file below each other, scaled, then `change`d."""
+    """How one of our tensors is made: tensors of the file, scaled, stacked by rows, then `change`d."""
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
     dtypes: tuple[str, ...]
-    scales: tuple[str | None, ...]  # factor on each of them, for weights in scaled fp8
-    change: str = ""  # "swap" the halves, or make a matrix a convolution: "1x1"
+    scales: tuple[str | None, ...]  # name of the factor on each of them, for weights in scaled fp8
+    change: str = ""  # "swap": exchange the halves; "1x1": make a matrix the weight of a 1x1 convolution
 
     @property
     def shape(self) -> Shape:
@@ -134,12 +134,12 @@ class Source:
 
     @property
     def is_plain(self) -> bool:
-        """Tell whether it is a single tensor of the file with the values that stand there."""
+        """Tell whether it is a single tensor of the file with its values unchanged."""
         return len(self.names) == 1 and self.scales == (None,) and self.change != "swap"
 
     @property
     def fits_together(self) -> bool:
-        """Tell whether the pieces can be joined: q, k and v alike, and what is below them as wide."""
+        """Tell whether the tensors can be stacked: q, k and v of one shape, and the MLP as wide."""
         return len(set(self.shapes[:3])) == 1 and len({shape[1:] for shape in self.shapes}) == 1
 
 
@@ -149,21 +149,23 @@ def kinds_inside(names: list[str]) -> set[type[nn.Module]]:
 
 
 def is_config_of(kind: type[nn.Module], config: dict) -> bool:
-    """Tell whether a `config.json` is a model's own: of single files in one folder it is another's perhaps.
+    """Tell whether a `config.json` is of this kind of model, or names no kind.
 
-    FLUX's 24 heads taken for CLIP's would go unnoticed, and the pictures would be wrong.
+    Beside single files of several models in one folder, it may be another's. FLUX's 24 heads taken for CLIP's
+    would go unnoticed, and the pictures would be wrong.
     """
-    named = [config.get("_class_name"), *(config.get("architectures") or [])]
-    classes = [name for name in named if isinstance(name, str)]
+    architectures = config.get("architectures")
+    names = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    classes = [name for name in names if isinstance(name, str)]
     return not classes or any(name.startswith(CLASSES.get(kind, "")) for name in classes)
 
 
 def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source], list[str]]:
     """Return how our tensors are made of a file's, and what is wrong with these.
 
-    Raises ValueError with the model's name when the file is of another one that is known.
+    Raises UserError with the model's name when the file is of another known model.
     """
-    ours = _own(kind, header)  # without prefix -> as in the file
+    ours = _without_prefix(kind, header)  # to the names in the file
     if kind is Flux:
         _refuse_others(ours, header)
     ignored = (*getattr(kind, "IGNORED", ()), *IGNORED.get(kind, ()))
@@ -177,11 +179,12 @@ def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source],
     for weight in weights:
         name, parts, change = _lookup(kind, weight, ours)
         if weight != next(part for part in parts if part in ours):
-            continue  # it comes with the first of its parts
+            continue  # done with the first of its parts
         if name in sources:
             problems.append(f"{name} is there twice, as {sources[name].names[0]} and as {ours[weight]}")
             continue
-        if absent := [part for part in parts if part not in ours]:
+        absent = [part for part in parts if part not in ours]
+        if absent:
             prefix = ours[weight].removesuffix(weight)
             problems += [f"missing {prefix}{part}, a part of {name}" for part in absent]
             parts = tuple(part for part in parts if part in ours)
@@ -190,9 +193,12 @@ def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source],
         if change == "1x1" and len(shapes[0]) == 4:
             change = ""
         source = Source(names, shapes, dtypes, tuple(scales.pop(part, None) for part in parts), change)
-        if not absent and not source.fits_together:
+        has_rows = len(shapes) == 1 or () not in shapes
+        if not has_rows or not absent and not source.fits_together:
             listed = ", ".join(f"{x} {shape}" for x, shape in zip(names, shapes))
             problems.append(f"{name} cannot be made of {listed}")
+            if not has_rows:
+                continue
         for x, shape, dtype, scale in zip(names, shapes, dtypes, source.scales):
             if is_scaled and dtype in FP8 and len(shape) == 2 and scale is None:
                 problems.append(f"missing the scale of {x}, which is {dtype} in a file of scaled fp8")
@@ -203,19 +209,20 @@ def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source],
     return sources, problems
 
 
-def _own(kind: type[nn.Module], header: Header) -> dict[str, str]:
+def _without_prefix(kind: type[nn.Module], header: Header) -> dict[str, str]:
     """Return the names without the prefix of this kind's part, and each one's whole name.
 
     Other parts of a ComfyUI checkpoint are left out. What belongs to no part stays, to be refused later.
     """
-    own, others = PREFIXES.get(kind, ()), ()
-    if any(name.startswith(own) for name in header) and own:
-        others = tuple(prefix for other in PREFIXES.values() for prefix in other if prefix not in own)
+    prefixes, others = PREFIXES.get(kind, ()), ()
+    if prefixes and any(name.startswith(prefixes) for name in header):
+        others = sum((theirs for other, theirs in PREFIXES.items() if other is not kind), ())
     result = {}
     for name in header:
         if others and name.startswith(others):
             continue
-        short = next((name.removeprefix(prefix) for prefix in own if name.startswith(prefix)), name)
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        short = name.removeprefix(prefix)
         if kind is CLIPText and short.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
             short = f"text_model.{short}"  # transformers 5 leaves it out
         if short in result:
@@ -227,22 +234,24 @@ def _own(kind: type[nn.Module], header: Header) -> dict[str, str]:
 def _lookup(kind: type[nn.Module], name: str, names: dict[str, str]) -> tuple[str, tuple[str, ...], str]:
     """Return our name for a tensor, all the tensors that ours is made of, and what is to be changed."""
     for pattern, ours, parts in PATTERNS.get(kind, ()):
-        if match := pattern.fullmatch(name):
-            *numbers, suffix = match.groups()
-            parts = tuple(f"{part.format(*numbers)}.{suffix}" for part in parts)
-            if ours.startswith("decoder.up."):  # ours are stored from fine to coarse, theirs as they run
-                levels = len({x.split(".")[2] for x in names if x.startswith("decoder.up_blocks.")})
-                numbers[0] = levels - 1 - int(numbers[0])
-            change = "swap" if ours == SWAPPED else ""
-            if suffix == "weight" and ".attn_1." in ours and not ours.endswith("norm"):
-                change = "1x1"
-            ours = ours.format(*numbers)
-            return ours if ours.endswith(".scale") else f"{ours}.{suffix}", parts, change
+        match = pattern.fullmatch(name)
+        if match is None:
+            continue
+        *numbers, suffix = match.groups()
+        parts = tuple(f"{part.format(*numbers)}.{suffix}" for part in parts)
+        if ours.startswith("decoder.up."):  # ours are stored from fine to coarse, theirs as they run
+            levels = len({x.split(".")[2] for x in names if x.startswith("decoder.up_blocks.")})
+            numbers[0] = levels - 1 - int(numbers[0])
+        change = "swap" if ours == SWAPPED else ""
+        if suffix == "weight" and ".attn_1." in ours and not ours.endswith("norm"):
+            change = "1x1"
+        ours = ours.format(*numbers)
+        return ours if ours.endswith(".scale") else f"{ours}.{suffix}", parts, change
     return name, (name,), ""
 
 
 def _pattern(part: str) -> re.Pattern:
-    return re.compile(re.escape(part).replace(r"\{\}", r"(\d+)") + r"\.(weight|bias)")
+    return re.compile(re.escape(part).replace(r"\{\}", r"(\d{1,4})") + r"\.(weight|bias)")
 
 
 PATTERNS = {
@@ -253,11 +262,15 @@ PATTERNS = {
 
 def _refuse_others(ours: dict[str, str], header: Header) -> None:
     for pattern, model in OTHER_MODELS.items():
-        if found := next((name for name in ours if re.match(pattern, name)), None):
-            raise UserError(f"this is {model}: it has {ours[found]}; accepted are {ACCEPTED}")
-    shape = lambda *names: next((header[ours[name]][0] for name in names if name in ours), ())
-    img_in = shape("img_in.weight", "x_embedder.weight")
-    last = shape("final_layer.linear.weight", "proj_out.weight")
-    if len(img_in) == len(last) == 2 and (model := WIDER_INPUT.get(img_in[1] / max(1, last[0]))):
-        found = f"{img_in[1]} channels go in, {last[0]} come out"
-        raise UserError(f"this is {model}: {found}; accepted are {ACCEPTED}")
+        for name, stored in ours.items():
+            if re.match(pattern, name):
+                raise UserError(f"this is {model}: it has {stored}; accepted are {ACCEPTED}")
+    shapes = {name: header[stored][0] for name, stored in ours.items()}
+    first = shapes.get("img_in.weight", shapes.get("x_embedder.weight", ()))
+    last = shapes.get("final_layer.linear.weight", shapes.get("proj_out.weight", ()))
+    if len(first) == len(last) == 2:
+        inputs, outputs = first[1], max(1, last[0])
+        model = WIDER_INPUT.get(inputs / outputs)
+        if model:
+            sizes = f"{inputs} channels go in, {outputs} come out"
+            raise UserError(f"this is {model}: {sizes}; accepted are {ACCEPTED}")

@@ -1,4 +1,4 @@
-"""Load each part of a model."""
+"""Load the four parts of a model from their files: transformer, autoencoder, T5, CLIP with tokenizers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from flux.t5 import T5, T5Sizes
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the parts of a model are; weights are a file or a folder of shards."""
+    """Where the parts of a model lie. Each is a file or a folder of shards, tokenizers a folder."""
 
     transformer: Path
     autoencoder: Path
@@ -27,68 +27,76 @@ class ModelFiles:
 
     @property
     def folder(self) -> Path:
-        """Where other files of the model lie: config.json, meta.safetensors, judges."""
+        """Return the model's folder, where its config.json and other files beside the parts lie."""
         return folder_around(self.transformer)
 
 
 def folder_around(transformer: Path) -> Path:
-    """Return the model's folder: where the transformer lies, or in diffusers' layout what is around that."""
+    """Return the folder of a transformer's file, or in diffusers' layout the folder around `transformer/`."""
     folder = transformer.parent
     return folder.parent if folder.name == "transformer" else folder
 
 
-def load_flux(path: Path | str, device="cpu", dtype=torch.bfloat16) -> Flux:
+def load_flux(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Flux:
     """Load the transformer from a file, or a folder of shards; frozen.
 
-    On the CPU it stays on the disk, in whatever layout: weights that diffusers splits are joined in temporary
-    files, 7.2 GB for FLUX.1-dev, and so are those of another dtype; see `flux.checkpoint.empty`.
+    On the CPU its weights stay on the disk, mapped to memory. Those that diffusers splits (7.2 GB of
+    FLUX.1-dev) and those of another dtype are made in temporary files; see `flux.checkpoint.empty`.
     """
     return load(Flux, FluxSizes, path, device, dtype)
 
 
-def load_autoencoder(path: Path | str, device="cpu", dtype=torch.bfloat16) -> AutoEncoder:
+def load_autoencoder(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> AutoEncoder:
     """Load the autoencoder; frozen."""
     return load(AutoEncoder, AutoEncoderSizes, path, device, dtype)
 
 
-def load_t5(path: Path | str, device="cpu", dtype=torch.bfloat16) -> T5:
+def load_t5(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> T5:
     """Load the T5 encoder; frozen."""
     return load(T5, T5Sizes, path, device, dtype)
 
 
-def load_clip(path: Path | str, device="cpu", dtype=torch.bfloat16) -> CLIPText:
+def load_clip(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> CLIPText:
     """Load the CLIP text encoder; frozen."""
     return load(CLIPText, CLIPSizes, path, device, dtype)
 
 
 def load_conditioner(
     files: ModelFiles | Path,
-    device="cpu",
-    dtype=torch.bfloat16,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
     t5_length: int | None = None,
     vram: float | None = None,
 ) -> Conditioner:
     """Load both text encoders and their tokenizers, of a model's files or folder.
 
-    T5 is streamed to a GPU that has no room for it; vram: GiB to stay within, None for what there is.
+    t5_length: tokens per prompt; None takes the length in the tokenizer's config. vram: GiB of the GPU to
+    stay within; None takes all it has. T5 is streamed to a GPU that has no room for it.
     """
     if isinstance(files, Path):
-        places = files / "text_encoder_2", files / "text_encoder", files
+        t5_path, clip_path, tokenizers = files / "text_encoder_2", files / "text_encoder", files
     else:
-        places = files.t5, files.clip, files.tokenizers
+        t5_path, clip_path, tokenizers = files.t5, files.clip, files.tokenizers
     room = 0.8 * (vram * 2**30 if vram else device_memory(torch.device(device)))
-    streamed = weight_bytes(load_t5(places[0], "meta", dtype)) > room
-    t5, clip = load_t5(places[0], "cpu" if streamed else device, dtype), load_clip(places[1], device, dtype)
+    streamed = weight_bytes(load_t5(t5_path, "meta", dtype)) > room
+    t5 = load_t5(t5_path, "cpu" if streamed else device, dtype)
     if streamed:
         Stream(list(t5.encoder.block), device)
-    return Conditioner(t5.to(device), clip, load_tokenizers(places[2], t5_length))
+    clip = load_clip(clip_path, device, dtype)
+    return Conditioner(t5.to(device), clip, load_tokenizers(tokenizers, t5_length))
 
 
 LOADERS = {"transformer": load_flux, "autoencoder": load_autoencoder, "clip": load_clip, "t5": load_t5}
 
 
 def native_size(folder: Path) -> int:
-    """Return the side in pixels of the pictures a model makes: its config's `sample_size`, else 1024."""
+    """Return the side in pixels of a model's pictures: `sample_size` of its config, else 1024."""
     config = folder / "config.json"
     side = read_json(config).get("sample_size", 1024) if config.is_file() else 1024
     if type(side) is not int or side < 1:

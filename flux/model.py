@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flux.errors import UserError
 from flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, rope_table, timestep_embedding
+from flux.sizes import Shapes, config_number, count_names, shape_of
 
 
 @dataclass(frozen=True)
@@ -36,31 +37,32 @@ class FluxSizes:
         return self.hidden_size // self.num_heads
 
     @classmethod
-    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
-        """Read the sizes from a checkpoint's header; KeyError when it is no FLUX.
+    def from_shapes(cls, shapes: Shapes, config: dict) -> Self:
+        """Read the sizes from a checkpoint's header; UserError when it is no FLUX.
 
         The rotary axes are not in the file: (d/8, 7d/16, 7d/16) of the head size d and theta 10,000, unless
         `config` says otherwise (`axes_dims_rope`, as diffusers spells it, and `theta`).
         """
-
-        def depth(prefix: str) -> int:
-            return len({name.split(".")[1] for name in shapes if name.startswith(prefix)})
-
-        hidden_size, in_channels = shapes["img_in.weight"]
-        (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+        hidden_size, in_channels = shape_of(shapes, "img_in.weight", 2)
+        (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
+        if hidden_size % head_dim:
+            raise UserError(f"its width {hidden_size} is no multiple of the head size {head_dim}")
+        axes = config.get("axes_dims_rope", [head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16])
+        if not isinstance(axes, list) or len(axes) != 3 or any(type(axis) is not int for axis in axes):
+            raise UserError(f"its config.json has axes_dims_rope {axes!r}, must be three whole numbers")
         return cls(
             in_channels=in_channels,
-            out_channels=shapes["final_layer.linear.weight"][0],
-            pooled_size=shapes["vector_in.in_layer.weight"][1],
-            txt_size=shapes["txt_in.weight"][1],
+            out_channels=shape_of(shapes, "final_layer.linear.weight", 2)[0],
+            pooled_size=shape_of(shapes, "vector_in.in_layer.weight", 2)[1],
+            txt_size=shape_of(shapes, "txt_in.weight", 2)[1],
             hidden_size=hidden_size,
-            mlp_size=shapes["double_blocks.0.img_mlp.0.weight"][0],
+            mlp_size=shape_of(shapes, "double_blocks.0.img_mlp.0.weight", 2)[0],
             num_heads=hidden_size // head_dim,
-            depth=depth("double_blocks."),
-            depth_single=depth("single_blocks."),
+            depth=count_names(shapes, "double_blocks."),
+            depth_single=count_names(shapes, "single_blocks."),
             guidance="guidance_in.in_layer.weight" in shapes,
-            axes=tuple(config.get("axes_dims_rope", (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16))),
-            theta=config.get("theta", 10_000),
+            axes=tuple(axes),
+            theta=config_number(config, "theta", 10_000),
         )
 
 
@@ -100,7 +102,7 @@ class Flux(nn.Module):
 
         img (b, l_img, in_channels), txt (b, l_txt, txt_size), pooled (b, pooled_size) in the weights' dtype;
         img_ids (b, l_img, 3), txt_ids (b, l_txt, 3); t (b,) in [0, 1], guidance (b,), both float32.
-        -> (b, l_img, out_channels). Raises ValueError when the model wants guidance and gets none.
+        -> (b, l_img, out_channels). Raises UserError when the model wants guidance and gets none.
         """
         vec = self.time_in(timestep_embedding(t)) + self.vector_in(pooled)  # (b, hidden_size)
         if self.guidance_in is not None:

@@ -36,9 +36,10 @@ def draw_times(n: int, generator: torch.Generator, mean: float = 0.0, std: float
 
 
 def spread_times(n: int, start: float, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Return n times of the same distribution that cover it evenly, whichever number of them is used: (n,).
+    """Return stratified times of the same distribution: (n,); the first k of them cover it evenly for any k.
 
-    The golden ratio's multiples, shifted by `start` in [0, 1), through the distribution's quantile function.
+    They are multiples of the golden ratio modulo 1, shifted by `start` in [0, 1), put through the
+    distribution's quantile function.
     """
     even = (start + torch.arange(1, n + 1, dtype=torch.float64) * (math.sqrt(5) - 1) / 2) % 1
     return torch.sigmoid(mean + std * torch.special.ndtri(even.clamp(1e-6, 1 - 1e-6))).float()
@@ -83,7 +84,9 @@ def unpack(img: Tensor, height: int, width: int) -> Tensor:
     return rearrange(img, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 2, w=width // 2, ph=2, pw=2)
 
 
-def position_ids(batch: int, height: int, width: int, txt_length: int, device=None) -> tuple[Tensor, Tensor]:
+def position_ids(
+    batch: int, height: int, width: int, txt_length: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the positions of latents of height x width and of the text.
 
     img_ids (b, height/2 * width/2, 3): 0, row, column; txt_ids (b, txt_length, 3): zeros.
@@ -132,7 +135,7 @@ def denoise(
     """Integrate from noise (b, c, h, w) to latents of the same shape, float32, on the model's device.
 
     txt (b, l, d), pooled (b, d). With cfg > 1 every step also runs the `negative` (txt, pooled) and the
-    velocity becomes negative + cfg * (positive - negative); ValueError when there is no negative. shifted:
+    velocity becomes negative + cfg * (positive - negative); UserError when there is no negative. shifted:
     as in `schedule`; None takes it from the model: shifted if it has a guidance input (dev), else even
     (schnell). `progress` is called with the number of steps done.
     """
@@ -149,11 +152,12 @@ def denoise(
     times = schedule(steps, img.shape[1], model.sizes.guidance if shifted is None else shifted)
     for step, (t, t_next) in enumerate(zip(times, times[1:]), 1):
         t_batch = torch.full((batch,), t, device=device)
-        velocity, *away = [
+        velocities = [
             model(img.to(dtype), img_ids, txt, txt_ids, t_batch, pooled, guided) for txt, pooled in prompts
         ]
-        if away:
-            velocity = away[0] + cfg * (velocity - away[0])
+        velocity = velocities[0]
+        if cfg > 1:
+            velocity = velocities[1] + cfg * (velocity - velocities[1])
         img = euler_step(img, velocity, t, t_next)
         progress(step)
     return unpack(img, height, width)
@@ -177,7 +181,7 @@ def generate(
     noise = draw_noise(seeds, autoencoder.sizes.z_channels, height, width)
     txt, pooled = (part.expand(len(seeds), *part.shape[1:]) for part in prompt)
     latents = denoise(model, noise, txt, pooled, **settings)
-    # One after the other: for the autoencoder a picture is more than for the transformer.
+    # One after the other, because a picture takes more memory in the autoencoder than in the transformer.
     pixels = [to_pixels(autoencoder.decode(one))[0] for one in latents.split(1)]
     return [Image.fromarray(picture.numpy()) for picture in pixels]
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flux.sizes import Shapes, count_names, shape_of
+
 BUCKETS, EXACT, MAX_DISTANCE = 32, 8, 128  # the same in every T5
 
 
@@ -26,17 +28,18 @@ class T5Sizes:
     depth: int
 
     @classmethod
-    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
-        """Read the sizes from a checkpoint's header, which tells all of them; KeyError when it is no T5."""
-        vocab_size, hidden_size = shapes["shared.weight"]
-        _, num_heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    def from_shapes(cls, shapes: Shapes, config: dict) -> Self:
+        """Read the sizes from a checkpoint's header, which tells all of them; UserError when it is no T5."""
+        vocab_size, hidden_size = shape_of(shapes, "shared.weight", 2)
+        attention = "encoder.block.0.layer.0.SelfAttention"
+        _, num_heads = shape_of(shapes, f"{attention}.relative_attention_bias.weight", 2)
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            head_dim=shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0] // num_heads,
+            head_dim=shape_of(shapes, f"{attention}.q.weight", 2)[0] // num_heads,
             num_heads=num_heads,
-            mlp_size=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-            depth=len({name.split(".")[2] for name in shapes if name.startswith("encoder.block.")}),
+            mlp_size=shape_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0],
+            depth=count_names(shapes, "encoder.block."),
         )
 
 
@@ -94,8 +97,10 @@ class SelfAttention(nn.Module):
         return rearrange(self.relative_attention_bias(buckets), "query key heads -> 1 heads query key")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        split = lambda x: rearrange(x, "b l (h d) -> b h l d", h=self.num_heads)
-        q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
+        q, k, v = (
+            rearrange(project(x), "b l (h d) -> b h l d", h=self.num_heads)
+            for project in (self.q, self.k, self.v)
+        )
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # not divided by sqrt(d)
         return self.o(rearrange(x, "b h l d -> b l (h d)"))
 

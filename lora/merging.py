@@ -1,4 +1,4 @@
-"""Add LoRAs to weights: of a model, or of a checkpoint file."""
+"""Add LoRAs to weights, of a model or of a checkpoint file, and to each other."""
 
 import json
 import re
@@ -9,26 +9,23 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from flux.checkpoint import opened, read_header
 from flux.errors import UserError
 from flux.formats import SWAPPED
 from flux.memory import drop_pages, file_ranges
-from lora.names import Lora, clean, layer_of, misfits, part_sizes, refuse, swap_halves
+from lora.fitting import Shapes, clean, linear_shapes, misfits, refuse
+from lora.names import Lora, layer_of, part_sizes, swap_halves
 from lora.reading import read_lora
-from lora.writing import fresh
+from lora.writing import without_stale
 from run.files import atomic
-
-# --- Merging -----------------------------------------------------------------------------------------------
 
 Update = tuple[slice, Tensor, Tensor, float]  # rows of a layer's weight, lora_A, lora_B, strength
 
 
-def layer_updates(
-    loras: Sequence[tuple[Lora, float]], shapes: dict[str, tuple[int, ...]]
-) -> dict[str, list[Update]]:
+def layer_updates(loras: Sequence[tuple[Lora, float]], shapes: Shapes) -> dict[str, list[Update]]:
     """Return what LoRAs, each with its strength, add to each layer; shapes: (d_out, d_in) by layer."""
     updates = defaultdict(list)
     for lora, strength in loras:
@@ -36,7 +33,8 @@ def layer_updates(
             layer, parts = layer_of(part)
             sizes = part_sizes(len(parts), *shapes[layer])
             end = list(accumulate(sizes))[parts.index(part)]
-            b = swap_halves(b) if layer == SWAPPED else b
+            if layer == SWAPPED:
+                b = swap_halves(b)
             updates[layer].append((slice(end - len(b), end), a, b, strength))
     return updates
 
@@ -49,11 +47,31 @@ def merged(weight: Tensor, updates: list[Update]) -> Tensor:
     return total.to(weight.dtype)
 
 
+def merge_loras(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Merge LoRAs that fit the model, each with its strength: in float32, rounded once for all of them."""
+    for name, updates in layer_updates(loras, linear_shapes(model)).items():
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(merged(layer.weight, updates), requires_grad=False)
+
+
+def add_up(loras: Sequence[tuple[Lora, float]]) -> Lora:
+    """Return one LoRA that does what several do together, each with its strength; their ranks add up."""
+    total = {}
+    for lora, strength in loras:
+        for part, (a, b) in lora.items():
+            a, b = a.float(), strength * b.float()
+            if part in total:
+                other_a, other_b = total[part]
+                a, b = torch.cat([other_a, a]), torch.cat([other_b, b], dim=1)
+            total[part] = a, b
+    return total
+
+
 def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path) -> None:
     """Write a transformer's checkpoint with LoRAs merged in; one tensor at a time is in memory.
 
-    The checkpoint has FLUX.1's original names, also with the prefix of a file that holds the whole model;
-    dtypes, order and all other tensors stay. Raises ValueError when anything does not fit.
+    The checkpoint has FLUX.1's original names, perhaps with the prefix of a file that holds the whole model;
+    dtypes, order and all other tensors stay. Raises UserError when anything does not fit.
     """
     header, _ = read_header(checkpoint)
     metadata = header.pop("__metadata__", {})
@@ -66,18 +84,18 @@ def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path)
     }
     if "double_blocks.0.img_attn.qkv" not in shapes:
         raise UserError(f"{checkpoint} is no FLUX.1 file with the original names (double_blocks.0 ...)")
-    read = []
+    contents = []
     for path, strength in loras:
         lora, _ = read_lora(path)
         refuse(path, misfits(lora, shapes))
-        read.append((lora, strength))
-    by_layer = layer_updates(read, shapes)
-    if any(f"{name}.{word}" in weights for name in by_layer for word in ("scale_weight", "weight_scale")):
+        contents.append((lora, strength))
+    updates = layer_updates(contents, shapes)
+    if any(f"{layer}.{scale}" in weights for layer in updates for scale in ("scale_weight", "weight_scale")):
         raise UserError(f"{checkpoint} holds scaled 8-bit weights; merge into the 16-bit file")
-    updates = {weights[f"{name}.weight"]: own for name, own in by_layer.items()}
+    updates = {weights[f"{layer}.weight"]: of_layer for layer, of_layer in updates.items()}
 
-    stems = ", ".join(path.stem for path in (checkpoint, *(path for path, _ in loras)))
-    metadata = {**fresh(metadata), "modelspec.merged_from": stems}
+    stems = ", ".join([checkpoint.stem, *(path.stem for path, _ in loras)])
+    metadata = {**without_stale(metadata), "modelspec.merged_from": stems}
     text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     needed, free = checkpoint.stat().st_size, shutil.disk_usage(out.parent).free
@@ -87,20 +105,26 @@ def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path)
         file.write(len(text).to_bytes(8, "little") + text)
         mapped = file_ranges()
         for name in tqdm(names, "merging", unit="tensor", dynamic_ncols=True):
-            tensor = stored = source.get_tensor(name)
-            if name in updates:
-                tensor = merged(stored, updates[name])
-                ends = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
-                if not all(end.isfinite() for end in ends):
-                    raise UserError(f"{clean(name)} has numbers too large for {tensor.dtype} after merging")
+            stored = source.get_tensor(name)
+            tensor = merged(stored, updates[name]) if name in updates else stored
+            if name in updates and not is_finite(tensor):
+                raise UserError(f"{clean(name)} has numbers too large for {tensor.dtype} after merging")
             file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
             drop_pages(stored, mapped)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether all numbers are finite, by the extremes: a mask of a large tensor would cost memory."""
+    lowest, highest = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+    return bool(lowest.isfinite() and highest.isfinite())
+
+
 def pair_strengths(paths: Sequence[Path], strengths: Sequence[float]) -> list[tuple[Path, float]]:
-    """Give each LoRA its strength: one for all, or one for each; ValueError for another count."""
-    if len(strengths) not in (1, len(paths)):
+    """Give each LoRA its strength: one for all, or one for each; UserError for another count."""
+    if len(strengths) == 1:
+        strengths = list(strengths) * len(paths)
+    if len(strengths) != len(paths):
         raise UserError(
             f"--strength has {len(strengths)} numbers for {len(paths)} LoRAs: give one, or one each"
         )
-    return [(path, strengths[k % len(strengths)]) for k, path in enumerate(paths)]
+    return list(zip(paths, strengths))

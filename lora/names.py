@@ -1,19 +1,14 @@
-"""What FLUX.1's layers are called by other programs, and what fits a model."""
+"""What other programs call FLUX.1's linear layers, and how the rows of fused layers are split."""
 
 import re
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flux.errors import UserError
 from flux.formats import FLUX
-from run.terminal import printable
 
-Lora = dict[str, tuple[Tensor, Tensor]]
+Lora = dict[str, tuple[Tensor, Tensor]]  # lora_A (rank, d_in) and lora_B (d_out, rank) by diffusers' name
 FORMATS = ("diffusers", "kohya")
-
-# --- Names -------------------------------------------------------------------------------------------------
 
 # Every linear layer, with # for the block's number -> its parts in diffusers, in the order of the fused rows.
 # We adapt nothing outside the blocks; others do.
@@ -23,22 +18,23 @@ PARTS = {
     if not layer.endswith(".scale")
 }
 LAYER_OF = {part: layer for layer, parts in PARTS.items() for part in parts}
-# Kohya writes underscores for dots, which nobody can undo; so every name is looked up with underscores.
+# Kohya writes underscores for dots, which cannot be undone; so every name is looked up with underscores.
 FLAT = {name.replace(".", "_"): name for name in [*PARTS, *LAYER_OF]}
 
 
-def part_sizes(count: int, d_out: int, d_in: int) -> list[int]:
-    """Return the output rows of each of `count` parts: q, k, v as wide as the model, then what is left."""
-    return [d_out] if count == 1 else [d_in, d_in, d_in, d_out - 3 * d_in][:count]
-
-
 def find_name(module: str) -> tuple[str, str] | None:
-    """Return a layer or part as the tables call it, and the block's number; None for what FLUX.1 has not."""
-    flat = module.replace(".", "_")
-    if block := re.search(r"_(\d+)_", flat):
+    """Return a layer's or part's name with # for its block, and the block's number; None if FLUX.1 has none.
+
+    Outside the blocks the number is "".
+    """
+    flat, number = module.replace(".", "_"), ""
+    block = re.search(r"_(\d{1,4})_", flat)
+    if block:
+        number = block[1]
         flat = f"{flat[: block.start()]}_#_{flat[block.end() :]}"
-    known = flat in FLAT and "#" not in module
-    return (FLAT[flat], block[1] if block else "") if known else None
+    if "#" in module or flat not in FLAT:
+        return None
+    return FLAT[flat], number
 
 
 def layer_of(part: str) -> tuple[str, list[str]]:
@@ -48,43 +44,11 @@ def layer_of(part: str) -> tuple[str, list[str]]:
     return layer.replace("#", number), [other.replace("#", number) for other in PARTS[layer]]
 
 
+def part_sizes(count: int, d_out: int, d_in: int) -> list[int]:
+    """Return the output rows of each of `count` parts: q, k, v as wide as the model, then what is left."""
+    return [d_out] if count == 1 else [d_in, d_in, d_in, d_out - 3 * d_in][:count]
+
+
 def swap_halves(b: Tensor) -> Tensor:
-    """Exchange the upper and the lower half of the rows: shift and scale of SWAPPED, either way."""
+    """Exchange upper and lower half of the rows, the shift and scale of `flux.formats.SWAPPED`."""
     return torch.cat(b.chunk(2)[::-1])
-
-
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (d_out, d_in) of every linear layer, of whatever class, by name."""
-    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "in_features")}
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-
-
-def misfits(lora: Lora, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """List what of a LoRA does not fit a model of linear layers with these weights, (d_out, d_in) by name."""
-    problems = []
-    for part, (a, b) in lora.items():
-        layer, parts = layer_of(part)
-        if layer not in shapes:
-            problems.append(f"{part}: this model has no {layer}")
-            continue
-        d_out, d_in = shapes[layer]
-        size = part_sizes(len(parts), d_out, d_in)[parts.index(part)]
-        if a.shape[1] != d_in or len(b) != size:
-            given = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
-            problems.append(f"{part} has {given}, must be (rank, {d_in}) and ({size}, rank)")
-    return problems
-
-
-def refuse(path: Path, problems: list[str]) -> None:
-    """Raise ValueError if there are problems with a file, naming the first twenty."""
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise UserError(
-            f"{path} does not fit this model:\n  " + "\n  ".join(map(clean, problems[:20] + more))
-        )
-
-
-def clean(text: object, length: int = 300) -> str:
-    """Make text from a file safe to print: what could steer a terminal is escaped, and its end cut off."""
-    text = str(text)
-    return printable(text if len(text) <= length else f"{text[:length]} ...")

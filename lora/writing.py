@@ -1,7 +1,8 @@
-"""Write LoRA files in the names of diffusers or kohya."""
+"""Write LoRA files with the names of diffusers or kohya, and the header that other programs show."""
 
 import json
 import re
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -13,42 +14,46 @@ from flux.formats import SWAPPED
 from lora.names import Lora, layer_of, swap_halves
 from run.files import atomic
 
-# Of a file's header, what is not true of it any more once it has been converted or merged.
+# Entries of a header that are no longer true once the file has been converted or merged.
 STALE = re.compile(r"lora_adapter_metadata|modelspec\.hash_.*|sshs_.*|ss_network_(dim|alpha)")
 
 
-def fresh(metadata: dict[str, str]) -> dict[str, str]:
-    """Return a header's text without what no longer holds: hashes, and alpha, which is multiplied in."""
-    return {key: value for key, value in metadata.items() if not STALE.fullmatch(key)}
-
-
-# --- Writing -----------------------------------------------------------------------------------------------
-
-
 def name_tensors(lora: Lora, form: str) -> dict[str, Tensor]:
-    """Name a LoRA's tensors as diffusers or kohya does; ComfyUI reads both.
+    """Name a LoRA's tensors as `form`, diffusers or kohya, does; ComfyUI reads both."""
+    return in_kohya_names(lora) if form == "kohya" else in_diffusers_names(lora)
 
-    Kohya's names are those of FLUX.1's own files, where q, k, v (and the single block's MLP) are one layer:
-    their lora_A are stacked, their lora_B set block-diagonally, and alpha is the rank that results.
-    """
-    if form == "diffusers":
-        halves = {
-            f"transformer.{part}.lora_{x}.weight": t for part, ab in lora.items() for x, t in zip("AB", ab)
-        }
-        # Parts that were fused may share lora_A, and a file takes every tensor once.
-        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in halves.items()}
-    d_mlp = max(
-        (len(b) / a.shape[1] for part, (a, b) in lora.items() if part.endswith("proj_mlp")), default=4
-    )
+
+def in_diffusers_names(lora: Lora) -> dict[str, Tensor]:
+    """Name every projection's lora_A and lora_B as diffusers does."""
     tensors = {}
-    for layer, parts in dict(map(layer_of, lora)).items():
-        pairs = [lora.get(part) for part in parts]
-        d_in, dtype = next((a.shape[1], b.dtype) for a, b in filter(None, pairs))
-        sizes = [round(d_in * (d_mlp if part.endswith("proj_mlp") else 1)) for part in parts]
-        a = torch.cat([pair[0] for pair in pairs if pair])
-        empty = [torch.zeros(size, 0, dtype=dtype) for size in sizes]  # parts that the LoRA leaves alone
-        b = torch.block_diag(*(pair[1] if pair else zeros for pair, zeros in zip(pairs, empty)))
-        b = swap_halves(b) if layer == SWAPPED else b
+    for part, (a, b) in lora.items():
+        # Copies, for parts that were fused may share lora_A, and a file takes every tensor once.
+        tensors[f"transformer.{part}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
+        tensors[f"transformer.{part}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def in_kohya_names(lora: Lora) -> dict[str, Tensor]:
+    """Name a LoRA's layers as kohya does, whose layers are those of FLUX.1's own files.
+
+    There q, k, v (and the single block's MLP) are one layer: their lora_A are stacked, their lora_B set
+    block-diagonally, and alpha is the rank that results.
+    """
+    mlps = [len(b) / a.shape[1] for part, (a, b) in lora.items() if part.endswith("proj_mlp")]
+    mlp_ratio = max(mlps, default=4)  # rows of the single block's MLP relative to its inputs
+    parts_of = dict(layer_of(part) for part in lora)
+    tensors = {}
+    for layer, parts in parts_of.items():
+        adapted = [lora[part] for part in parts if part in lora]
+        d_in, dtype = adapted[0][0].shape[1], adapted[0][1].dtype
+        blocks = []
+        for part in parts:
+            d_out = round(d_in * mlp_ratio) if part.endswith("proj_mlp") else d_in
+            # Zero columns for a part that the LoRA leaves alone.
+            blocks.append(lora[part][1] if part in lora else torch.zeros(d_out, 0, dtype=dtype))
+        a, b = torch.cat([pair[0] for pair in adapted]), torch.block_diag(*blocks)
+        if layer == SWAPPED:
+            b = swap_halves(b)
         key = f"lora_unet_{layer.replace('.', '_')}"
         tensors[f"{key}.lora_down.weight"] = a.contiguous()
         tensors[f"{key}.lora_up.weight"] = b.contiguous()
@@ -57,9 +62,35 @@ def name_tensors(lora: Lora, form: str) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict) -> None:
-    """Write finite tensors with metadata: text as it is, any other value as JSON."""
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+    """Write finite tensors with metadata: text as it is, any other value as JSON; UserError for NaN."""
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
         raise UserError(f"{path} is not written: {len(broken)} tensors are not finite, such as {broken[0]}")
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **text})
+
+
+def model_spec(about: dict, guidance: bool = True) -> dict[str, str]:
+    """Return the header's entries that other programs show: Stability AI's ModelSpec 1.0.0, kohya's base.
+
+    about: the file's own entries; `resolution` is the side of the training pictures in pixels, or missing.
+    guidance: whether the base has a guidance input, as FLUX.1-dev has and schnell has not.
+    """
+    caption = about.get("caption", "")
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"flux-1-{'dev' if guidance else 'schnell'}/lora",
+        "implementation": "https://github.com/black-forest-labs/flux",
+        "title": f"{'Meta-LoRA' if 'r1' in about else 'LoRA'}: {caption}".rstrip(": "),
+        "date": date.today().isoformat(),
+        "trigger_phrase": caption,
+    }
+    if about.get("resolution"):
+        spec["resolution"] = f"{about['resolution']}x{about['resolution']}"
+    return {"ss_base_model_version": "flux1", **{f"modelspec.{key}": value for key, value in spec.items()}}
+
+
+def without_stale(metadata: dict[str, str]) -> dict[str, str]:
+    """Return a header's entries without those that a conversion makes untrue: hashes, PEFT's alpha."""
+    return {key: value for key, value in metadata.items() if not STALE.fullmatch(key)}

@@ -149,6 +149,8 @@ def some(header: Header, kind) -> list[str]:
 def test_what_is_dropped_renamed_or_transposed_is_told(case):
     kind, header, _ = HEADERS[case]
     header = header()
+    if kind is Flux:  # the whole is fitted above; two blocks of a kind have every name
+        header = cut(header, 2, 2)
     model, sources = fitted(kind, header)
     ours = {name: x for x, source in sources.items() for name in source.names}
     for name in some(header, kind):
@@ -190,6 +192,11 @@ def test_uneven_q_k_and_v_are_refused():
     q, k = (f"transformer_blocks.4.attn.to_{x}.bias" for x in "qk")
     with pytest.raises(ValueError, match=r"qkv.bias cannot be made of .*to_q.bias \(3000,\), .*\(3144,\)"):
         fitted(Flux, header | {q: ((3000,), "BF16"), k: ((3144,), "BF16")})
+    with pytest.raises(ValueError, match=r"qkv.bias cannot be made of .*to_q.bias \(\),"):
+        fitted(Flux, header | {q: ((), "BF16")})
+    without_k = {name: entry for name, entry in header.items() if name != k}
+    with pytest.raises(ValueError, match=r"(?s)missing .*to_k.bias.*cannot be made of .*to_q.bias \(\),"):
+        fitted(Flux, without_k | {q: ((), "BF16")})
 
 
 def test_strange_tensors_of_a_checkpoint_are_told():

@@ -21,9 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from flux import load_flux
 from flux.model import Flux
 from lora import writing
+from lora.merging import merge_loras
 from lora.reading import read_lora
+from lora.writing import model_spec
 from metalora import (
     MetaLoRALinear,
+    Prior,
     SlotAdamW,
     adapters,
     assign_meta,
@@ -36,8 +39,6 @@ from metalora import (
     inject_loras,
     load_lora,
     load_meta,
-    merge_loras,
-    model_spec,
     save_meta,
     use_slots,
 )
@@ -123,6 +124,33 @@ def test_layer_in_the_dtypes_of_training(dtype, most, slots):
     assert max(far([part.double() for part in ours], expected)) < most
     assert all(map(torch.equal, ours, results(layer, layer, given)))
     assert torch.equal(given, x.to(dtype))
+
+
+@pytest.mark.parametrize("slots", [[], [0, 1], [0, 1, 2, 3], [[0, 1, 2]], 0])
+def test_slots_of_another_shape_are_refused(slots):
+    """Two slots for six samples would be read as three samples each."""
+    layer, x = layer_and_input(1, (5,))
+    layer.slot = torch.tensor([2, 2, 0])
+    h = layer(x)
+    layer.slot = torch.tensor(slots, dtype=torch.long)
+    for samples in (x, torch.cat([x, x]).detach()):
+        with pytest.raises(ValueError, match=rf"slots are .*, must be \({len(samples)},\), or \(1,\)"):
+            layer(samples)
+    layer.slot = torch.tensor([2, 2, 0])
+    assert torch.equal(layer(x), h)
+
+
+def test_second_derivatives_raise_instead_of_being_wrong():
+    layer, x = layer_and_input(2, (5,))
+    layer.slot = torch.tensor([2, 2, 0])
+    for factor in (layer.meta_down, layer.mid, layer.up, x):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), factor, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+        plain = three_steps(layer, x, [2, 2, 0]).square().sum()  # with autograd alone they are there
+        (expected,) = torch.autograd.grad(plain, factor, create_graph=True)
+        assert difference(grad, expected) < 1e-12 * expected.abs().max()
+        expected.sum().backward()
 
 
 def test_fresh_factors():
@@ -259,7 +287,7 @@ def test_exported_file(tmp_path):
     expected |= {"modelspec.architecture": "flux-1-dev/lora", "modelspec.title": "Meta-LoRA: ä photo"}
     expected |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.trigger_phrase": "ä photo"}
     assert expected.items() <= metadata.items() and "modelspec.resolution" not in metadata
-    assert model_spec(model, {"resolution": 768})["modelspec.resolution"] == "768x768"
+    assert model_spec({"resolution": 768})["modelspec.resolution"] == "768x768"
     assert date.fromisoformat(metadata["modelspec.date"]) <= date.today()
     tensors = load_file(path)
     modules = {f"transformer.{name}" for name in collapse(model)}
@@ -419,27 +447,28 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_error(tmp_path):
 def test_meta_file_round_trip(tmp_path):
     path, model, other = tmp_path / "meta.safetensors", adapted(), adapted(seed=1)
     save_meta(model, path, META)
-    tensors, metadata = load_meta(path)
-    assert metadata == {"format": "pt", "r1": "6", "targets": "all"}
+    prior = load_meta(path)
+    assert prior.metadata == {"format": "pt", "r1": "6", "targets": "all"}
+    assert (prior.path, prior.r1, prior.targets) == (path, 6, "all")
     mids = [mid.clone() for mid in factors(other, "mid")]
-    assign_meta(other, tensors, path)
+    assign_meta(other, prior)
     for ours, stored in zip(factors(other, "meta_down"), factors(model, "meta_down"), strict=True):
         assert torch.equal(ours, stored.half().float())
     assert all(map(torch.equal, mids, factors(other, "mid")))
 
     save_meta(model, path, META, [-p for p in factors(model, "meta_down")])
-    for name, stored in load_meta(path)[0].items():
-        assert torch.equal(stored, -tensors[name])
+    for name, stored in load_meta(path).tensors.items():
+        assert torch.equal(stored, -prior.tensors[name])
 
 
 def test_a_meta_file_that_does_not_fit_is_refused(tmp_path):
     path, model = tmp_path / "meta.safetensors", adapted()
     save_meta(model, path, META)
-    tensors, _ = load_meta(path)
+    tensors = load_meta(path).tensors
     tensors["single_blocks.9.linear1.meta_down"] = tensors.pop("single_blocks.0.linear1.meta_down")
     tensors["single_blocks.0.linear2.meta_down"] = torch.zeros(1, 8, 480)
     with pytest.raises(ValueError) as error:
-        assign_meta(model, tensors, path)
+        assign_meta(model, Prior(path, tensors, {"r1": "6", "targets": "all"}))
     assert str(error.value).splitlines() == [
         f"{path} does not fit this model:",
         "  missing single_blocks.0.linear1.meta_down",

@@ -12,6 +12,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from flux import conditioner
 from flux.clip import CLIPSizes, CLIPText
 from flux.conditioner import Conditioner, clip_tokenizer, load_tokenizers, t5_tokenizer
+from flux.errors import UserError
 from flux.t5 import T5, T5Sizes
 
 FOLDER = REFERENCE / "tokenizers"
@@ -125,6 +126,38 @@ def test_missing_files_are_named(folder, file, said):
     for path in folder.glob(file):
         path.unlink()
     with pytest.raises(FileNotFoundError, match=said):
+        load_tokenizers(folder)
+
+
+@needs_files
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_max_length": "77"}', '{"model_max_length": 0}'])
+@pytest.mark.parametrize(
+    "file", ["tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json", "tokenizer/vocab.json"]
+)
+def test_damaged_files_are_named(folder, file, content):
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=str(folder / file).removesuffix("/vocab.json")):
+        load_tokenizers(folder)
+
+
+@needs_files
+@pytest.mark.parametrize("file", ["tokenizer.json", "spiece.model"])
+def test_a_damaged_t5_tokenizer_is_named(folder, file):
+    for path in folder.glob("tokenizer_2/*e*.*o*"):
+        path.unlink()
+    shutil.copy(FOLDER / "t5" / "tokenizer_config.json", folder / "tokenizer_2")
+    (folder / "tokenizer_2" / file).write_text("{")
+    with pytest.raises(UserError, match="tokenizer_2 is no whole tokenizer"):
+        load_tokenizers(folder)
+
+
+@needs_files
+def test_an_error_of_our_own_keeps_its_type(folder, monkeypatch):
+    def broken(folder, kind):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(conditioner, "max_length", broken)
+    with pytest.raises(TypeError, match="^a bug$"):
         load_tokenizers(folder)
 
 

@@ -1,0 +1,49 @@
+"""The options that name a model, and what is said when they name nothing."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from run import models
+from run.models import add_model_arguments, find_model
+
+
+def find(model: Path | str, *options: object):
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    return find_model(parser.parse_args(["--model", str(model), *map(str, options)]))
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("FLUX_DEV", "FLUX_AE", "FLUX_CLIP_L", "FLUX_T5", "FLUX_TOKENIZERS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_folder_a_shipped_model_and_parts_elsewhere(model, other_model, monkeypatch):
+    files = find(model)
+    assert files.folder == model and files.t5 == model / "text_encoder_2"
+    monkeypatch.setitem(models.SHIPPED, "small", model)
+    assert find("small") == files
+    for part, option, place in (
+        ("autoencoder", "--ae", "ae.safetensors"),
+        ("clip", "--clip-l", "text_encoder"),
+        ("t5", "--t5", "text_encoder_2"),
+        ("tokenizers", "--tokenizers", ""),
+    ):
+        given = find(model, option, other_model / place)
+        assert {x for x in vars(files) if getattr(given, x) != getattr(files, x)} == {part}
+        assert getattr(given, part) == other_model / place
+
+
+def test_what_is_wrong_is_said(model):
+    with pytest.raises(FileNotFoundError, match="--ae nothing.safetensors: no such file or folder"):
+        find(model, "--ae", "nothing.safetensors")
+    with pytest.raises(FileNotFoundError) as error:
+        find("flux-dev")
+    for part in ("--model FILE or FOLDER, --ae, --clip-l, --t5, --tokenizers", "--model tiny", "HF_TOKEN"):
+        assert part in str(error.value)
