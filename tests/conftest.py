@@ -1,13 +1,15 @@
-"""What the tests of the scripts share: a whole FLUX.1 with random weights, drawn people, and YuNet's file."""
+"""Fixtures that several test files share: a whole FLUX.1 with random weights, people, photos, tokenizers."""
 
 import gc
 import json
 import os
+import zipfile
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
-from compare import randomize
+from compare import DATA, randomize
 from safetensors.torch import save_file
 
 from flux import T5, AutoEncoder, CLIPText, Flux, load_tokenizers
@@ -17,15 +19,15 @@ from flux.model import FluxSizes
 from flux.t5 import T5Sizes
 from tiny.people import training_pictures, write_people
 from tiny.pretrain import make_tokenizers
+from vision.detector import load_detector
 
-SHARED = Path(__file__).parents[2] / "shared"
-YUNET = SHARED / "weights" / "face_detection_yunet_2023mar.onnx"
+PHOTOS = ("studio_portrait", "studio_posture", "amateur_selfie", "amateur_posture")
 
 
 def write_model(folder: Path, hidden_size: int = 32) -> Path:
     """Write a FLUX.1 of one double and one single block with random weights, in the layout of the real one.
 
-    Four pixels a latent and eight an image token, as many as the small world's, so sides are multiples of 8.
+    Four pixels a latent and eight an image token, as many as the toy model's, so sides are multiples of 8.
     """
     make_tokenizers(training_pictures(1000, torch.Generator().manual_seed(0), size=8)[1], folder)
     clip = load_tokenizers(folder).clip
@@ -89,22 +91,38 @@ def other_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def people(tmp_path_factory) -> Path:
-    """Five people with four captioned pictures each."""
+    """Five synthetic people with four captioned pictures each."""
     folder = tmp_path_factory.mktemp("people") / "ids"
     write_people(folder, people=5, photos=4, seed=0)
     return folder
 
 
 @pytest.fixture(scope="session")
-def yunet() -> Path:
-    pytest.importorskip("cv2", reason="OpenCV is not installed")
-    if not YUNET.is_file():
-        pytest.skip(f"no YuNet weights at {YUNET}")
-    return YUNET
+def portraits() -> list[Path]:
+    """Photos of 1.5 to 2.8 thousand pixels from the package openpeople: four of each of ten synthetic people.
+
+    One face in each, between 175 and 920 pixels wide; a stranger's, 35 pixels wide, behind the last selfie.
+    """
+    people = Path(str(resources.files("openpeople"))) / "data" / "curated"
+    return [folder / "assets" / f"{name}.jpg" for folder in sorted(people.iterdir()) for name in PHOTOS]
 
 
 @pytest.fixture(scope="session")
-def portraits(yunet) -> list[Path]:
-    """Real photos of 250 x 250 pixels, each of one person."""
-    photos = sorted(SHARED.glob("faces/ids/*/*.jpg"))
-    return photos or pytest.skip(f"no photos in {SHARED / 'faces'}")
+def detector():
+    return load_detector()
+
+
+@pytest.fixture(scope="session")
+def recognizer_file() -> Path:
+    """A trained face recogniser; tests that need it are slow ones."""
+    file = os.environ.get("FACE_RECOGNIZER")
+    return Path(file) if file else pytest.skip("needs real weights: FACE_RECOGNIZER=FILE")
+
+
+@pytest.fixture(scope="session")
+def vocabularies(tmp_path_factory) -> Path:
+    """FLUX.1's tokenizer files in clip/ and t5/, and golden_260.json, which was recorded with them."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    with zipfile.ZipFile(DATA / "tokenizers.zip") as archive:
+        archive.extractall(folder)
+    return folder

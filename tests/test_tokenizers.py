@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from compare import REFERENCE, randomize
+from compare import randomize
 from tokenizers import normalizers, pre_tokenizers
 from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -14,9 +14,6 @@ from flux.clip import CLIPSizes, CLIPText
 from flux.conditioner import Conditioner, clip_tokenizer, load_tokenizers, t5_tokenizer
 from flux.t5 import T5, T5Sizes
 
-FOLDER = REFERENCE / "tokenizers"
-needs_files = pytest.mark.skipif(not FOLDER.exists(), reason=f"needs {FOLDER}")
-RECORDED = "golden_260.json"
 MORE = [
     "a  photo\u2003of\ta\r\nsks\u00a0man",
     "O'Neill's they'LL we'Re I'M 'tis rock'n'roll",
@@ -34,15 +31,15 @@ MORE = [
 
 
 @pytest.fixture
-def recorded() -> dict[str, list]:
-    return json.loads((FOLDER / RECORDED).read_text())
+def recorded(vocabularies) -> dict[str, list]:
+    return json.loads((vocabularies / "golden_260.json").read_text())
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(vocabularies, tmp_path):
     """A model folder's two tokenizer folders."""
-    shutil.copytree(FOLDER / "clip", tmp_path / "tokenizer")
-    shutil.copytree(FOLDER / "t5", tmp_path / "tokenizer_2")
+    shutil.copytree(vocabularies / "clip", tmp_path / "tokenizer")
+    shutil.copytree(vocabularies / "t5", tmp_path / "tokenizer_2")
     return tmp_path
 
 
@@ -52,11 +49,10 @@ def expect(theirs, strings: list[str], length: int) -> torch.Tensor:
     ).input_ids
 
 
-@needs_files
 @pytest.mark.filterwarnings("ignore:.*tokens, not")
-def test_clip_equals_transformers(recorded):
+def test_clip_equals_transformers(vocabularies, recorded):
     strings = recorded["strings"] + MORE
-    ours, theirs = clip_tokenizer(FOLDER / "clip"), CLIPTokenizer.from_pretrained(FOLDER / "clip")
+    ours, theirs = clip_tokenizer(vocabularies / "clip"), CLIPTokenizer.from_pretrained(vocabularies / "clip")
     assert len(strings) >= 200
     assert torch.equal(ours(strings), expect(theirs, strings, 77))
     assert [[*ours.start, *ours.encode(string), ours.end] for string in recorded["strings"]] == recorded[
@@ -64,17 +60,15 @@ def test_clip_equals_transformers(recorded):
     ]
 
 
-@needs_files
 @pytest.mark.filterwarnings("ignore:.*tokens, not")
 @pytest.mark.parametrize("length", [None, 256, 12])
-def test_t5_equals_transformers(recorded, length):
+def test_t5_equals_transformers(vocabularies, recorded, length):
     strings = recorded["strings"] + MORE
-    ours, theirs = t5_tokenizer(FOLDER / "t5", length), T5Tokenizer.from_pretrained(FOLDER / "t5")
+    ours, theirs = t5_tokenizer(vocabularies / "t5", length), T5Tokenizer.from_pretrained(vocabularies / "t5")
     assert torch.equal(ours(strings), expect(theirs, strings, length or 512))
     assert [[*ours.encode(string), 1] for string in recorded["strings"]] == recorded["t5_json"]
 
 
-@needs_files
 @pytest.mark.filterwarnings("ignore:.*tokens, not")
 def test_t5_from_spiece_model_equals_tokenizer_json(folder, recorded):
     # The control character U+0085 is a space to the package tokenizers only.
@@ -84,9 +78,8 @@ def test_t5_from_spiece_model_equals_tokenizer_json(folder, recorded):
     assert torch.equal(load_tokenizers(folder).t5(strings), from_json)
 
 
-@needs_files
 @pytest.mark.parametrize("rule", ["Lowercase", "NFC", "Split"])
-def test_the_strings_reach_every_rule(recorded, rule, monkeypatch):
+def test_the_strings_reach_every_rule(vocabularies, recorded, rule, monkeypatch):
     """Without one of CLIP's rules the comparison above fails; taken out of both, it would prove nothing."""
     strings = recorded["strings"]
     if rule == "Split":
@@ -95,11 +88,10 @@ def test_the_strings_reach_every_rule(recorded, rule, monkeypatch):
         )
     else:
         monkeypatch.setattr(conditioner.normalizers, rule, lambda *_: normalizers.Sequence([]))
-    ours = clip_tokenizer(FOLDER / "clip")
+    ours = clip_tokenizer(vocabularies / "clip")
     assert [[*ours.start, *ours.encode(string), ours.end] for string in strings] != recorded["clip"]
 
 
-@needs_files
 def test_what_is_cut_is_told(folder):
     tokenizers = load_tokenizers(folder, t5_length=8)
     with pytest.warns(UserWarning, match="CLIP sees 75 of 76 tokens, not 'cat'"):
@@ -110,7 +102,6 @@ def test_what_is_cut_is_told(folder):
     assert row[-1] == 1
 
 
-@needs_files
 @pytest.mark.parametrize(
     "file, said",
     [
@@ -128,7 +119,6 @@ def test_missing_files_are_named(folder, file, said):
         load_tokenizers(folder)
 
 
-@needs_files
 def test_conditioner(folder):
     t5 = randomize(
         T5(T5Sizes(vocab_size=32128, hidden_size=16, head_dim=8, num_heads=2, mlp_size=8, depth=1))
