@@ -3,20 +3,27 @@
 import gc
 import json
 import os
+import shutil
 import zipfile
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 from compare import DATA, randomize
-from safetensors.torch import save_file
+from helpers import SETTINGS, STEPS
+from safetensors.torch import load_file, save_file
 
-from flux import T5, AutoEncoder, CLIPText, Flux, load_tokenizers
+import metalora
+import train_meta
+from flux import T5, AutoEncoder, CLIPText, Flux, load_flux, load_tokenizers
 from flux.autoencoder import AutoEncoderSizes
 from flux.clip import CLIPSizes
 from flux.model import FluxSizes
 from flux.t5 import T5Sizes
+from metaphd import benchmark
+from run.models import SHIPPED
 from tiny.people import training_pictures, write_people
 from tiny.pretrain import make_tokenizers
 from vision.detector import load_detector
@@ -126,3 +133,43 @@ def vocabularies(tmp_path_factory) -> Path:
     with zipfile.ZipFile(DATA / "tokenizers.zip") as archive:
         archive.extractall(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def train(model, people) -> Callable[..., dict]:
+    """Call train_meta.py: train(out, flag, value, ...); returns the tensors of meta.safetensors."""
+
+    def call(out: Path, *flags: object, steps: int = STEPS, data: Path = people) -> dict:
+        argv = ["--data", data, "--model", model, "--out", out, "--steps", steps, *SETTINGS, *flags]
+        train_meta.main([str(word) for word in argv])
+        return load_file(out / "meta.safetensors")
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def world(model, tmp_path_factory) -> Path:
+    """The random model with the toy model's evaluators and a stage-1 file."""
+    folder = tmp_path_factory.mktemp("world") / "model"
+    shutil.copytree(model, folder)
+    shutil.copytree(SHIPPED["tiny"] / "judges", folder / "judges")
+    transformer = load_flux(folder / "flux1-random.safetensors")
+    metalora.inject(transformer, 4, 1, 1, "all", torch.Generator().manual_seed(0))
+    metalora.save_meta(transformer, folder / "meta.safetensors", {"r1": 4, "targets": "all"})
+    return folder
+
+
+@pytest.fixture
+def bench(world, people, tmp_path) -> Callable[..., Path]:
+    """Call the benchmark with two systems, two step counts, two prompts and two seeds; returns its folder."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a [man/woman] at the beach\na sketch of a [man/woman]\n")
+
+    def call(*argv: object, out: str = "out") -> Path:
+        defaults = ["--model", world, "--people", people, "--prompts", prompts, "--out", tmp_path / out]
+        defaults += ["--method", "meta-lora", "lora-noaug", "--steps", 1, 3, "--lr", 0.01]
+        defaults += ["--seeds", 2, "--sample-steps", 1, "--at-once", 2]
+        benchmark.main([str(word) for word in [*defaults, *argv]])
+        return tmp_path / out
+
+    return call

@@ -15,24 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import NAMES, assert_same, kill_at, log_of, pictures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_benchmark import pictures
-from test_benchmark import run as benchmark_fixture
-from test_benchmark import world as world_fixture
-from test_survey import NAMES
-from test_survival import kill_at
-from test_train_meta import assert_same, log_of
-from test_train_meta import run as train_fixture
 
 import flux
 import metrics
 import personalize
 import sample
 import train_meta
+from flux.errors import UserError
 from flux.finding import find_files, local_parts
 from lora import __main__, names, reading, writing
 from metalora import export_lora, factors, inject, load_meta, save_meta
@@ -49,8 +44,7 @@ from run.terminal import Shown, printable, printable_lines
 from scoring import samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees", "ignore:.*LoRA is zero")
-train, bench, world = train_fixture, benchmark_fixture, world_fixture
-OURS = (ValueError, OSError)  # what `run_script` turns into a message
+OURS = (UserError, OSError)  # what `run_script` turns into a message
 EVIL = "\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e\u2028\x00../../x"
 many = lambda n: settings(
     max_examples=n,
@@ -272,13 +266,12 @@ def test_damaged_stage_1_files(model, files, tmp_path, data):
     path = tmp_path / "meta.safetensors"
     path.write_bytes(data.draw(changed(files["meta"])))
     transformer = flux.load_flux(transformer_of(model), "meta")
-    args = argparse.Namespace(method="meta-lora", meta=path, rank=1)
     try:
-        meta = personalize.find_meta(transformer_of(model), args)
-        personalize.prepare(transformer, args, meta, [0])
+        prior = personalize.find_prior(transformer_of(model), path)
+        personalize.add_adapters(transformer, prior, 1, "all", [0])
     except OURS:
         return
-    assert int(meta[1]["r1"]) == 4 and all(t.isfinite().all() for t in meta[0].values())
+    assert prior.r1 == 4 and all(tensor.isfinite().all() for tensor in prior.meta_down.values())
 
 
 @pytest.mark.parametrize("r1", ["../../x", "4.0", "nan", "-4", "0", "9" * 5000, " 4", "٤", "4\n", EVIL])
@@ -329,7 +322,7 @@ def test_damaged_weights(model, tmp_path, data):
         )
     (folder / name).write_bytes(content)
     try:
-        files = find_files(argparse.Namespace(model=str(folder)))
+        files = find_files(str(folder), {})
         flux.loading.native_size(files.folder)
         flux.load_flux(files.transformer)
         flux.load_conditioner(files)
@@ -698,7 +691,7 @@ def test_strays_in_a_folder_of_weights_are_not_weights(model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     for path in [path for path in (tmp_path / "model").rglob("*.safetensors")]:
         path.with_name(f".{path.stem}.99{path.suffix}").write_bytes(b"half")
-    files = find_files(argparse.Namespace(model=str(tmp_path / "model")))
+    files = find_files(str(tmp_path / "model"), {})
     flux.load_conditioner(files)
     assert not any(path.name.startswith(".") for path in vars(files).values())
     shards = tmp_path / "model" / "transformer"

@@ -1,7 +1,7 @@
 """Find faces with YuNet (Wu, Peng and Yu, 2023), run by OpenCV's FaceDetectorYN.
 
-The network lies beside this file (README.md: source and licence). It sees faces of about 10 to 300 pixels; the
-sides below bring every face into that range. cv2 is imported only when a detector is loaded.
+The network lies beside this file; README.md names its source and licence. It sees faces of about 10 to 300
+pixels; the sides below bring every face into that range. cv2 is imported only when a detector is loaded.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 YUNET = Path(__file__).with_name("face_detection_yunet_2023mar.onnx")
 SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
 
-# Measured on 524 news photos (Labeled Faces in the Wild, whose licence is not open, so the tests use others): the
-# main face scores at least .90, noise at most .62.
+# The numbers below were measured on 524 news photos, Labeled Faces in the Wild. They have no open licence, so
+# the tests use other photos. The main face scores at least .90, noise at most .62.
 MIN_SCORE = 0.7
-# Part of the smaller box. On the same photos two faces share at most .31, one face at two sizes at least .85.
+# Part of the smaller box. Two faces share at most .31, one face at two sizes at least .85.
 MAX_OVERLAP = 0.5
 # Long side in pixels. A face that fills the photo is found in 2 of 66 at 640, 8 at 320, and all 66 at 160.
 SIDE = 640
@@ -52,8 +52,8 @@ class Face:
 def load_detector(path: Path | None = None) -> "cv2.FaceDetectorYN":
     """Load YuNet from the file beside this module, or from another one of the same architecture.
 
-    Raises FileNotFoundError when there is no such file; UserError when it is no YuNet network, and when OpenCV
-    is not installed.
+    Raises FileNotFoundError when there is no such file; UserError when it is no YuNet network, and when
+    OpenCV is not installed.
     """
     path = path or YUNET
     try:
@@ -75,9 +75,8 @@ def load_detector(path: Path | None = None) -> "cv2.FaceDetectorYN":
         detector = cv2.FaceDetectorYN.create("onnx", model, np.empty(0, np.uint8), (SIDE, SIDE), MIN_SCORE)
         detector.detect(np.zeros((SIDE, SIDE, 3), np.uint8))  # an ONNX file of something else fails only here
     except cv2.error as error:
-        raise UserError(
-            f"{path} ({len(data)} bytes) is no YuNet network; it should be {YUNET.name}"
-        ) from error
+        message = f"{path} ({len(data)} bytes) is no YuNet network; it should be {YUNET.name}"
+        raise UserError(message) from error
     finally:
         logging.setLogLevel(log_level)
     return detector
