@@ -159,14 +159,23 @@ def world(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def three_people(people, tmp_path_factory) -> Path:
+    """Two men and a woman: enough for two groups of --at-once 2."""
+    folder = tmp_path_factory.mktemp("three")
+    for name in ("man_001", "man_002", "woman_000"):
+        shutil.copytree(people / name, folder / name)
+    return folder
+
+
 @pytest.fixture
-def bench(world, people, tmp_path) -> Callable[..., Path]:
+def bench(world, three_people, tmp_path) -> Callable[..., Path]:
     """Call the benchmark with two systems, two step counts, two prompts and two seeds; returns its folder."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a [man/woman] at the beach\na sketch of a [man/woman]\n")
 
     def call(*argv: object, out: str = "out") -> Path:
-        defaults = ["--model", world, "--people", people, "--prompts", prompts, "--out", tmp_path / out]
+        defaults = ["--model", world, "--people", three_people, "--prompts", prompts, "--out", tmp_path / out]
         defaults += ["--method", "meta-lora", "lora-noaug", "--steps", 1, 3, "--lr", 0.01]
         defaults += ["--seeds", 2, "--sample-steps", 1, "--at-once", 2]
         benchmark.main([str(word) for word in [*defaults, *argv]])
