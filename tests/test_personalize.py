@@ -183,7 +183,7 @@ def test_8_bits_are_chosen_only_when_asked_for(run, photo, capsys):
     run(photo, *FACE)
     assert "exact, as they are in the file" in capsys.readouterr().out
     run(photo, *FACE, "--out", "b.safetensors", "--base-dtype", "fp8")
-    assert "weights rounded to 8 bits: as asked" in capsys.readouterr().out
+    assert "rounded to 8 bits: as asked" in capsys.readouterr().out
     a, b = load_file("ref.safetensors"), load_file("b.safetensors")
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
