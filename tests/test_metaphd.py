@@ -55,7 +55,7 @@ def test_yaw_bears_noise_and_turns_with_the_mirror():
 
 @pytest.fixture(scope="module")
 def real(portraits, detector) -> np.ndarray:
-    """Landmarks of ten people, seen from the front and both sides, and of their mirror images, (n, 2, 5, 2)."""
+    """Landmarks of ten people from the front and both sides, and of their mirror images, (n, 2, 5, 2)."""
     pairs = []
     for path in portraits[::4]:
         sheet = Image.open(path.with_name("character_sheet.jpg")).convert("RGB")
