@@ -73,11 +73,11 @@ def faces(portraits, detector) -> tuple[list[Image.Image], list]:
 
 @pytest.mark.slow
 def test_five_people_are_told_apart(recognizer, faces):
-    """Measured with four photos each: .84, .16 and 1."""
+    """Measured .812, .152 and 1."""
     embeddings = recognizer.embed_faces(*faces)
     assert difference(embeddings.norm(dim=1), torch.ones(15)) < 1e-5
     same, different, area = compare_people(embeddings, each=3)
-    assert same > 0.8 and different < 0.2 and area == 1
+    assert same > 0.75 and different < 0.2 and area == 1
 
 
 def unscaled_block(net, monkeypatch):
