@@ -1,13 +1,13 @@
-"""Shared by the tests that hold a model of ours against another implementation of it."""
+"""What tests use to compare a model with another implementation, or with a published checkpoint's header."""
 
+import gzip
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+DATA = Path(__file__).parent / "data"
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -28,12 +28,15 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours - theirs).abs().max().item()
 
 
+def reference(name: str) -> dict:
+    """Read a table from tests/data, whose README.md says where each one is from."""
+    with gzip.open(DATA / f"{name}.json.gz") as file:
+        return json.load(file)
+
+
 def header(name: str) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a published checkpoint, or skip where its reference file is missing."""
-    path = REFERENCE / f"{name}.keys.json"
-    if not path.exists():
-        pytest.skip(f"needs {path}")
-    return {key: tuple(shape) for key, (shape, _dtype) in json.loads(path.read_text()).items()}
+    """Return the names and shapes of a published checkpoint's tensors."""
+    return {key: tuple(shape) for key, (shape, _dtype) in reference(f"{name}.keys").items()}
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

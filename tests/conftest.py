@@ -1,31 +1,40 @@
-"""What the tests of the scripts share: a whole FLUX.1 with random weights, drawn people, and YuNet's file."""
+"""Fixtures that several test files share: a whole FLUX.1 with random weights, people, photos, tokenizers."""
 
 import gc
 import json
 import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
-from compare import randomize
-from safetensors.torch import save_file
+from compare import DATA, randomize
+from helpers import SETTINGS, STEPS
+from safetensors.torch import load_file, save_file
 
-from flux import T5, AutoEncoder, CLIPText, Flux, load_tokenizers
+import metalora
+import train_meta
+from flux import T5, AutoEncoder, CLIPText, Flux, load_flux, load_tokenizers
 from flux.autoencoder import AutoEncoderSizes
 from flux.clip import CLIPSizes
 from flux.model import FluxSizes
 from flux.t5 import T5Sizes
+from metaphd import benchmark
+from run.models import SHIPPED
 from tiny.people import training_pictures, write_people
 from tiny.pretrain import make_tokenizers
+from vision.detector import load_detector
 
-SHARED = Path(__file__).parents[2] / "shared"
-YUNET = SHARED / "weights" / "face_detection_yunet_2023mar.onnx"
+PHOTOS = ("studio_portrait", "studio_posture", "amateur_selfie", "amateur_posture")
 
 
 def write_model(folder: Path, hidden_size: int = 32) -> Path:
     """Write a FLUX.1 of one double and one single block with random weights, in the layout of the real one.
 
-    Four pixels a latent and eight an image token, as many as the small world's, so sides are multiples of 8.
+    Four pixels a latent and eight an image token, as many as the toy model's, so sides are multiples of 8.
     """
     make_tokenizers(training_pictures(1000, torch.Generator().manual_seed(0), size=8)[1], folder)
     clip = load_tokenizers(folder).clip
@@ -89,22 +98,87 @@ def other_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def people(tmp_path_factory) -> Path:
-    """Five people with four captioned pictures each."""
+    """Five synthetic people with four captioned pictures each."""
     folder = tmp_path_factory.mktemp("people") / "ids"
     write_people(folder, people=5, photos=4, seed=0)
     return folder
 
 
 @pytest.fixture(scope="session")
-def yunet() -> Path:
-    pytest.importorskip("cv2", reason="OpenCV is not installed")
-    if not YUNET.is_file():
-        pytest.skip(f"no YuNet weights at {YUNET}")
-    return YUNET
+def portraits() -> list[Path]:
+    """Photos of 1.5 to 2.8 thousand pixels from the package openpeople: four of each of ten synthetic people.
+
+    One face in each, between 175 and 920 pixels wide; a stranger's, 35 pixels wide, behind the last selfie.
+    """
+    people = Path(str(resources.files("openpeople"))) / "data" / "curated"
+    return [folder / "assets" / f"{name}.jpg" for folder in sorted(people.iterdir()) for name in PHOTOS]
 
 
 @pytest.fixture(scope="session")
-def portraits(yunet) -> list[Path]:
-    """Real photos of 250 x 250 pixels, each of one person."""
-    photos = sorted(SHARED.glob("faces/ids/*/*.jpg"))
-    return photos or pytest.skip(f"no photos in {SHARED / 'faces'}")
+def detector():
+    return load_detector()
+
+
+@pytest.fixture(scope="session")
+def recognizer_file() -> Path:
+    """A trained face recogniser; tests that need it are slow ones."""
+    file = os.environ.get("FACE_RECOGNIZER")
+    return Path(file) if file else pytest.skip("needs real weights: FACE_RECOGNIZER=FILE")
+
+
+@pytest.fixture(scope="session")
+def vocabularies(tmp_path_factory) -> Path:
+    """FLUX.1's tokenizer files in clip/ and t5/, and golden_260.json, which was recorded with them."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    with zipfile.ZipFile(DATA / "tokenizers.zip") as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train(model, people) -> Callable[..., dict]:
+    """Call train_meta.py: train(out, flag, value, ...); returns the tensors of meta.safetensors."""
+
+    def call(out: Path, *flags: object, steps: int = STEPS, data: Path = people) -> dict:
+        argv = ["--data", data, "--model", model, "--out", out, "--steps", steps, *SETTINGS, *flags]
+        train_meta.main([str(word) for word in argv])
+        return load_file(out / "meta.safetensors")
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def world(model, tmp_path_factory) -> Path:
+    """The random model with the toy model's evaluators and a stage-1 file."""
+    folder = tmp_path_factory.mktemp("world") / "model"
+    shutil.copytree(model, folder)
+    shutil.copytree(SHIPPED["tiny"] / "judges", folder / "judges")
+    transformer = load_flux(folder / "flux1-random.safetensors")
+    metalora.inject(transformer, 4, 1, 1, "all", torch.Generator().manual_seed(0))
+    metalora.save_meta(transformer, folder / "meta.safetensors", {"r1": 4, "targets": "all"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def three_people(people, tmp_path_factory) -> Path:
+    """Two men and a woman: enough for two groups of --at-once 2."""
+    folder = tmp_path_factory.mktemp("three")
+    for name in ("man_001", "man_002", "woman_000"):
+        shutil.copytree(people / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def bench(world, three_people, tmp_path) -> Callable[..., Path]:
+    """Call the benchmark with two systems, two step counts, two prompts and two seeds; returns its folder."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a [man/woman] at the beach\na sketch of a [man/woman]\n")
+
+    def call(*argv: object, out: str = "out") -> Path:
+        defaults = ["--model", world, "--people", three_people, "--prompts", prompts, "--out", tmp_path / out]
+        defaults += ["--method", "meta-lora", "lora-noaug", "--steps", 1, 3, "--lr", 0.01]
+        defaults += ["--seeds", 2, "--sample-steps", 1, "--at-once", 2]
+        benchmark.main([str(word) for word in [*defaults, *argv]])
+        return tmp_path / out
+
+    return call

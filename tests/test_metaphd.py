@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from metaphd import admission
-from vision.detector import SHAPE, Face, find_faces, load_detector, yaw
+from vision.detector import SHAPE, Face, find_faces, yaw
 
 PROMPTS = Path(__file__).parents[1] / "metaphd" / "prompts"
 
@@ -54,23 +54,28 @@ def test_yaw_bears_noise_and_turns_with_the_mirror():
 
 
 @pytest.fixture(scope="module")
-def real(portraits, yunet) -> np.ndarray:
-    """Landmarks of photos of one face, and of their mirror images, (n, 2, 5, 2)."""
-    network, pairs = load_detector(yunet), []
-    for path in portraits[::8]:
-        image = Image.open(path)
-        faces = [find_faces(picture, network) for picture in (image, ImageOps.mirror(image))]
-        if [*map(len, faces)] == [1, 1]:
-            pairs.append([found[0].landmarks for found in faces])
+def real(portraits, detector) -> np.ndarray:
+    """Landmarks of ten people from the front and both sides, and of their mirror images, (n, 2, 5, 2)."""
+    pairs = []
+    for path in portraits[::4]:
+        sheet = Image.open(path.with_name("character_sheet.jpg")).convert("RGB")
+        mirrored = find_faces(ImageOps.mirror(sheet), detector)
+        for face in find_faces(sheet, detector):
+            place = np.array([sheet.width - face.box[2], face.box[1]])
+            pairs += [
+                (face.landmarks, other.landmarks)
+                for other in mirrored
+                if abs(place - other.box[:2]).max() < 25
+            ]
     return np.array(pairs)
 
 
-def test_yaw_turns_with_the_mirror_on_real_photos(real):
+def test_yaw_turns_with_the_mirror_on_photos(real):
+    """Measured on 58 faces: a correlation of .987, a difference of 5.5 degrees."""
     turned, mirrored = (np.array([*map(yaw, landmarks)]) for landmarks in (real[:, 0], real[:, 1]))
-    assert len(real) > 50 and np.corrcoef(turned, -mirrored)[0, 1] > 0.9
-    assert np.median(abs(turned + mirrored)) < 7 and abs(turned).max() < 70
-    assert 5 < np.median(abs(turned)) < 20  # news photos: turned a little, to either side
-    assert (turned > 10).sum() > 10 and (turned < -10).sum() > 10
+    assert len(real) > 50 and np.corrcoef(turned, -mirrored)[0, 1] > 0.95
+    assert np.median(abs(turned + mirrored)) < 7 and abs(turned).max() < 90
+    assert (turned > 10).sum() > 10 and (turned < -10).sum() > 10 and (abs(turned) < 10).sum() > 10
 
 
 def test_the_turn_explains_real_landmarks(real):
@@ -227,15 +232,14 @@ def test_a_list_that_is_not_there_is_told(tmp_path, capsys):
         "man.txt is not there", "frontal.txt is not there", "prompts: 2 mistakes"]  # fmt: skip
 
 
-def test_real_photos_are_checked(portraits, yunet, tmp_path, capsys):
-    """In the first photo another man stands behind."""
-    for path in portraits:
-        if path.parent.name == "Bill_Clinton" and path.stem in "1235":
-            (tmp_path / "anna").mkdir(exist_ok=True)
-            shutil.copy(path, tmp_path / "anna")
-    lines = check(capsys, str(tmp_path), "--detector", str(yunet), "--min-side", "250")
+def test_photos_are_checked(portraits, tmp_path, capsys):
+    """Behind the selfie a stranger walks by."""
+    (tmp_path / "anna").mkdir()
+    for path in portraits[-4:]:
+        shutil.copy(path, tmp_path / "anna")
+    lines = check(capsys, str(tmp_path))
     assert lines == [
-        f"{tmp_path}/anna/1.jpg: 2 faces, must be one",
+        f"{tmp_path}/anna/amateur_selfie.jpg: 2 faces, must be one",
         "people: 3 photos admitted, 1 rejected, of 1 people",
     ]
 

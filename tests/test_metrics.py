@@ -24,8 +24,6 @@ from tiny.people import write_people
 from vision.clip_vit import CLIPViT, CLIPViTSizes, load_clip_vit
 from vision.small import IdentityNet, PromptNet, load_judges
 
-SHARED = Path(__file__).parents[2] / "shared"
-RECOGNIZER = SHARED / "weights" / "inception_resnet_v1_128d.safetensors"
 PROMPTS = Path(__file__).parents[1] / "metaphd" / "prompts"
 
 
@@ -132,29 +130,28 @@ def test_pictures_without_a_face_are_zero_or_left_out_and_named():
         metrics.score(rows_of("anna/00/0.png"), FakeEvaluators(), {"anna": [Path("0.jpg"), Path("none.jpg")]})
 
 
-# Real photos
+# Photos of faces, with a trained recogniser
 
 
 @pytest.fixture(scope="module")
-def real(portraits, yunet, tmp_path_factory):
-    """Score one photo for each of four people, chosen from their sorted photos, against the first five."""
-    if not RECOGNIZER.is_file():
-        pytest.skip(f"no face recogniser at {RECOGNIZER}")
+def real(portraits, recognizer_file, tmp_path_factory):
+    """Score one photo for each of four people, chosen from their four, against the first three."""
     root = tmp_path_factory.mktemp("real")
-    folders = sorted({path.parent for path in portraits})[:4]
-    for folder in folders:
-        for path in sorted(folder.glob("*.jpg"))[:5]:
-            (root / "people" / folder.name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, root / "people" / folder.name)
+    photos = {f"p{k}": portraits[4 * k : 4 * k + 4] for k in (0, 2, 4, 7)}  # no two of them look alike
+    for name, paths in photos.items():
+        (root / "people" / name).mkdir(parents=True)
+        for k, path in enumerate(paths[:3]):
+            shutil.copy(path, root / "people" / name / f"{k}.jpg")
 
     def run(name: str, number: int, of_next: int = 0) -> dict:
-        for i, folder in enumerate(folders):
-            place = root / name / folder.name / "00_a-photo"
+        shown = [*photos.values()]
+        for i, person in enumerate(photos):
+            place = root / name / person / "00_a-photo"
             place.mkdir(parents=True)
-            shutil.copy(sorted(folders[(i + of_next) % 4].glob("*.jpg"))[number], place / "0.jpg")
-        judges = ["--recognizer", RECOGNIZER, "--detector", yunet, "--cache", root / "cache"]
+            shutil.copy(shown[(i + of_next) % 4][number], place / "0.jpg")
         out = root / f"{name}.json"
-        argv = ["report", "--images", root / name, "--people", root / "people", "--out", out, *judges]
+        argv = ["report", "--images", root / name, "--people", root / "people", "--out", out]
+        argv += ["--recognizer", recognizer_file, "--cache", root / "cache"]
         metrics.main([str(word) for word in argv])
         return {key: entry["mean"] for key, entry in json.loads(out.read_text())["overall"].items()
                 if isinstance(entry, dict)}  # fmt: skip
@@ -163,19 +160,22 @@ def real(portraits, yunet, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_reference_itself_scores_100_and_no_more_than_a_photo_on_r_facesim(real):
     copied = real("copied", 0)
     assert copied["facesim"] == pytest.approx(1, abs=1e-6)
-    assert 0.6 < copied["r-facesim"] < 0.85  # ../shared/weights: one person's photos have .78 on average
+    assert 0.8 < copied["r-facesim"] < 0.95  # measured: .95 with the other studio photo, .83 with the selfie
     files = sorted(path.name for path in (real.root / "cache").iterdir())
     real("again", 0)  # the same pictures elsewhere: nothing is embedded anew
     assert sorted(path.name for path in (real.root / "cache").iterdir()) == files
 
 
+@pytest.mark.slow
 def test_the_right_person_scores_high_and_the_wrong_one_near_zero(real):
-    right, wrong = real("right", 6), real("wrong", 6, of_next=1)
-    assert right["facesim"] > 0.6 and right["r-facesim"] > 0.6
-    assert abs(wrong["facesim"]) < 0.25 and abs(wrong["r-facesim"]) < 0.25
+    """Measured: .83 on average for the right one, at most .41 for a wrong one."""
+    right, wrong = real("right", 3), real("wrong", 3, of_next=1)
+    assert right["facesim"] > 0.7 and right["r-facesim"] > 0.7
+    assert abs(wrong["facesim"]) < 0.3 and abs(wrong["r-facesim"]) < 0.3
 
 
 # Synthetic people
@@ -411,7 +411,7 @@ def test_wrong_photos_are_told(run):
     fails("c.png is a copy of the reference b.png", references={"woman_1": "b.png"})
 
 
-def test_no_face_anywhere_is_said(run, yunet, capsys):
+def test_no_face_anywhere_is_said(run, capsys):
     """YuNet finds no face in synthetic people either, so the evaluators are fake."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "load_evaluators", lambda *_: FakeEvaluators())

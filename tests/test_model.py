@@ -1,12 +1,11 @@
 """The transformer against diffusers' FluxTransformer2DModel, on random weights, and the published headers."""
 
-import json
 import re
 from dataclasses import replace
 
 import pytest
 import torch
-from compare import REFERENCE, difference, header, randomize, shapes_of
+from compare import difference, header, randomize, reference, shapes_of
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
@@ -258,7 +257,7 @@ def test_the_map_to_diffusers_is_the_published_one():
     shapes = header("flux1-dev")
     rows = {name: torch.arange(shape[0]) for name, shape in shapes.items()}
     expected = {}
-    for name, targets in json.loads((REFERENCE / "bfl_to_diffusers.json").read_text()).items():
+    for name, targets in reference("bfl_to_diffusers").items():
         for target in targets:
             first, end = target.get("rows", (0, len(rows[name])))
             shift = len(rows[name]) // 2 if target["op"] == "swap_halves_dim0" else 0

@@ -216,7 +216,7 @@ def test_strengths_must_be_as_many_as_loras(capsys):
 
 def test_without_weights_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("flux.finding.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("flux.hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(FileNotFoundError, match="not whole in the hub cache(.|\n)*--model tiny"):
         sample.main(["--prompt", PROMPT, "--out", str(tmp_path / "out")])
     assert not any((tmp_path / "out").iterdir())

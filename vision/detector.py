@@ -1,7 +1,7 @@
 """Find faces with YuNet (Wu, Peng and Yu, 2023), run by OpenCV's FaceDetectorYN.
 
-The network is opencv_zoo's face_detection_yunet_2023mar.onnx (MIT, 0.2 MB). It sees faces of about 10 to
-300 pixels; the sides below bring every face into that range. cv2 is imported only when a detector is loaded.
+The network lies beside this file; README.md names its source and licence. It sees faces of about 10 to 300
+pixels; the sides below bring every face into that range. cv2 is imported only when a detector is loaded.
 """
 
 from dataclasses import dataclass
@@ -12,19 +12,17 @@ import numpy as np
 from PIL import Image
 
 from flux.errors import UserError
-from flux.hub import check_sha256, hub_file
 
 if TYPE_CHECKING:
     import cv2
 
-REPOSITORY = "opencv/face_detection_yunet"
-REVISION = "3cc26e7f1014a5ee5d74a42acee58bafc9d0a310"
-FILE = "face_detection_yunet_2023mar.onnx"
+YUNET = Path(__file__).with_name("face_detection_yunet_2023mar.onnx")
 SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
 
-# Measured on 524 photos of Labeled Faces in the Wild: the main face scores at least .90, noise at most .62.
+# The numbers below were measured on 524 news photos, Labeled Faces in the Wild. They have no open licence, so
+# the tests use other photos. The main face scores at least .90, noise at most .62.
 MIN_SCORE = 0.7
-# Part of the smaller box. Two faces share at most .31, the same face at two sizes at least .85.
+# Part of the smaller box. Two faces share at most .31, one face at two sizes at least .85.
 MAX_OVERLAP = 0.5
 # Long side in pixels. A face that fills the photo is found in 2 of 66 at 640, 8 at 320, and all 66 at 160.
 SIDE = 640
@@ -52,11 +50,12 @@ class Face:
 
 
 def load_detector(path: Path | None = None) -> "cv2.FaceDetectorYN":
-    """Load YuNet from `path`, or without one from the hub, where its SHA-256 must be the pinned one.
+    """Load YuNet from the file beside this module, or from another one of the same architecture.
 
-    Raises OSError when there is no file or no way to the hub, and UserError when
-    the file is no YuNet network, or without OpenCV.
+    Raises FileNotFoundError when there is no such file; UserError when it is no YuNet network, and when
+    OpenCV is not installed.
     """
+    path = path or YUNET
     try:
         import cv2
     except ImportError as error:
@@ -64,9 +63,7 @@ def load_detector(path: Path | None = None) -> "cv2.FaceDetectorYN":
             "finding faces needs OpenCV: pip install opencv-python-headless (or give --face x0,y0,x1,y1); "
             f"importing cv2 failed with: {error}"
         ) from error
-    if path is None:
-        path = check_sha256(_download(), SHA256)
-    elif not path.is_file():
+    if not path.is_file():
         raise FileNotFoundError(f"--detector {path}: no such file")
     data = path.read_bytes()  # so OpenCV's own file access, which fails on some paths, is not needed
 
@@ -78,7 +75,8 @@ def load_detector(path: Path | None = None) -> "cv2.FaceDetectorYN":
         detector = cv2.FaceDetectorYN.create("onnx", model, np.empty(0, np.uint8), (SIDE, SIDE), MIN_SCORE)
         detector.detect(np.zeros((SIDE, SIDE, 3), np.uint8))  # an ONNX file of something else fails only here
     except cv2.error as error:
-        raise UserError(f"{path} ({len(data)} bytes) is no YuNet network; it should be {FILE}") from error
+        message = f"{path} ({len(data)} bytes) is no YuNet network; it should be {YUNET.name}"
+        raise UserError(message) from error
     finally:
         logging.setLogLevel(log_level)
     return detector
@@ -150,15 +148,3 @@ def _overlap(a: Face, b: Face) -> float:
     width = min(a.box[2], b.box[2]) - max(a.box[0], b.box[0])
     height = min(a.box[3], b.box[3]) - max(a.box[1], b.box[1])
     return max(0, width) * max(0, height) / min(a.area, b.area)
-
-
-def _download() -> Path:
-    """Return the network's file from the hub's cache, or download it."""
-    try:
-        return hub_file(REPOSITORY, FILE, REVISION)
-    except OSError as error:
-        raise OSError(
-            f"could not download the face detector ({error}).\nFetch {FILE} (0.2 MB) from\n"
-            f"  https://huggingface.co/{REPOSITORY}/resolve/{REVISION}/{FILE}\n"
-            "and pass it as --detector FILE; personalize.py can do without: --face x0,y0,x1,y1"
-        ) from error
