@@ -75,7 +75,9 @@ def around_updates(patch: pytest.MonkeyPatch, around: Callable[..., dict[str, fl
     patch.setattr(train_meta, "update", lambda *arguments: around(runs[-1], update, *arguments))
 
 
-def kill_at(run, out: Path, step: int, *flags: object, steps: int = STEPS) -> None:
+def kill_at(
+    run, out: Path, monkeypatch: pytest.MonkeyPatch, step: int, *flags: object, steps: int = STEPS
+) -> None:
     """Start a run that dies after so many steps."""
 
     def dies(position, update, *arguments):
@@ -83,7 +85,7 @@ def kill_at(run, out: Path, step: int, *flags: object, steps: int = STEPS) -> No
             raise Killed
         return update(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         around_updates(patch, dies)
         with pytest.raises(Killed):
             run(out, *flags, steps=steps)
@@ -264,7 +266,7 @@ def double_model() -> Flux:
 
 
 def double_batches(identities: list[list[int]] = SLOTS, spike: float = 0.0) -> list[Batch]:
-    """Return a batch for each list of identities; spike: what the target of identity 1 is off by, later on."""
+    """Return a batch for each list of identities; spike: by what identity 1's target is off, later."""
     generator, batches = torch.Generator().manual_seed(2), []
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
     for step, slots in enumerate(identities):
@@ -405,8 +407,8 @@ def test_a_second_deal_has_another_order():
         pytest.param(24, id="in a bucket's second turn"),
     ],
 )
-def test_a_killed_run_goes_on_bit_by_bit(run, undisturbed, tmp_path, after):
-    kill_at(run, tmp_path, after)
+def test_a_killed_run_goes_on_bit_by_bit(run, undisturbed, tmp_path, monkeypatch, after):
+    kill_at(run, tmp_path, monkeypatch, after)
     assert not (tmp_path / "meta.safetensors").exists()
     assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
 
