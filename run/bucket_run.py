@@ -189,8 +189,8 @@ class BucketRun:
             self.log.draw()
         if gives_up:
             raise UserError(
-                f"{self.skipped} steps in a row had a loss or gradient that is infinite or NaN: see the end of "
-                f"{self.log.file}. The weights from before these steps are in {self.checkpoints.folder}"
+                f"{self.skipped} steps in a row had a loss or gradient that is infinite or NaN: see the end "
+                f"of {self.log.file}. The weights from before these steps are in {self.checkpoints.folder}"
             )
         if stopping:
             raise Stopped

@@ -19,7 +19,7 @@ class Log:
     """`log.jsonl`, with a line for each step, and a progress bar; opened to continue after `step`.
 
     Lines of later steps are dropped: the run continues from its checkpoint and will write them again. Damaged
-    lines, whose step is not known, are dropped as well. writes: False does nothing, for the ranks other than 0.
+    lines, whose step is not known, are dropped too. writes: False does nothing, for the ranks other than 0.
     """
 
     def __init__(self, file: Path, step: int, steps: int, writes: bool = True):
