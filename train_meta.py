@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
                 again = command_line(Path(__file__).name, argv, ranks.command)
                 print(f"\nstopped; this goes on:\n  {again}")
                 return
-    print(f"{result}: next, python personalize.py PHOTO --model {args.model} --meta {result}")
+        print(f"{result}: next, python personalize.py PHOTO --model {args.model} --meta {result}")
 
 
 def train(

@@ -28,9 +28,11 @@ from test_train_meta import (
     assert_equals_undisturbed,
     assert_same,
     kill_at,
+    link_cache,
     log_of,
     state_of,
 )
+from test_train_meta import encoded as encoded_fixture
 from test_train_meta import run as run_fixture
 from test_train_meta import undisturbed as undisturbed_fixture
 
@@ -41,7 +43,7 @@ from run.checkpoints import BucketStore, Checkpoints, read_state
 from run.log import draw_curve
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")
-run, undisturbed = run_fixture, undisturbed_fixture
+encoded, run, undisturbed = encoded_fixture, run_fixture, undisturbed_fixture
 
 
 # --- Killed ------------------------------------------------------------------------------------------------
@@ -57,16 +59,17 @@ def child(argv: list[str]) -> None:
 
 
 @pytest.fixture
-def start(model, people, monkeypatch):
+def start(model, people, encoded, monkeypatch):
     """Start a child in a folder: start(out) returns the process. It saves often, to be hit at it."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_meta"])
+    context.set_forkserver_preload(["train_meta", "test_survival"])
     argv = ["--data", people, "--model", model, "--steps", 34, "--r1", 4, "--bucket-ids", 3, "--batch", 2]
     argv += ["--uses-per-image", 2, "--lr", 1e-2, "--save-every", 2, "--resolution", 32, "--sample-every", 0]
     argv += ["--keep-buckets"]
 
     def call(out: Path) -> multiprocessing.Process:
+        link_cache(encoded, out)
         process = context.Process(target=child, args=([str(word) for word in (*argv, "--out", out)],))
         process.start()
         return process
@@ -133,7 +136,7 @@ def test_a_signal_before_the_first_step_and_a_second_one(run, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("people.dataset.encode_prompt", interrupt)
         with pytest.raises(FileNotFoundError):
-            run(tmp_path)
+            run(tmp_path, encodes=True)
     assert "stopped; this goes on:" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(train_meta, "update", lambda *_: (interrupt(), interrupt()))
