@@ -32,7 +32,6 @@ from test_train_meta import (
     log_of,
     state_of,
 )
-from test_train_meta import encoded as encoded_fixture
 from test_train_meta import run as run_fixture
 from test_train_meta import undisturbed as undisturbed_fixture
 
@@ -43,7 +42,7 @@ from run.checkpoints import BucketStore, Checkpoints, read_state
 from run.log import draw_curve
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")
-encoded, run, undisturbed = encoded_fixture, run_fixture, undisturbed_fixture
+run, undisturbed = run_fixture, undisturbed_fixture
 
 
 # --- Killed ------------------------------------------------------------------------------------------------
@@ -59,8 +58,12 @@ def child(argv: list[str]) -> None:
 
 
 @pytest.fixture
-def start(model, people, encoded, monkeypatch):
-    """Start a child in a folder: start(out) returns the process. It saves often, to be hit at it."""
+def start(model, people, tmp_path, monkeypatch):
+    """Start a child in a folder: start(out) returns the process. It saves often, to be hit at it.
+
+    The first one, in the folder `warm`, encodes for all.
+    """
+    cache = tmp_path / "warm" / "cache"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_meta", "test_survival"])
@@ -69,7 +72,8 @@ def start(model, people, encoded, monkeypatch):
     argv += ["--keep-buckets"]
 
     def call(out: Path) -> multiprocessing.Process:
-        link_cache(encoded, out)
+        if cache.exists():
+            link_cache(cache, out)
         process = context.Process(target=child, args=([str(word) for word in (*argv, "--out", out)],))
         process.start()
         return process
