@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_train_meta import around_updates, assert_same, link_cache, log_of, state_of
+from test_train_meta import around_updates, assert_same, copy_cache, log_of, state_of
 
 import train_meta
 from flux.errors import UserError
@@ -201,7 +201,7 @@ def launch(words, tmp_path_factory):
         said = said_in(out)
         said.mkdir(exist_ok=True)
         if cache.exists():
-            link_cache(cache, out)
+            copy_cache(cache, out)
         argv = words(out, *flags, **settings)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

@@ -27,8 +27,8 @@ from test_train_meta import (
     around_updates,
     assert_equals_undisturbed,
     assert_same,
+    copy_cache,
     kill_at,
-    link_cache,
     log_of,
     state_of,
 )
@@ -73,7 +73,7 @@ def start(model, people, tmp_path, monkeypatch):
 
     def call(out: Path) -> multiprocessing.Process:
         if cache.exists():
-            link_cache(cache, out)
+            copy_cache(cache, out)
         process = context.Process(target=child, args=([str(word) for word in (*argv, "--out", out)],))
         process.start()
         return process

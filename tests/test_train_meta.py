@@ -49,10 +49,10 @@ class Killed(Exception):
     pass
 
 
-def link_cache(cache: Path, out: Path) -> None:
+def copy_cache(cache: Path, out: Path) -> None:
     """Let a run begin with a cache, which saves it a third of its time."""
     if not (out / "cache").exists():
-        shutil.copytree(cache, out / "cache", copy_function=os.link)
+        shutil.copytree(cache, out / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def run(model, people, tmp_path_factory):
         out: Path, *flags: object, steps: int = STEPS, data: Path = people, encodes: bool = False
     ) -> dict:
         if cache.exists() and not encodes:
-            link_cache(cache, out)
+            copy_cache(cache, out)
         argv = ["--data", data, "--model", model, "--out", out, "--steps", steps, *SETTINGS, *flags]
         train_meta.main([str(word) for word in argv])
         if not cache.exists():
