@@ -99,9 +99,9 @@ def batches(
     training: Training,
 ) -> Iterator[Batch]:
     """Yield what is left of a bucket's turn: every photo `uses_per_image` times, in batches of one shape."""
-    data, order = dataset.load(bucket), []
+    data, order, generator = dataset.load(bucket), [], run.generator("order", run.visit)
     while len(order) < run.q_bucket:  # once, unless another rank has more batches
-        order += deal_batches(data.shapes, uses_per_image, batch_size, run.generator("order", run.visit))
+        order += deal_batches(data.shapes, uses_per_image, batch_size, generator)
     for chosen in order[run.bucket_step :][: run.steps_left]:
         yield dataset.batch(data, chosen, run.generator("noise", run.step), training)
 

@@ -1,4 +1,4 @@
-"""Blocks of a document that scripts write: nothing from <!-- name --> to <!-- end --> is typed by hand."""
+"""Blocks of Markdown documents that scripts write, between <!-- name --> and <!-- end -->."""
 
 import re
 import textwrap
@@ -13,12 +13,12 @@ BLOCK = re.compile(
 
 
 def fill(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
-    """Return a document with those of its blocks written anew that are in `blocks`."""
+    """Return a document's text with the given blocks, functions by name, written anew."""
 
-    def block(found: re.Match) -> str:
-        name, indent = found["name"], found["indent"]
+    def block(match: re.Match) -> str:
+        name, indent = match["name"], match["indent"]
         if name not in blocks:
-            return found[0]
+            return match[0]
         inside = indent_lines(blocks[name](), indent)
         return "\n\n".join(filter(None, (f"{indent}<!-- {name} -->", inside, f"{indent}<!-- end -->")))
 
@@ -26,17 +26,18 @@ def fill(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
 
 
 def indent_lines(text: str, indent: str) -> str:
-    """Break prose at 118 characters, and tables not at all."""
+    """Indent lines; break those of prose at 118 characters, but none of a table or a heading."""
     lines = []
     for line in text.split("\n"):
         width, more = (10**6, "") if line[:1] in "|<!#" else (118, "  " * line.startswith("- "))
-        own = {"initial_indent": indent, "subsequent_indent": indent + more, "break_on_hyphens": False}
-        lines += textwrap.wrap(line, width, break_long_words=False, **own) or [""]
+        options = {"break_long_words": False, "break_on_hyphens": False}
+        indents = {"initial_indent": indent, "subsequent_indent": indent + more}
+        lines += textwrap.wrap(line, width, **indents, **options) or [""]
     return "\n".join(lines)
 
 
 def write(path: Path, blocks: Mapping[str, Callable[[], str]]) -> None:
-    """Fill a document in place."""
+    """Write a document's blocks anew, in place."""
     text = fill(path.read_text(encoding="utf-8"), blocks)
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,11 +1,11 @@
-"""What a personalization computes: crops of their own sizes, against as many steps at the full resolution.
+"""The FLOPs of a personalization on crops, relative to as many steps on the whole photo.
 
     python bench/flops.py                                         # a portrait whose face is 200 pixels wide
     python bench/flops.py --photo 2048 1536 --face 600,500,900,900
 
-Counted are the transformer's matrix products and attention by `plan.step_flops`, which the tests compare
-with torch's counter; not the adapters, about a thousandth at rank 1, nor the encoders, which run once. Where
-memory allows fewer blocks are run again, as the plan chooses it for a card.
+Counted are the transformer's matrix products and attention, by `run.plan.step_flops`, which the tests compare
+with torch's counter; not the adapters, about a thousandth at rank 1, nor the encoders, which run once. With
+more memory fewer blocks are recomputed: there is a row for each card, with the plan that is chosen for it.
 """
 
 import argparse
@@ -27,9 +27,9 @@ def crop_shapes(photo: Size, face: Box, resolution: int, pixels: int = 16) -> li
     return [fit_shape((y1 - y0, x1 - x0), resolution, pixels) for x0, y0, x1, y1 in boxes]
 
 
-def run_flops(job: Workload, way: Plan, shapes: list[Size], steps: int) -> float:
-    """Return the FLOPs of a run that uses all shapes equally often."""
-    each = [step_flops(replace(job, shape=shape), way.checkpoint) for shape in shapes]
+def run_flops(work: Workload, plan: Plan, shapes: list[Size], steps: int) -> float:
+    """Return the FLOPs of a run that trains in all shapes equally often."""
+    each = [step_flops(replace(work, shape=shape), plan.checkpoint) for shape in shapes]
     return steps * sum(each) / len(each)
 
 
@@ -56,25 +56,23 @@ def main(argv: list[str] | None = None) -> None:
 
     shapes = crop_shapes(photo, face, args.resolution)
     full = fit_shape(photo, args.resolution, 16)
-    job = Workload("stage2", resolution=args.resolution)
-    ways = [("all blocks run again", Plan("all"))]
+    work = Workload("stage2", resolution=args.resolution)
+    plans = [("all blocks", Plan("all"))]
     for card in args.cards:
-        way, *_ = choose(job, card)
-        again = way.checkpoint if isinstance(way.checkpoint, str) else f"{way.checkpoint} blocks"
-        ways.append((f"as planned for {card:g} GiB: {again}, {way.stream} streamed", way))
-    whole = run_flops(job, Plan("all"), [full], args.steps)
-    lines = [
-        ["what is run again", "crops, TFLOP", "whole photo, TFLOP", "crops, ratio", "whole photo, ratio"]
-    ]
-    for name, way in ways:
-        found = [run_flops(job, way, these, args.steps) for these in (shapes, [full])]
-        lines.append([name, *(f"{x / 1e12:,.0f}" for x in found), *(f"{x / whole:.2f}" for x in found)])
+        plan, _ = choose(work, card)
+        recomputed = plan.checkpoint if isinstance(plan.checkpoint, str) else f"{plan.checkpoint} blocks"
+        plans.append((f"as planned for {card:g} GiB: {recomputed}, {plan.stream} streamed", plan))
+    whole = run_flops(work, Plan("all"), [full], args.steps)
+    lines = [["recomputed", "crops, TFLOP", "whole photo, TFLOP", "crops, ratio", "whole photo, ratio"]]
+    for name, plan in plans:
+        flops = [run_flops(work, plan, used, args.steps) for used in (shapes, [full])]
+        lines.append([name, *(f"{x / 1e12:,.0f}" for x in flops), *(f"{x / whole:.2f}" for x in flops)])
     print(f"python bench/flops.py {' '.join(sys.argv[1:] if argv is None else argv)}".rstrip())
     areas = sorted(h * w // 16**2 for h, w in shapes)
     print(
         f"\nA photo of {photo[0]}x{photo[1]} (h x w), face {face}, {args.steps} steps. {len(shapes)} crops "
         f"of {areas[0]} to {areas[-1]} image tokens, {sum(areas) / len(areas):.0f} on average; the whole "
-        f"photo has {full[0] * full[1] // 16**2}. Ratios are to it with all blocks run again.\n"
+        f"photo has {full[0] * full[1] // 16**2}. Ratios are relative to it with all blocks recomputed.\n"
     )
     print(markdown(lines))
 

@@ -1,12 +1,12 @@
-"""FLUX.1-dev at full size without a GPU: random weights in a file, computed with, and the memory that takes.
+"""The memory that FLUX.1-dev takes at full size on a CPU, with a file of random weights.
 
-    python bench/fullsize.py                        # everything; 48 GB on the disk for a while
-    python bench/fullsize.py --only open forward    # a part; 24 GB unless it is `merge`
+    python bench/fullsize.py                        # everything; takes 45 GiB of disk meanwhile
+    python bench/fullsize.py --only open forward    # some rows; 22.5 GiB unless `merge` is one of them
 
-Every row is a process of its own, watched from outside by /proc (Linux): anonymous memory, which must be
-there, and the pages of files, which the kernel can drop and read again. The weights are not in the page cache
-when a row begins. Images and texts are small, since what is asked is where the weights are; activations at
-real sizes are counted by bench/memory.py. What is written is deleted at the end, also of a run that fails or
+Every row is a process of its own, whose memory is read from /proc (Linux): anonymous memory, which the
+process cannot do without, and pages of files, which the kernel can drop and read again. The weights are not
+in the page cache when a row begins. Images and texts are small, since the question is where the weights are;
+bench/memory.py counts activations at real sizes. What is written is deleted at the end, also when it fails or
 is stopped.
 """
 
@@ -36,18 +36,18 @@ from flux.model import FluxSizes
 from flux.sampling import denoise, flow_loss
 from lora.names import part_sizes
 from lora.writing import name_tensors
-from metalora import SlotAdamW, factors, inject, linear_names, use_slots
+from metalora import SlotAdamW, clip_slots, factors, inject, linear_names, use_slots
 from run.plan import FLUX_DEV, GIB
 
 ROOT = Path(__file__).parents[1]
 ROWS = ("open", "forward", "stage2", "stage1", "merge")
 MEMORY = {"resident": "VmHWM", "anonymous": "RssAnon", "of files": "RssFile"}  # of /proc/PID/status
-LIMITS = {  # GiB that must not be passed
+LIMITS = {  # GiB at most
     "forward": {"resident": 1.2},
     "stage2": {"anonymous": 3.0, "of files": 4.0},
     "merge": {"anonymous": 2.0},
 }
-STD = 0.02  # of weights: a layer of 3,072 inputs then changes the norm little
+STD = 0.02  # of the weights: so a layer of 3,072 inputs about keeps the norm of its input
 
 
 # --- What is written ---------------------------------------------------------------------------------------
@@ -113,33 +113,34 @@ def train(args: argparse.Namespace, model: Flux) -> Tensor:
     slots = torch.arange(batch) % identities
     use_slots(model, slots)
     if stage1:
-        optimisers = [SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)]
+        slot_optimiser, optimiser = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
     else:
+        slot_optimiser, optimiser = None, torch.optim.AdamW(personal, 1e-4)
         for p in meta_down:
             p.requires_grad_(False)
-        optimisers = [torch.optim.AdamW(personal, 1e-4)]
-    trained = [p for p in model.parameters() if p.requires_grad]
     for _ in range(args.steps):
         latents, txt, pooled = inputs(args, batch, model)
         noise, t = torch.randn_like(latents), torch.rand(batch)
         loss = flow_loss(model, latents, noise, t, txt, pooled, guidance=1.0)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimiser in optimisers:
-            optimiser.step(slots.unique()) if isinstance(optimiser, SlotAdamW) else optimiser.step()
-        for p in trained:
+        clip_slots(personal, 1.0)
+        if slot_optimiser:
+            slot_optimiser.step(slots.unique())
+            torch.nn.utils.clip_grad_norm_(meta_down, 1.0)
+        optimiser.step()
+        for p in (*meta_down, *personal):
             p.grad = None
     return loss.detach()
 
 
 def run_row(args: argparse.Namespace) -> None:
-    """Do what a row measures and print the seconds it took."""
+    """Do what a row measures, and print the seconds that it took."""
     torch.manual_seed(0)
     began = time.perf_counter()
     model = load_flux(args.file)
     if args.row != "open":
         result = (forward if args.row == "forward" else train)(args, model)
-        assert result.isfinite().all(), "numbers that are not finite"
+        assert result.isfinite().all(), "the result is infinite or NaN"
     print(time.perf_counter() - began)
 
 
@@ -167,9 +168,10 @@ def watch(command: list[object]) -> tuple[str, dict[str, float]]:
 def measure(row: str, args: argparse.Namespace, folder: Path) -> str:
     """Measure one row and return it as a line of the table."""
     with args.file.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # out of the page cache
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # drop it from the page cache
     if row == "merge":
-        write_lora(lora := folder / "lora.safetensors", load_flux(args.file, "meta").sizes, args.rank)
+        lora = folder / "lora.safetensors"
+        write_lora(lora, load_flux(args.file, "meta").sizes, args.rank)
         out, began = folder / "merged.safetensors", time.perf_counter()
         command = [sys.executable, "-m", "lora", "merge", args.file, out, "--lora", lora]
         _, peaks = watch(command)
@@ -182,10 +184,10 @@ def measure(row: str, args: argparse.Namespace, folder: Path) -> str:
         printed, peaks = watch(command)
         seconds = float(printed)
     limits = LIMITS.get(row, {})
-    passed = "(!)" if any(peaks[name] > most for name, most in limits.items()) else ""
+    over = "(!)" if any(peaks[name] > most for name, most in limits.items()) else ""
     limits = ", ".join(f"{name} {most}" for name, most in limits.items())
     numbers = " | ".join(f"{peaks[name]:.2f}" for name in MEMORY)
-    return f"| {describe(row, args)} | {seconds:.1f} | {numbers} | {limits} {passed}|"
+    return f"| {describe(row, args)} | {seconds:.1f} | {numbers} | {limits} {over}|"
 
 
 def describe(row: str, args: argparse.Namespace) -> str:
@@ -194,8 +196,8 @@ def describe(row: str, args: argparse.Namespace) -> str:
     return {
         "open": "open and assign",
         "forward": f"a forward pass, {tokens}, all blocks streamed",
-        "merge": f"metalora.py merge, rank {args.rank}",
-    }.get(row, f"{args.steps} step(s) of {row}, {tokens}, r1 128{people}, all checkpointed and streamed")
+        "merge": f"python -m lora merge, rank {args.rank}",
+    }.get(row, f"{args.steps} step(s) of {row}, {tokens}, r1 128{people}, all recomputed and streamed")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -216,9 +218,10 @@ def main(argv: list[str] | None = None) -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that files are deleted
     args.out.mkdir(parents=True, exist_ok=True)
-    need = 24.0 * ((args.file is None) + ("merge" in args.only))
-    if (free := shutil.disk_usage(args.out).free / 1e9) < need:
-        raise SystemExit(f"{args.out} has {free:.0f} GB free, {need:.0f} are needed")
+    needed = 22.5 * ((args.file is None) + ("merge" in args.only))
+    free = shutil.disk_usage(args.out).free / GIB
+    if free < needed:
+        raise SystemExit(f"{args.out} has {free:.0f} GiB free, {needed:.0f} are needed")
     try:
         with tempfile.TemporaryDirectory(prefix="fullsize", dir=args.out) as folder:
             if args.file is None:

@@ -1,10 +1,10 @@
-"""Peaks at full size without a GPU: two training steps, or a forward pass, on fake tensors that are counted.
+"""Peaks of memory at full size without a GPU: two training steps, or a step of sampling, on fake tensors.
 
     python bench/memory.py               # the table, half a minute a row
-    python bench/memory.py --random 20   # and the plan's predictions in as many other settings
+    python bench/memory.py --random 20   # and as many other settings, to compare with the plan's formula
 
-Counted are the storages that would be on the device: weights, adapters, gradients, AdamW, activations and all
-that is temporary, at the highest of the second step. The GPU's context and the allocator's gaps come on top.
+Counted are the storages that would be on the device: weights, adapters, gradients, AdamW's state, activations
+and temporary tensors, at the peak of the second step. The GPU's context and the allocator's gaps come on top.
 """
 
 import argparse
@@ -25,15 +25,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.memory import FrozenLinear
-from flux.model import Flux
+from flux.model import Flux, FluxSizes
 from flux.sampling import euler_step, flow_loss, pack, position_ids, unpack
-from metalora import SlotAdamW, factors, inject, use_slots
-from run.plan import FLUX_DEV, GIB, Plan, Workload, follow
+from metalora import SlotAdamW, clip_slots, factors, inject, use_slots
+from run.plan import FLUX_DEV, GIB, Plan, Workload, estimate
 
 STAGE1 = Workload("stage1", batch=4, identities=50)
 STAGE2 = Workload("stage2")
 SAMPLE = Workload("sample", identities=0)
-# what it is, how, and the GiB that must not be passed
+# The workload, its plan, and the GiB that its peak may have at most.
 ROWS = [
     (STAGE1, Plan("all"), 36.7),
     (STAGE1, Plan("attention"), None),
@@ -52,7 +52,7 @@ ROWS = [
 
 
 class Tracker(TorchDispatchMode):
-    """Adds up the storages that operations make, from their first sight until they are freed."""
+    """Adds up the bytes of all storages that operations return, until they are freed."""
 
     def __init__(self):
         super().__init__()
@@ -79,29 +79,29 @@ class Tracker(TorchDispatchMode):
         return result
 
 
-def simulate(job: Workload, way: Plan) -> int:
-    """Return the bytes on the device at the highest of the second step, or of a forward pass."""
+def simulate(work: Workload, plan: Plan) -> int:
+    """Return the bytes on the device at the peak of the second training step, or of a step of sampling."""
     tracker = Tracker()
-    # Fake tensors have no addresses; the device is a CPU to which streamed weights are copied as to a GPU.
+    # Fake tensors have no addresses. The device is a CPU, to which streamed weights are copied as to a GPU.
     with patch("flux.memory.file_ranges", list), patch("flux.memory.Stream.COPY", True), FakeTensorMode():
-        model = pretend(Flux, job.sizes)
+        model = pretend(Flux, work.sizes)
         model.requires_grad_(False)
-        if job.kind != "sample":
-            inject(model, job.r1, job.r2, job.identities, reset=False)
-        autoencoder = pretend(AutoEncoder, AutoEncoderSizes()) if job.kind == "sample" else None
-        with patch.object(model, "to", lambda device: model):  # it is there, and fake parameters do not move
-            follow(model, way, "cpu")
+        if work.kind != "sample":
+            inject(model, work.r1, work.r2, work.identities, reset=False)
+        autoencoder = pretend(AutoEncoder, AutoEncoderSizes()) if work.kind == "sample" else None
+        with patch.object(model, "to", lambda device: model):  # fake parameters cannot be moved
+            plan.apply(model, "cpu")
         with tracker:
             for tensor in on_device(model) + (list(autoencoder.parameters()) if autoencoder else []):
                 tracker.add(tensor)
             if autoencoder:
-                sample(model, autoencoder, job)
+                sample(model, autoencoder, work)
             else:
-                train(model, job, tracker)
+                train(model, work, tracker)
     return tracker.peak
 
 
-def pretend(kind: type[nn.Module], sizes) -> nn.Module:
+def pretend(kind: type[nn.Module], sizes: FluxSizes | AutoEncoderSizes) -> nn.Module:
     """Return a model with fake weights in bfloat16."""
     with unset_fake_temporarily(), torch.device("meta"):
         model = kind(sizes)
@@ -111,7 +111,7 @@ def pretend(kind: type[nn.Module], sizes) -> nn.Module:
 
 
 def on_device(model: Flux) -> list[Tensor]:
-    """Return what is on the device before anything is computed; of streamed weights that is the buffers."""
+    """Return what is on the device before anything is computed; of streamed weights, their buffers."""
     layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
     streams = {layer.stream for layer in layers if layer.stream}
     stored = [layer.stored for layer in layers if not layer.stream]
@@ -119,19 +119,19 @@ def on_device(model: Flux) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *stored, *buffers]
 
 
-def inputs(job: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(work: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return latents, t, txt and pooled."""
-    side, dtype = job.resolution // 8, torch.bfloat16
-    txt = torch.empty(job.batch, job.t5_length, job.sizes.txt_size, dtype=dtype)
-    pooled = torch.empty(job.batch, job.sizes.pooled_size, dtype=dtype)
-    return torch.empty(job.batch, 16, side, side), torch.empty(job.batch), txt, pooled
+    side, dtype = work.resolution // 8, torch.bfloat16
+    txt = torch.empty(work.batch, work.t5_length, work.sizes.txt_size, dtype=dtype)
+    pooled = torch.empty(work.batch, work.sizes.pooled_size, dtype=dtype)
+    return torch.empty(work.batch, 16, side, side), torch.empty(work.batch), txt, pooled
 
 
 @torch.no_grad()
-def sample(model: Flux, autoencoder: AutoEncoder, job: Workload) -> None:
+def sample(model: Flux, autoencoder: AutoEncoder, work: Workload) -> None:
     """Do an Euler step and decode, as `flux.sampling.generate`."""
-    latents, t, txt, pooled = inputs(job)
-    img_ids, txt_ids = position_ids(job.batch, *latents.shape[2:], job.t5_length)
+    latents, t, txt, pooled = inputs(work)
+    img_ids, txt_ids = position_ids(work.batch, *latents.shape[2:], work.t5_length)
     velocity = model(pack(latents).bfloat16(), img_ids, txt, txt_ids, t, pooled, t)
     latents = unpack(euler_step(pack(latents), velocity, 1, 0), *latents.shape[2:])
     del velocity
@@ -139,34 +139,35 @@ def sample(model: Flux, autoencoder: AutoEncoder, job: Workload) -> None:
         autoencoder.decode(one)
 
 
-def train(model: Flux, job: Workload, tracker: Tracker) -> None:
-    """Do two steps as the scripts do them; the tracker's peak is then the second's."""
-    latents, t, txt, pooled = inputs(job)
+def train(model: Flux, work: Workload, tracker: Tracker) -> None:
+    """Do two training steps as the scripts do them; the tracker's peak is then that of the second."""
+    latents, t, txt, pooled = inputs(work)
     noise = torch.empty_like(latents)
     meta_down, personal = factors(model, "meta_down"), factors(model, "mid", "up")
-    slots = torch.zeros(job.batch if job.kind == "stage1" else 1, dtype=torch.long)
+    slots = torch.zeros(work.batch if work.kind == "stage1" else 1, dtype=torch.long)
     use_slots(model, slots)
-    if job.kind == "stage1":
-        both = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
+    if work.kind == "stage1":
+        slot_optimiser, optimiser = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
     else:
+        slot_optimiser, optimiser = None, torch.optim.AdamW(personal, 1e-4)
         for p in meta_down:
             p.requires_grad_(False)
-        both = (torch.optim.AdamW(personal, 1e-4),)
-    trained = [p for p in model.parameters() if p.requires_grad]
     for _ in range(2):
         tracker.peak = tracker.now
         flow_loss(model, latents, noise, t, txt, pooled, guidance=1.0).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimiser in both:
-            optimiser.step(slots) if isinstance(optimiser, SlotAdamW) else optimiser.step()
-        for p in trained:
+        clip_slots(personal, 1.0)
+        if slot_optimiser:
+            slot_optimiser.step(slots)
+            torch.nn.utils.clip_grad_norm_(meta_down, 1.0)
+        optimiser.step()
+        for p in (*meta_down, *personal):
             p.grad = None
 
 
 def random_setting(draw: random.Random) -> tuple[Workload, Plan]:
-    """Draw a setting of FLUX.1-dev."""
+    """Draw a workload of FLUX.1-dev and a plan for it."""
     kind = draw.choice(["stage1", "stage2", "stage2", "sample"])
-    job = Workload(
+    work = Workload(
         kind,
         batch=draw.choice([1, 1, 2, 3, 4]),
         resolution=draw.randrange(256, 1281, 64),
@@ -176,22 +177,22 @@ def random_setting(draw: random.Random) -> tuple[Workload, Plan]:
         identities=draw.randrange(1, 60) if kind == "stage1" else 1,
     )
     checkpoint = draw.choice(["none", "all", "attention", draw.randrange(58)]) if kind != "sample" else "none"
-    return job, Plan(checkpoint, draw.choice([0, 0, 57, draw.randrange(58)]), draw.random() < 0.4)
+    return work, Plan(checkpoint, draw.choice([0, 0, 57, draw.randrange(58)]), draw.random() < 0.4)
 
 
-def describe(job: Workload, way: Plan) -> str:
-    text = f"{job.kind}, {job.batch} x {job.resolution}px + {job.t5_length}"
-    if job.kind != "sample":
-        text += f", r1 {job.r1}, r2 {job.r2}, {job.identities} people, checkpoint {way.checkpoint}"
-    return f"{text}, stream {way.stream}, {'fp8' if way.fp8 else 'bf16'}"
+def describe(work: Workload, plan: Plan) -> str:
+    text = f"{work.kind}, {work.batch} x {work.resolution}px + {work.t5_length}"
+    if work.kind != "sample":
+        text += f", r1 {work.r1}, r2 {work.r2}, {work.identities} people, checkpoint {plan.checkpoint}"
+    return f"{text}, stream {plan.stream}, {'fp8' if plan.fp8 else 'bf16'}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--random", type=int, default=0, metavar="N", help="settings to draw, besides the rows"
+        "--random", type=int, default=0, metavar="N", help="random settings besides those of the table"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn settings")
+    parser.add_argument("--seed", type=int, default=0, help="of the random settings")
     parser.add_argument("--depth", type=int, nargs=2, default=(19, 38), help="double and single blocks")
     args = parser.parse_args(argv)
     draw = random.Random(args.seed)
@@ -200,23 +201,22 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row for row in ROWS if whole or row[1].stream <= total]
     rows += [(*random_setting(draw), None) for _ in range(args.random)]
     print("python bench/memory.py", *(sys.argv[1:] if argv is None else argv))
-    print("| case | at most, GiB | simulated | plan | plan is off by |\n|---|---|---|---|---|")
+    print("| case | at most, GiB | simulated | formula | formula is off by |\n|---|---|---|---|---|")
     furthest = 0.0
-    for job, way, limit in rows:
+    for work, plan, limit in rows:
         if not whole:
-            job, limit = (
-                replace(job, sizes=replace(FLUX_DEV, depth=args.depth[0], depth_single=args.depth[1])),
-                None,
-            )
-            what = min(way.checkpoint, total) if isinstance(way.checkpoint, int) else way.checkpoint
-            way = replace(way, stream=min(way.stream, total), checkpoint=what)
-        peak, planned = simulate(job, way), estimate(job, way).peak
+            sizes = replace(FLUX_DEV, depth=args.depth[0], depth_single=args.depth[1])
+            work, limit = replace(work, sizes=sizes), None
+            count = plan.checkpoint
+            count = min(count, total) if isinstance(count, int) else count
+            plan = replace(plan, stream=min(plan.stream, total), checkpoint=count)
+        peak, planned = simulate(work, plan), estimate(work, plan).peak
         off = planned / peak - 1
         furthest = max(furthest, abs(off))
-        wrong = " (!)" if limit and peak / GIB > limit else ""
-        numbers = f"{limit or ''} | {peak / GIB:.2f}{wrong} | {planned / GIB:.2f} | {off:+.1%}"
-        print(f"| {describe(job, way)} | {numbers} |", flush=True)
-    print(f"The plan is off by {furthest:.1%} at the most.")
+        over = " (!)" if limit and peak / GIB > limit else ""
+        numbers = f"{limit or ''} | {peak / GIB:.2f}{over} | {planned / GIB:.2f} | {off:+.1%}"
+        print(f"| {describe(work, plan)} | {numbers} |", flush=True)
+    print(f"The formula is off by {furthest:.1%} at most.")
 
 
 if __name__ == "__main__":

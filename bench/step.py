@@ -1,10 +1,10 @@
-"""How long does a step take beside diffusers + peft? Both run in turns in one process; ratios count.
+"""The time of a step relative to diffusers + peft; both run in turns in one process, since only ratios count.
 
     python bench/step.py                    # a minute or two on two cores
     python bench/step.py --device cuda --hidden-size 3072 --depth 2 --depth-single 4 --dtype bf16
 
-Same sizes, batch and checkpointing on both sides; random weights. peft adapts the same layers, with one LoRA
-for the whole batch; ours has another identity in each sample. Below 1 is faster than they are.
+Both sides have the same sizes, batch and activation checkpointing, and random weights. peft adapts the same
+layers, with one LoRA for the whole batch; ours has another identity in each sample. Below 1 ours is faster.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def theirs_training(args: argparse.Namespace, rank: int) -> Callable:
 
 
 def floor(args: argparse.Namespace) -> Callable:
-    """Return a step that computes no gradient but that of the input, which any training needs on the way."""
+    """Return a step that computes the gradient of the input alone, which any training has to compute."""
     model, given = our_model(args), inputs(args)
     checkpoint_blocks(model)
     given["img"].requires_grad_()
@@ -136,7 +136,7 @@ def theirs_denoising(args: argparse.Namespace) -> Callable:
 
 
 def measure(cases: dict[str, Callable], rounds: int, device: str) -> dict[str, list[float]]:
-    """Time all cases in turns, in seconds; the first round is thrown away."""
+    """Time all cases in turns; return the seconds of every round but the first."""
     seconds = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, step in cases.items():
@@ -178,10 +178,10 @@ def main() -> None:
     }
     seconds = measure(cases, args.rounds, args.device)
     pairs = [
-        ("training step, r1 128, against peft rank 1", "ours, r1 128", "peft, rank 1"),
-        ("training step, r1 128, against peft rank 128", "ours, r1 128", "peft, rank 128"),
-        ("training step, r1 128, against input gradients alone", "ours, r1 128", "floor"),
-        ("denoising step, LoRA merged, against peft unmerged", "ours, denoising", "peft, denoising"),
+        ("training step, r1 128, relative to peft rank 1", "ours, r1 128", "peft, rank 1"),
+        ("training step, r1 128, relative to peft rank 128", "ours, r1 128", "peft, rank 128"),
+        ("training step, r1 128, relative to input gradients alone", "ours, r1 128", "floor"),
+        ("denoising step, LoRA merged, relative to peft unmerged", "ours, denoising", "peft, denoising"),
     ]
     lines = [["what", "ratio (median)", "from", "to (80 % of rounds)"]]
     for title, ours, theirs in pairs:

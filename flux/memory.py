@@ -1,7 +1,8 @@
-"""Memory, moved in the open and from outside: models do not know that they are checkpointed or streamed.
+"""How a frozen transformer is made to fit a GPU, from outside: the model does not know of it.
 
-Four ways to make a frozen transformer fit, alone or together: recompute blocks in the backward pass, stream
-blocks from host memory, store weights in 8 bits, let models go. `plan.py` chooses among them.
+Three ways, alone or together: recompute blocks in the backward pass (activation checkpointing), stream the
+weights of blocks from host memory, store weights in 8 bits. `run/plan.py` chooses among them. Blocks can be
+compiled here, too.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ from flux.errors import UserError
 from flux.model import Flux
 
 FP8 = torch.float8_e4m3fn
-LINE = 256  # bytes; weights begin at multiples of it in a buffer, as the GPU's allocator would place them
+LINE = 256  # bytes: in a buffer weights begin at multiples of it, as the GPU's allocator would place them
 
 
 def blocks_of(model: Flux) -> list[nn.Module]:
@@ -32,15 +33,15 @@ def blocks_of(model: Flux) -> list[nn.Module]:
     return [*model.double_blocks, *model.single_blocks]
 
 
-# --- Checkpointing -----------------------------------------------------------------------------------------
+# --- Activation checkpointing -------------------------------------------------------------------------------
 
 
 def checkpoint_blocks(model: Flux, what: str | int = "all") -> None:
-    """Keep only the input of some blocks; the backward pass runs them forward again (Chen et al. 2016).
+    """Keep only the input of some blocks, and recompute them in the backward pass (Chen et al. 2016).
 
-    what: "none", "all", "attention" (all, but the attention's output is kept and not computed again), or the
-    number of blocks from the first on: the last ones are the first to be freed in the backward pass. Calling
-    it again replaces the earlier choice. Raises ValueError when there are not so many blocks.
+    what: "none"; "all"; "attention", which is all, but keeps what attention returns; or a number of blocks
+    from the first on, since the backward pass frees the last ones first. A second call replaces the choice of
+    the first. Raises UserError when there are fewer blocks.
     """
     blocks = blocks_of(model)
     count = recomputed_blocks(what, len(blocks))
@@ -56,21 +57,23 @@ def checkpoint_blocks(model: Flux, what: str | int = "all") -> None:
 
 
 def recomputed_blocks(what: str | int, total: int) -> int:
-    """Return how many of so many blocks `checkpoint_blocks` means by `what`."""
+    """Return how many of `total` blocks are recomputed; what: as for `checkpoint_blocks`."""
     return {"none": 0, "all": total, "attention": total}.get(what, what)
 
 
 def keep_attention() -> tuple["_Keep", "_Answer"]:
-    """Return the contexts of a block's first pass, which keeps what attention returns, and of its second.
+    """Return a context for a block's forward pass, which keeps what attention returns, and one to recompute.
 
-    torch.utils.checkpoint has such contexts, but they want both passes to be the same operation by operation;
-    of a streamed block only the second may have to fetch weights.
+    torch's own contexts for this (`create_selective_checkpoint_contexts`) fail unless both passes do the same
+    operations. Those of a streamed block differ: only one of them may have to copy weights.
     """
     kept = []
     return _Keep(kept), _Answer(kept)
 
 
 class _Keep(TorchDispatchMode):
+    """Keeps what attention returns."""
+
     def __init__(self, kept: list):
         super().__init__()
         self.kept = kept
@@ -78,13 +81,13 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **kwargs or {})
         if "scaled_dot_product" in op.name():
-            # Detached, or the kept tensor would hold the graph that holds it.
+            # Detached: the kept tensor would else hold the graph, which holds the kept tensor.
             self.kept.append([part.detach() if isinstance(part, Tensor) else part for part in result])
         return result
 
 
 class _Answer(_Keep):
-    """Answers with what was kept instead of computing it; the block may be run several times."""
+    """Returns what was kept instead of computing attention; a block may be recomputed more than once."""
 
     def __enter__(self):
         self.left = iter(self.kept)
@@ -96,42 +99,43 @@ class _Answer(_Keep):
         return op(*args, **kwargs or {})
 
 
-# --- Compiling ---------------------------------------------------------------------------------------------
+# --- Compiling ----------------------------------------------------------------------------------------------
 
-SHAPES = 64  # of a block's inputs that are compiled; torch stops at 8, and a face has up to 25 crops
+SHAPES = 64  # shapes for which a block is compiled at most; torch's 8 are too few for up to 25 crops
 
 
 def compile_blocks(model: Flux, **options) -> None:
-    """Compile every block with torch.compile, anew for each shape; blocks of a kind share what is compiled.
+    """Compile every block with torch.compile, once for each shape; blocks of the same kind share the result.
 
-    It comes after `checkpoint_blocks`, which would undo it; what is run again is then compiled as well.
-    options: further arguments of torch.compile. Raises ValueError for streamed blocks, whose weights move,
-    and for kept attention, within whose contexts torch would compile nothing.
+    Call it after `checkpoint_blocks`, which would undo it; recomputation is then compiled as well. options:
+    further arguments of torch.compile. Raises UserError for streamed blocks, whose weights move, and for
+    blocks that keep their attention, within whose contexts torch would compile nothing.
     """
     if any(getattr(layer, "stream", None) for layer in model.modules()):
         raise UserError("streamed blocks cannot be compiled: choose --compile or --stream, not both")
-    runs = [block.forward for block in blocks_of(model)]
-    if any(isinstance(run, partial) and "context_fn" in run.keywords for run in runs):
+    forwards = [block.forward for block in blocks_of(model)]
+    if any(isinstance(forward, partial) and "context_fn" in forward.keywords for forward in forwards):
         raise UserError("blocks that keep their attention cannot be compiled: take another --checkpoint")
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, SHAPES)  # recompile_limit, from torch 2.7 on
-    for block, run in zip(blocks_of(model), runs):
-        if isinstance(run, partial):  # checkpointed
-            compiled = torch.compile(*run.args, dynamic=False, **options)
-            block.forward = partial(run.func, compiled, **run.keywords)
+    for block, forward in zip(blocks_of(model), forwards):
+        if isinstance(forward, partial):  # checkpointed
+            compiled = torch.compile(*forward.args, dynamic=False, **options)
+            block.forward = partial(forward.func, compiled, **forward.keywords)
         else:
-            block.forward = torch.compile(run, dynamic=False, **options)
+            block.forward = torch.compile(forward, dynamic=False, **options)
 
 
-# --- Weights that are whole only while they are used -------------------------------------------------------
+# --- Weights that are whole on the device only while they are used ------------------------------------------
 
 
 class FrozenLinear(nn.Module):
     """A frozen linear layer whose weight is streamed, or stored in 8 bits, or both.
 
-    stored: (d_out, d_in) in the compute dtype, or float8 with scale (d_out, 1) in the compute dtype
+    stored: (d_out, d_in)   in the compute dtype, or in float8
+    scale:  (d_out, 1)      in the compute dtype, if stored is in float8
 
-    `stored` is neither parameter nor buffer: `model.to(device)` must leave what is streamed in host memory.
+    `stored` is neither a parameter nor a buffer, so that `model.to(device)` leaves it in host memory.
     """
 
     def __init__(self, stored: Tensor, bias: nn.Parameter | None, scale: Tensor | None = None):
@@ -143,18 +147,18 @@ class FrozenLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight (d_out, d_in) on the device in the compute dtype; not to be kept after its use."""
+        """The weight (d_out, d_in) on the device in the compute dtype; valid until another block is used."""
         stored = self.places[self.stream.use(self.block)] if self.stream else self.stored
         return stored if self.scale is None else stored.to(self.scale.dtype).mul_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stream:
-            self.stream.use(self.block)  # here it can still be seen whether a backward pass will follow
+            self.stream.use(self.block)  # before autograd is off: `use` asks if a backward pass will follow
         return _FrozenLinear.apply(x, self)
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """F.linear by a frozen weight that is asked for again in backward instead of being saved."""
+    """F.linear with a frozen weight, which the backward pass asks for again instead of saving it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: FrozenLinear) -> Tensor:
@@ -182,50 +186,51 @@ def freeze(block: nn.Module) -> list[FrozenLinear]:
     return [layer for _, _, layer in linears(block)]
 
 
-# --- 8 bits ------------------------------------------------------------------------------------------------
+# --- 8 bits -------------------------------------------------------------------------------------------------
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round (d_out, d_in) to float8_e4m3fn, scaled so that each row's largest value is the format's, 448.
+    """Round a weight (d_out, d_in) to float8_e4m3fn, each row scaled so that its largest value becomes 448.
 
-    Returns the rounded weight and the scale (d_out, 1) in the weight's dtype. A weight is off by at most
-    1/16 of itself, or, below 2^-15 of the row's largest, by 2^-19 of the latter; Gaussian weights by 2.6 % in
-    the root mean square.
+    Returns the rounded weight and the scale (d_out, 1) in the weight's dtype. The error of a value is at most
+    1/16 of it or, for values below 2^-15 of the row's largest, 2^-19 of the row's largest. For Gaussian
+    weights the root mean square of the error is 2.6 % of that of the weights.
     """
     largest = torch.finfo(FP8).max
     top = weight.abs().amax(dim=1, keepdim=True).float()
     scale = (top / largest).clamp(min=torch.finfo(torch.float32).tiny).to(weight.dtype)
     scaled = weight.to(torch.float32, copy=True)
-    scaled.div_(scale.float())  # by the scale as it is stored: its rounding then costs nothing
+    scaled.div_(scale.float())  # the scale as it is stored, so that its own rounding adds no error
     return scaled.clamp_(-largest, largest).to(FP8), scale
 
 
 def quantize(block: nn.Module, device: torch.device | str) -> None:
     """Store a block's linear layers in 8 bits on the device, in place, one weight after the other.
 
-    A model that is mapped to its file is thus never held whole in more than 8 bits.
+    So a model that is mapped to its file never takes more memory than its 8 bits and one whole weight.
     """
     files = file_ranges()
     for layer in freeze(block):
         if layer.scale is None:
-            given = layer.stored
-            layer.stored, layer.scale = quantize_rows(given.to(device))
-            drop_pages(given, files)
+            whole = layer.stored
+            layer.stored, layer.scale = quantize_rows(whole.to(device))
+            drop_pages(whole, files)
 
 
-# --- Streaming ---------------------------------------------------------------------------------------------
+# --- Streaming ----------------------------------------------------------------------------------------------
 
 
 class Stream:
-    """Brings the weights of blocks to the device one block ahead of their use, forward and backward.
+    """Copies the weights of blocks to the device one block ahead of their use, forward and backward.
 
-    Two buffers on the device hold the block in use and the next; a side stream fills one while the other is
-    computed with. Each weight asks for its block when it is used, so recomputation and backward pass, which
-    follow each other, share one copy, and any order of use is right; order only matters for what is brought
-    ahead. On a CPU weights are used where they are, and the pages of a memory-mapped file are dropped behind.
+    Two buffers on the device hold the block in use and the next one; a second CUDA stream fills one buffer
+    while the GPU computes with the other. Each layer asks for its block when it runs. So a block may be used
+    in any order, which only matters for what is copied ahead, and recomputation and backward pass of a block,
+    which follow each other, share one copy. On a CPU weights are used where they are, and the pages of a
+    memory-mapped file are dropped after use.
     """
 
-    COPY = False  # to a CPU too, as to a GPU: for tests
+    COPY = False  # whether to copy on a CPU as well: for tests
 
     def __init__(self, blocks: list[nn.Module], device: torch.device | str):
         self.device = torch.device(device)
@@ -234,12 +239,12 @@ class Stream:
         self.files = file_ranges()
         self.held: list[int | None] = [None, None]  # the block in each buffer
         self.ready = [None, None]  # CUDA events: the copy to the buffer is complete
-        self.now = None  # the block in use
+        self.now: int | None = None  # the block in use
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.buffers = []
         if self.copy:
-            most = max(sum(whole_lines(layer.stored) for layer in block) for block in self.blocks)
-            self.buffers = [torch.empty(most, dtype=torch.uint8, device=self.device) for _ in range(2)]
+            largest = max(sum(whole_lines(layer.stored) for layer in block) for block in self.blocks)
+            self.buffers = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
             self._move_to_host()
         for number, block in enumerate(self.blocks):
             start = 0
@@ -250,11 +255,11 @@ class Stream:
                 start += whole_lines(layer.stored)
 
     def _move_to_host(self) -> None:
-        """Take weights off the device; pin them if the host's memory allows, else they stay mapped."""
+        """Move weights to host memory, and pin them if there is enough; else they stay mapped to files."""
         layers = [layer for block in self.blocks for layer in block]
         # PyTorch pins memory in powers of two.
         needed = sum(1 << (layer.stored.nbytes - 1).bit_length() for layer in layers)
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun on this host: all pin at once
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's ranks on this host pin as much each
         pin = self.side and ranks * needed < 0.7 * available_memory()
         for layer in layers:
             layer.stored = layer.stored.cpu()
@@ -264,18 +269,18 @@ class Stream:
             self.files = []  # nothing is mapped any more
 
     def use(self, number: int) -> int:
-        """Return the buffer that holds the block, ready for the current stream; begin to bring the next."""
+        """Return which buffer holds the block, ready for the current stream; begin to copy the next block."""
         if number != self.now:
-            last, upward = len(self.blocks) - 1, self.now is None or number > self.now
+            last, forward = len(self.blocks) - 1, self.now is None or number > self.now
             if number == last:  # the backward pass comes next, or the next forward pass
                 ahead = last - 1 if torch.is_grad_enabled() else 0
             else:
-                ahead = number + 1 if upward or number == 0 else number - 1
+                ahead = number + 1 if forward or number == 0 else number - 1
             if not self.copy and self.now is not None:
                 for layer in self.blocks[self.now]:
                     drop_pages(layer.stored, self.files)
             self.now = number
-            self._bring(number, beside=None)
+            self._bring(number, beside=None)  # does nothing if it was copied ahead
             if self.side:
                 torch.cuda.current_stream(self.device).wait_event(self.ready[self.held.index(number)])
             self._bring(max(ahead, 0), beside=number)
@@ -293,10 +298,11 @@ class Stream:
                 advise(layer.stored, "MADV_WILLNEED", self.files)
             return
         if self.side:
-            self.side.wait_stream(torch.cuda.current_stream(self.device))  # the buffer's last readers
+            # What is queued may still read the buffer.
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side) if self.side else nullcontext():
             for layer in self.blocks[number]:
-                # Only from pinned memory a copy is asynchronous; the allocator keeps the pages for the next.
+                # A copy is asynchronous only from pinned memory, which torch's allocator uses again.
                 source = layer.stored.pin_memory() if self.side else layer.stored
                 layer.places[buffer].copy_(source, non_blocking=True)
                 drop_pages(layer.stored, self.files)
@@ -305,17 +311,17 @@ class Stream:
 
 
 def whole_lines(tensor: Tensor) -> int:
-    """Return a tensor's bytes, rounded up to whole lines."""
+    """Return a tensor's bytes, rounded up to a multiple of LINE."""
     return -(-tensor.nbytes // LINE) * LINE
 
 
 def spread(count: int, total: int) -> list[int]:
-    """Return `count` of the numbers below `total`, evenly spread: what lies between hides the copying."""
+    """Return `count` numbers below `total`, evenly spread: the blocks between them hide the copying."""
     return [(2 * k + 1) * total // (2 * count) for k in range(count)]
 
 
 def file_ranges() -> list[tuple[int, int]]:
-    """Return the address ranges of this process that are mapped to files; none where /proc is not there."""
+    """Return the address ranges of this process that are mapped to files; none where there is no /proc."""
     maps = Path("/proc/self/maps")
     ranges = []
     for line in maps.read_text().splitlines() if maps.exists() else ():
@@ -327,7 +333,7 @@ def file_ranges() -> list[tuple[int, int]]:
 
 
 def advise(tensor: Tensor, advice: str, files: list[tuple[int, int]]) -> None:
-    """Give the kernel an advice on the whole pages of a tensor that is mapped to one of the files."""
+    """Call madvise on the pages that lie within a tensor, if it is mapped to one of the files."""
     if not files or tensor.device.type != "cpu":
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -337,22 +343,22 @@ def advise(tensor: Tensor, advice: str, files: list[tuple[int, int]]) -> None:
 
 
 def drop_pages(tensor: Tensor, files: list[tuple[int, int]]) -> None:
-    """Take a tensor's pages out of this process; they are read again from the file when needed.
+    """Drop a tensor's pages from memory; they are read again from the file when needed.
 
-    Memory that is no file's is left alone: it would come back as zeros.
+    Memory that is not mapped to a file is left alone: dropped, it would come back as zeros.
     """
     advise(tensor, "MADV_DONTNEED", files)
 
 
 def available_memory() -> int:
-    """Return the bytes of host memory that are free or can be freed; 0 where that is not known."""
+    """Return the bytes of host memory that are free or can be freed; 0 if unknown."""
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
 
 
 def device_memory(device: torch.device) -> float:
-    """Return the bytes that this process can have on a device; infinite where that is not known."""
+    """Return the bytes that this process can have on a device; infinity if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
@@ -360,7 +366,7 @@ def device_memory(device: torch.device) -> float:
     return available_memory() or float("inf")
 
 
-# --- All together ------------------------------------------------------------------------------------------
+# --- All together -------------------------------------------------------------------------------------------
 
 
 def arrange(
@@ -371,12 +377,14 @@ def arrange(
     fp8: bool = False,
     compiled: bool = False,
 ) -> Flux:
-    """Bring a frozen model to the device, in place, as a plan says; return it.
+    """Move a frozen model to the device, in place, and return it.
 
-    Adapters may be in the model already, and go to the device; given a model on the CPU, mapped to its file,
-    the device never holds more than its share. stream: the number of blocks that stay in host memory;
-    checkpoint: as in `checkpoint_blocks`; compiled: by `compile_blocks`, if nothing is streamed. LoRA files
-    are merged only into what is neither streamed nor in 8 bits.
+    checkpoint: as for `checkpoint_blocks`. stream: how many blocks stay in host memory. fp8: store the
+    blocks' weights in 8 bits. compiled: compile the blocks, none of which may then be streamed.
+
+    If the model is on the CPU, mapped to its file, the device never holds more than what shall stay there.
+    Adapters in it go to the device. LoRA files can be merged only into weights that are neither streamed nor
+    in 8 bits. Raises UserError when there are fewer blocks than `stream`.
     """
     blocks = blocks_of(model)
     if stream not in range(len(blocks) + 1):
@@ -385,7 +393,7 @@ def arrange(
     for number, block in enumerate(blocks if fp8 else ()):
         quantize(block, device)
         for layer in freeze(block) if number in streamed else ():
-            layer.stored = layer.stored.cpu()  # at once: all blocks together may be too much for the device
+            layer.stored = layer.stored.cpu()  # now, since all blocks together may not fit the device
     if stream:
         Stream([blocks[number] for number in streamed], device)
     checkpoint_blocks(model, checkpoint)
@@ -395,7 +403,7 @@ def arrange(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of all weights on the model's device; of streamed blocks that is what they share."""
+    """Return the bytes of all weights on the model's device; of streamed blocks, those of the buffers."""
     frozen = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
     streams = {layer.stream for layer in frozen if layer.stream}
     tensors = [*model.parameters(), *model.buffers(), *(layer.stored for layer in frozen if not layer.stream)]
@@ -404,16 +412,16 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def release(device: torch.device | str) -> None:
-    """Give freed memory back, after the caller has dropped its last reference to a model."""
+    """Free what a model took on a device, after the caller has dropped its last reference to the model."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-        if hasattr(torch._C, "_host_emptyCache"):  # pinned memory, which torch has no public name for
+        if hasattr(torch._C, "_host_emptyCache"):  # frees pinned memory; torch has no public function for it
             torch._C._host_emptyCache()
 
 
 def peak_memory(device: torch.device | str) -> float:
-    """Return the peak so far in GiB, of the GPU's allocator or on a CPU of the process; NaN if unknown."""
+    """Return the peak of memory so far in GiB: of the GPU's allocator, or of the process; NaN if unknown."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:

@@ -1,4 +1,4 @@
-"""An argument parser that lets no nonsense through: the same limits, in the same words, in every script."""
+"""The argument parser of all scripts: checks types and limits, and ends with one line on a mistake."""
 
 import argparse
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 from run.terminal import printable
 
 MOST = 10**7
-# What an option may be, by its name: least, most.
+# The smallest and the largest value of each option, by its name.
 LIMITS = {
     **dict.fromkeys(("steps", "sample_steps", "batch", "save_every", "uses_per_image"), (1, MOST)),
     **dict.fromkeys(("bucket_ids", "min_photos", "at_once"), (1, MOST)),
@@ -22,11 +22,11 @@ LIMITS = {
     "vram": (0, math.inf),
     "max_yaw": (0, 90),
 }
-OPEN = ("lr", "clip_grad", "vram")  # their least is excluded
+OPEN = ("lr", "clip_grad", "vram")  # the smallest value itself is not allowed
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with LIMITS, UTF-8 texts, finite numbers, no empty paths; a mistake ends with one line."""
+    """An ArgumentParser that wants texts in UTF-8, finite numbers within LIMITS, and no empty paths."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -35,29 +35,35 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         parsed = super().parse_args(args, namespace)
-        for name, (least, most) in LIMITS.items():
-            values = vars(parsed).get(name)
+        for name in LIMITS:
+            values = getattr(parsed, name, None)
             for value in values if isinstance(values, list) else [values]:
-                number, is_open = isinstance(value, int | float), name in OPEN
-                if number and (not least <= value <= most or is_open and value == least):
-                    ends = f"above {least}" if is_open else f"at least {least}"
-                    ends += f" and at most {most}" if most < math.inf else ""
-                    self.error(f"--{name.replace('_', '-')} {value}: must be {ends}")
+                if isinstance(value, int | float):
+                    self.check_limits(name, value)
         return parsed
+
+    def check_limits(self, name: str, value: float) -> None:
+        """End with an error when an option's value is outside of its LIMITS."""
+        (least, most), is_open = LIMITS[name], name in OPEN
+        if least < value <= most or value == least and not is_open:
+            return
+        bounds = f"above {least}" if is_open else f"at least {least}"
+        bounds += f" and at most {most}" if most < math.inf else ""
+        self.error(f"--{name.replace('_', '-')} {value}: must be {bounds}")
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {printable(message[:400])}; --help lists all options\n")
 
 
 def read_text(text: str) -> str:
-    """Return text; argparse's error when it is not UTF-8."""
+    """Return the text; raise argparse's error when it is not UTF-8."""
     if any("\ud800" <= char <= "\udfff" for char in text):  # what Python makes of bytes it cannot decode
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not UTF-8 text")
     return text
 
 
 def read_whole(text: str) -> int:
-    """Read a whole number; argparse's error when it is none."""
+    """Read a whole number; raise argparse's error when it is none."""
     try:
         return int(text)
     except ValueError:
@@ -65,7 +71,7 @@ def read_whole(text: str) -> int:
 
 
 def read_number(text: str) -> float:
-    """Read a finite number; argparse's error when it is none."""
+    """Read a finite number; raise argparse's error when it is none."""
     try:
         number = float(text)
     except ValueError:
@@ -76,19 +82,21 @@ def read_number(text: str) -> float:
 
 
 def read_path(text: str) -> Path:
-    """Read a path; argparse's error when it is empty."""
+    """Read a path; raise argparse's error when it is empty."""
     if not text:
         raise argparse.ArgumentTypeError("'' is empty, must be a path")
     return Path(text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show a default unless there is none, or the help text tells it already."""
+    """Show an option's default, unless there is none or the help text says it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        tells = action.default in (None, "", False) or "default:" in action.help
-        return action.help if tells else super()._get_help_string(action)
+        no_default = action.default in (None, "", False)
+        if no_default or "default:" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Manual(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Print descriptions as they stand."""
+    """Print descriptions with their own line breaks."""

@@ -1,6 +1,6 @@
-"""A run through buckets that takes days: where it is, and all that has to happen around its steps.
+"""The run around Algorithm 1: it counts steps, logs, saves, opens and closes buckets, and stops when asked.
 
-It counts, logs, saves, draws and stops, so that the loop of Algorithm 1 does not have to.
+So the training loop itself holds nothing but the algorithm, and a run of days can be stopped at any moment.
 """
 
 import math
@@ -20,7 +20,7 @@ from run.log import Log
 from run.ranks import Ranks
 from run.seeds import generator_for
 
-MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
+MAX_SKIPPED = 10  # steps in a row whose loss or gradient is infinite or NaN: then the run gives up
 
 
 class Stopped(Exception):
@@ -28,20 +28,20 @@ class Stopped(Exception):
 
 
 class State(Protocol):
-    """What is trained: a part that all buckets share, and a part that each bucket has of its own."""
+    """What is trained, in two parts: one that all buckets share, and one for each bucket."""
 
-    def state_dict(self) -> dict: ...
+    def state_dict(self) -> dict: ...  # the shared part
     def load_state_dict(self, state: dict) -> None: ...
-    def start_bucket(self, bucket: int) -> None: ...  # the bucket's part, on its first turn
-    def bucket_state(self) -> dict: ...  # of all ranks, on rank 0
+    def start_bucket(self, bucket: int) -> None: ...  # initialise the bucket's part, on its first turn
+    def bucket_state(self) -> dict: ...  # the bucket's part of all ranks, on rank 0
     def load_bucket_state(self, state: dict) -> None: ...
 
 
 class BucketRun:
-    """The position in the order of buckets, and what is done at each step beside training.
+    """The position of a run, and all that is done at its steps except training.
 
-    step counts optimiser updates; visit counts the turns of buckets, which come one after the other, again
-    and again; bucket_step counts within a turn.
+    step: optimiser updates so far; visit: turns of buckets so far, which come in a fixed order, again and
+    again; bucket_step: updates so far within the turn.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class BucketRun:
         stop: Stop,
         device: torch.device,
     ):
-        """q_buckets: the steps of each bucket's turn; bucket_warmup: the part of them that is warm-up."""
+        """q_buckets: the steps of each bucket's turn; bucket_warmup: the fraction of them that is warm-up."""
         self.out, self.state, self.q_buckets, self.q_total = out, state, q_buckets, q_total
         self.bucket_warmup, self.seed = bucket_warmup, seed
         self.ranks, self.stop, self.device = ranks, stop, device
         self.checkpoints = Checkpoints(out / "checkpoints", ranks.leads)
         self.store = BucketStore(out / "buckets", len(q_buckets), ranks.leads)
         self.step = self.visit = self.bucket_step = 0
-        self.skipped = 0  # steps in a row, the last one included
-        self.saved_visit = 0  # that of the last checkpoint
-        self.interrupted = None  # the state of the bucket in which the checkpoint was made
+        self.skipped = 0  # how many of the last steps, without a gap, were skipped
+        self.saved_visit = 0  # the visit of the last checkpoint
+        self.interrupted = None  # the open bucket's state, from the checkpoint that the run continues from
         self.save_every, self.sample_every, self.keep_buckets = 500, 0, False
         self.draw: Callable[[], None] = lambda: None
 
@@ -84,27 +84,28 @@ class BucketRun:
 
     @property
     def steps_left(self) -> int:
-        """The steps that are left of this turn."""
+        """The steps that are left of this turn, or of the run."""
         return min(self.q_bucket - self.bucket_step, self.q_total - self.step)
 
     def generator(self, purpose: str, number: int) -> torch.Generator:
-        """Return this rank's generator of a purpose at a step or visit."""
+        """Return this rank's random numbers for a purpose, at a step or in a visit."""
         return generator_for(purpose, self.seed, number, self.ranks.rank)
 
-    # Going on
+    # Continuing
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one, and forget what came after it.
+        """Load the newest checkpoint, if there is one, and delete the buckets that were stored after it.
 
-        With another number of ranks a bucket's turn has another number of steps: it goes on at the same part.
+        With another number of ranks a turn has another number of steps; the run continues at the same
+        fraction of the turn.
         """
-        with self.ranks.lead_first():  # damaged ones are then out of the way
+        with self.ranks.lead_first():  # rank 0 renames damaged checkpoints
             state = self.checkpoints.load()
         newest = self.ranks.once(lambda: state and state["step"])
         if newest != (state and state["step"]):
             raise UserError(f"{self.checkpoints.folder} is not the same folder for all ranks")
         if state is None:
-            self.store.forget(since=0)  # another run's
+            self.store.forget(since=0)  # of an earlier run without a checkpoint
             return
         self.step, self.visit, self.skipped = state["step"], state["visit"], state["skipped"]
         self.bucket_step = round(state["bucket_step"] * self.q_bucket / state["q_bucket"])
@@ -113,19 +114,22 @@ class BucketRun:
         self.store.forget(since=self.visit)
 
     def save(self) -> None:
-        """Write a checkpoint: all that the run needs to go on."""
+        """Write a checkpoint: all that the run needs to continue, except the stored buckets."""
         position = {"step": self.step, "visit": self.visit, "bucket_step": self.bucket_step}
         position |= {"q_bucket": self.q_bucket, "skipped": self.skipped}
         state = {"shared": self.state.state_dict(), "open_bucket": self.state.bucket_state()}
         self.checkpoints.save(self.step, position | state)
-        # The checkpoint before this one needs these buckets.
+        # Keep the buckets that the checkpoint before this one needs.
         self.store.forget(before=self.saved_visit + 1 - len(self.q_buckets))
         self.saved_visit = self.visit
 
     # Buckets
 
     def open_bucket(self) -> int:
-        """Give the next bucket its mid and up, fresh on its first turn, then as it left them; return it."""
+        """Give the next bucket its mid and up, new on its first turn, else as its last turn left them.
+
+        Returns the bucket's number.
+        """
         state, self.interrupted = self.interrupted, None
         if state is None and self.visit < len(self.q_buckets):
             self.state.start_bucket(self.bucket)
@@ -135,15 +139,15 @@ class BucketRun:
         return self.bucket
 
     def close_bucket(self) -> None:
-        """Store the bucket until its next turn, if there will be one; not one that has steps left.
+        """Store the bucket for its next turn, if there will be one; do nothing if this turn has steps left.
 
-        The checkpoint must hold the same state already: a run that stops in between then closes the bucket
-        once more; the other way round it would train the stored bucket a second time.
+        `advance` has saved a checkpoint of this state before. The order matters: a run that is killed between
+        the two closes the bucket once more. The other way round it would train the stored bucket twice.
         """
         if self.bucket_step < self.q_bucket:
             return
-        away = sum(self.q_buckets) - self.q_bucket  # steps until its next turn
-        returns = self.keep_buckets or self.step + away < self.q_total
+        until_next_turn = sum(self.q_buckets) - self.q_bucket  # steps
+        returns = self.keep_buckets or self.step + until_next_turn < self.q_total
         if returns and len(self.q_buckets) > 1:
             self.store.put(self.visit, self.state.bucket_state())
         self.visit, self.bucket_step = self.visit + 1, 0
@@ -163,15 +167,16 @@ class BucketRun:
         self.open.__exit__(*error)
 
     def advance(self, found: dict[str, float], photos: Sequence[str], t: Sequence[float]) -> None:
-        """Count a step and log what was found; save and draw when it is time.
+        """Count a step and log its numbers; save and draw samples when it is time.
 
-        photos, t: what the step learned from, which is logged if a number is not finite. Raises `Stopped`
-        when the user asks for it, and UserError after MAX_SKIPPED such steps in a row.
+        found: the loss and the norms of gradients. photos, t: of the batch; they are logged if one of these
+        numbers is infinite or NaN. Raises `Stopped` when the user has asked for it, and UserError after
+        MAX_SKIPPED such steps in a row.
         """
         line = {"step": self.step + 1, "bucket": self.bucket}
         line |= {"phase": "warm-up" if self.bucket_step < self.q_warmup else "all", **found}
-        pace = self.ranks.sum(len(photos)) / (time.perf_counter() - self.began)
-        line |= {"memory": round(peak_memory(self.device), 3), "images_per_second": round(pace, 3)}
+        speed = self.ranks.sum(len(photos)) / (time.perf_counter() - self.began)
+        line |= {"memory": round(peak_memory(self.device), 3), "images_per_second": round(speed, 3)}  # GiB
         self.step, self.bucket_step = self.step + 1, self.bucket_step + 1
         self.skipped = 0 if all(map(math.isfinite, found.values())) else self.skipped + 1
         if self.skipped:
@@ -184,8 +189,8 @@ class BucketRun:
             self.log.draw()
         if gives_up:
             raise UserError(
-                f"{self.skipped} steps in a row had a loss or gradient that is not finite, see the end of "
-                f"{self.log.file}; the weights as before them are in {self.checkpoints.folder}"
+                f"{self.skipped} steps in a row had a loss or gradient that is infinite or NaN: see the end "
+                f"of {self.log.file}. The weights from before these steps are in {self.checkpoints.folder}"
             )
         if stopping:
             raise Stopped

@@ -1,4 +1,4 @@
-"""A command from start to end: its messages, its signals, the command that goes on, memory running out."""
+"""What surrounds a command: its error messages, its signals, and how to continue after it was stopped."""
 
 import os
 import re
@@ -18,13 +18,14 @@ from run.terminal import Shown, printable_lines
 
 
 def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
-    """Run a script's main; what its user can mend ends with one message instead of a traceback.
+    """Run a script's main; an error that its user can mend ends it with one message, a bug with a traceback.
 
-    SIGTERM ends it as Ctrl-C does, so that no half file stays. What is printed can steer no terminal.
+    SIGTERM ends it as Ctrl-C does, so that no half-written file stays. All that is printed is escaped for the
+    terminal. stopped: what is printed when the user stops it.
     """
     script = Path(sys.argv[0])
     name = script.parent.name if script.stem == "__main__" else script.name
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # a line, without the code that warns
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # without the line of code
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with redirect_stdout(Shown(sys.stdout)), redirect_stderr(Shown(sys.stderr, bars=True)):
@@ -33,22 +34,25 @@ def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
         sys.exit(printable_lines(f"{name}: {error}"))
     except (MemoryError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
+        # On a CPU torch raises a plain RuntimeError when memory runs out.
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", reason):
             raise
-        sys.exit(printable_lines(f"{name}: out of memory ({reason}); a lower --vram makes another plan"))
+        sys.exit(
+            printable_lines(f"{name}: out of memory ({reason}); a lower --vram makes a plan that needs less")
+        )
     except KeyboardInterrupt:
         sys.exit(f"\n{stopped}")
 
 
 class Stop:
-    """Turn SIGINT and SIGTERM into a wish: `wanted`, which the loop grants after its step.
+    """Let the training loop finish its step when SIGINT or SIGTERM comes: they only set `wanted`.
 
-    Outside `patiently`, or the second time, they raise KeyboardInterrupt at once.
+    The second signal, or one outside of `patiently`, raises KeyboardInterrupt at once.
     """
 
     def __init__(self):
         self.wanted = self.patient = False
-        self.resident = {}  # what the run has in memory, for its last words
+        self.resident = {}  # bytes by name of what the run holds, for the message when memory runs out
 
     def __enter__(self) -> "Stop":
         self.before = {}
@@ -64,10 +68,11 @@ class Stop:
         if not self.patient or self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
-        os.write(2, b"\nstopping after this step; once more: at once\n")  # print may not be entered twice
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not reentrant
 
     @contextmanager
     def patiently(self) -> Iterator[None]:
+        """Only set `wanted` in this block."""
         self.patient = True
         try:
             yield
@@ -76,33 +81,35 @@ class Stop:
 
 
 def command_line(script: str, argv: list[str] | None, start: str = "python") -> str:
-    """Return the command that goes on, as it can be pasted; a word with control characters byte by byte."""
-    in_hex = lambda word: "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(word)) + "'"
+    """Return the command that continues a run, quoted so that it can be pasted into a shell."""
     words = sys.argv[1:] if argv is None else argv
-    return " ".join([start, script, *(shlex.quote(x) if x.isprintable() else in_hex(x) for x in words)])
+    return " ".join([start, script, *map(_quoted, words)])
 
 
-# Memory
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(word)) + "'"
 
 
 def explain_out_of_memory(error: Exception, device: torch.device, resident: dict[str, int]) -> str:
-    """Say what lay in the GPU's memory, in bytes by name, and which flags shrink it."""
-    lines = [f"  {size / 1e9:7.2f} GB  {what}" for what, size in resident.items()]
+    """Return a message that says what was in memory and which options make it less.
+
+    resident: bytes by name.
+    """
+    line = lambda size, what: f"  {size / 2**30:7.2f} GiB  {what}"
+    lines = [line(size, what) for what, size in resident.items()]
     if device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
         rest = max(0, peak - sum(resident.values()))
-        lines.append(f"  {rest / 1e9:7.2f} GB  activations and the rest, at the peak")
-        lines.append(f"  {total / 1e9:7.2f} GB  is what the card has")
+        lines.append(line(rest, "activations and the rest, at the peak"))
+        lines.append(line(total, "is what the card has"))
     return "\n".join(
         [
-            f"out of memory on {device} ({str(error).strip().partition(chr(10))[0]}). Resident were:",
+            f"out of memory on {device} ({str(error).strip().partition(chr(10))[0]}). In memory were:",
             *lines,
-            "What shrinks it: a --vram below what the card has, if others use it too, for another plan; "
+            "To need less: --vram, below what the card has if other programs use it too; "
             "--batch 1, --resolution 512, --checkpoint all (activations); --bucket-ids 25 (mid and up); "
             "--r1 64 (meta_down); --stream 57, --base-dtype fp8 (the base)",
         ]
     )
-
-
-def bytes_of(tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

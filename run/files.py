@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, told apart by hashes, in folders that are ours alone."""
+"""Files: written whole or not at all, told apart by their content, in folders that one run has to itself."""
 
 import hashlib
 import os
@@ -13,29 +13,31 @@ from safetensors import SafetensorError
 
 from flux.checkpoint import shards
 
-LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")  # the temporary names of `atomic`
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")  # the temporary names that `atomic` gives
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to, which becomes `path` when the block ends and vanishes when it fails.
+    """Give a temporary name to write to; it is renamed to `path` when the block ends, deleted when it fails.
 
-    So a stopped run leaves the old file or the new one, never half a file. The suffix stays: PIL goes by it.
+    So a run that is stopped leaves the old file or the new one, never half a file. The name is random, since
+    process numbers are not unique among machines and containers that write to one disk.
     """
+    # The suffix stays, since PIL chooses the format by it.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except SafetensorError as error:  # what safetensors makes of a full disk
+    except SafetensorError as error:  # which safetensors raises, instead of OSError, on a full disk
         raise OSError(f"{path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Make a folder if it is not there; OSError when nothing can be written to it."""
+    """Make a folder if it is not there; OSError, naming the option, when no file can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
@@ -44,7 +46,10 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def fingerprint(*paths: Path) -> str:
-    """Tell weights apart without reading gigabytes: a hash of each file's size, first and last MiB."""
+    """Return what tells weights apart, without reading gigabytes: a hash of sizes, and first and last MiBs.
+
+    Two files that differ only in between have the same fingerprint.
+    """
     digest = hashlib.sha256()
     for path in paths:
         for file in shards(path):
@@ -65,7 +70,10 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep a second run out of a folder, OSError if one is there; delete what a killed one was writing."""
+    """Lock a folder for one run, and delete the temporary files that a killed run has left in it.
+
+    Raises OSError while another run holds the lock. On Windows there is no lock.
+    """
     check_writable(folder, "--out")
     with (folder / ".lock").open("w") as lock:
         try:

@@ -1,4 +1,4 @@
-"""The log of a run: a line a step, a progress bar, a curve."""
+"""The log of a training run: a line for each step, a progress bar, a curve of the loss."""
 
 import json
 import math
@@ -16,10 +16,10 @@ from run.terminal import printable
 
 
 class Log:
-    """`log.jsonl`, a line per step, and a progress bar; opened to go on after `step`.
+    """`log.jsonl`, with a line for each step, and a progress bar; opened to continue after `step`.
 
-    Lines beyond that step are dropped: the run, which goes on from its checkpoint, will write them again. So
-    are damaged ones, which cannot be told from them. writes: False does nothing at all.
+    Lines of later steps are dropped: the run continues from its checkpoint and will write them again. Damaged
+    lines, whose step is not known, are dropped too. writes: False does nothing, for the ranks other than 0.
     """
 
     def __init__(self, file: Path, step: int, steps: int, writes: bool = True):
@@ -42,7 +42,7 @@ class Log:
             self.opened.close()
 
     def write(self, line: dict) -> None:
-        """Log a step. A line with photos and t is one of a skipped step, and is printed as well."""
+        """Log a step; if the line has photos and t, the step was skipped, and that is printed as well."""
         if not self.writes:
             return
         numbers = {key: finite(value) for key, value in line.items()}
@@ -58,13 +58,13 @@ class Log:
             self.bar.write(f"step {line['step']}: {fault}: {where}", file=sys.stderr)
 
     def draw(self) -> None:
-        """Draw the curve beside the log."""
+        """Draw the curve of the loss beside the log."""
         if self.writes:
             draw_curve(self.file, self.file.with_name("loss.png"))
 
 
 def step_of(line: bytes) -> int:
-    """Return the step of which a whole line of the log is, 0 when it is damaged."""
+    """Return the step that a line of the log belongs to, or 0 when the line is damaged."""
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else 0
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -72,14 +72,14 @@ def step_of(line: bytes) -> int:
 
 
 def finite(value: object) -> object:
-    """Return a number rounded to six digits, and None, as JSON knows no other, in place of nan and inf."""
+    """Round a float to six digits; return None, JSON's null, for infinity and NaN."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def draw_curve(log: Path, path: Path, height: int = 400, width: int = 1000) -> None:
-    """Draw the loss over the steps: every step, pale, and the running mean over 5 % of them."""
+    """Draw the loss over the steps: a grey point for each, and a running mean over 5 % of them."""
     losses = np.fromiter(_losses(log), np.float32)
     if not len(losses):
         return
@@ -90,8 +90,8 @@ def draw_curve(log: Path, path: Path, height: int = 400, width: int = 1000) -> N
     image = Image.new("RGB", (width, height), "white")
     draw, span = ImageDraw.Draw(image), max(high - low, 1e-9)
 
-    def place(steps, values) -> list[tuple[float, float]]:
-        """Return up to 20,000 points of the picture."""
+    def place(steps: np.ndarray, values: np.ndarray) -> list[tuple[float, float]]:
+        """Return at most 20,000 points of the picture."""
         keep = slice(None, None, -(-len(values) // 20_000))
         x = 10 + (width - 20) * steps[keep] / max(len(losses) - 1, 1)
         y = height - 10 - (height - 40) * np.clip((values[keep] - low) / span, 0, 1)
@@ -110,7 +110,7 @@ def _losses(log: Path) -> Iterator[float]:
         for line in lines:
             try:
                 loss = json.loads(line)["loss"]
-            except (ValueError, KeyError, TypeError, RecursionError):  # cut short when the power went
+            except (ValueError, KeyError, TypeError, RecursionError):  # a damaged line
                 continue
-            if isinstance(loss, (int, float)):  # None: of a skipped step
+            if isinstance(loss, (int, float)):  # None in a skipped step
                 yield loss

@@ -1,4 +1,4 @@
-"""Which model runs, where and in which precision: the options of every command that loads one."""
+"""Which model a command loads, on which device and in which precision: the options, and what they mean."""
 
 import argparse
 from pathlib import Path
@@ -21,8 +21,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         default="flux-dev",
-        help=f"{known}, a repository on the hub (owner/name), a folder laid out like one of them, or a "
-        "transformer's file, also ComfyUI's; FLUX_DEV and the like may hold a path",
+        help=f"{known}, a repository on the hub (owner/name), a folder in the same layout, or a file of the "
+        "transformer, also ComfyUI's; environment variables like FLUX_DEV may hold a path for a name",
     )
     group.add_argument("--ae", **place, help="autoencoder; else FLUX_AE, else as --model")
     group.add_argument(
@@ -44,16 +44,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_argument(group: argparse._ArgumentGroup) -> None:
+    """Add --device."""
     group.add_argument("--device", help="cuda, cuda:1, mps, cpu; default: a GPU if there is one")
 
 
 def named_model(name: str) -> tuple[Path | None, str | None]:
-    """Return the file or folder that --model means, or else the repository on the hub."""
+    """Return the file or folder that --model names, or else the repository on the hub."""
     return (SHIPPED[name], None) if name in SHIPPED else find_named(name)
 
 
 def find_model(args: argparse.Namespace) -> ModelFiles:
-    """Find, or download, every part of the model that the options name; see `flux.find_files`."""
+    """Find or download the files of the model that the options name.
+
+    Raises FileNotFoundError, saying what to do, when a part is neither on this disk nor can be downloaded.
+    """
     values = {part: getattr(args, option[2:].replace("-", "_")) for part, option in OPTIONS.items()}
     given = {part: value for part, value in values.items() if value}
     for part, path in given.items():
@@ -63,22 +67,22 @@ def find_model(args: argparse.Namespace) -> ModelFiles:
         return find_files(str(SHIPPED.get(args.model, args.model)), given)
     except NotOnHub as error:
         raise FileNotFoundError(
-            f"{error};\nor point at files that are there already: --model FILE or FOLDER, "
+            f"{error};\nor name files that you have: --model FILE or FOLDER, "
             f"{', '.join(OPTIONS.values())} (see --help);\n"
-            "or try everything on the small model that comes along: --model tiny"
+            "or try everything with the toy model of this repository: --model tiny"
         ) from error
 
 
 def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
-    """Return those of the model's files that --model names on this disk: for --plan nothing is downloaded."""
+    """Return the model's files that are on this disk; --plan downloads nothing."""
     path, repo = named_model(args.model)
     if repo and repo not in HUB_MODELS.values():
-        print(f"{args.model} is on the hub: planned as if it were of FLUX.1-dev's size")
+        print(f"{args.model} is on the hub: the plan assumes that it has FLUX.1-dev's size")
     return local_parts(path) if path else {}
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Resolve --device and --dtype."""
+    """Return what --device and --dtype mean; UserError when there is no such device."""
     default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(args.device or default)
@@ -87,6 +91,6 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--device {args.device}: {reason}; this machine has {default}") from error
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype)
-    of_a_card = getattr(args, "plan", False) and args.vram  # that may be elsewhere
-    exact = device.type == "cpu" and not of_a_card
-    return device, dtype or (torch.float32 if exact else torch.bfloat16)
+    plans_for_a_gpu = getattr(args, "plan", False) and args.vram  # of another machine, perhaps
+    on_cpu = device.type == "cpu" and not plans_for_a_gpu
+    return device, dtype or (torch.float32 if on_cpu else torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Pictures that commands write: contact sheets, and PNGs with their settings."""
+"""Pictures that commands write: contact sheets, and PNG files with their settings inside."""
 
 import hashlib
 import json
@@ -16,8 +16,6 @@ from people.photos import Size
 from run.files import atomic
 from run.terminal import printable
 
-# Looking at results
-
 
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image | None]],
@@ -25,16 +23,19 @@ def contact_sheet(
     column_titles: Sequence[str] = (),
     cell: Size = (256, 256),
 ) -> Image.Image:
-    """Lay pictures out in a labelled grid, each fitted whole into its cell, on grey.
+    """Lay pictures out in a grid with labels, each fitted whole into its cell on grey.
 
-    None and short rows leave cells empty. Long labels are wrapped, and cut at five lines.
+    cell: its (height, width) in pixels. None and short rows leave cells empty. Long labels are wrapped, and
+    cut after five lines.
     """
     height, width = cell
     gap, font = 4, ImageFont.load_default(size=max(10, min(cell) // 16))
     letters, line = max(1, int(width / font.getlength("n"))), math.ceil(sum(font.getmetrics()) * 1.1)
-    wrap = lambda text, width: textwrap.wrap(
-        printable(" ".join(text.split())), max(1, width), max_lines=5, placeholder="…"
-    )
+
+    def wrap(text: str, letters: int) -> list[str]:
+        text = printable(" ".join(text.split()))
+        return textwrap.wrap(text, max(1, letters), max_lines=5, placeholder="…")
+
     labels = [wrap(label, letters // 2) for label in row_labels]
     titles = [wrap(title, letters) for title in column_titles]
     left = gap + (width // 2 if any(labels) else 0)
@@ -55,7 +56,7 @@ def contact_sheet(
 
 
 def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
-    """Write a PNG with its settings in text chunks, a chunk per setting."""
+    """Write a PNG file with a text chunk for each setting."""
     chunks = PngInfo()
     for name, value in settings.items():
         chunks.add_itxt(name, str(value))
@@ -64,9 +65,9 @@ def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
 
 
 def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, float, str]]) -> str:
-    """Write settings as AUTOMATIC1111 and Forge do, for programs that read them from a picture.
+    """Return the settings as one text, as AUTOMATIC1111 and Forge write it and other programs read it.
 
-    loras: name, strength and hash of each.
+    loras: the name, the strength and the hash of each.
     """
     tags = [f" <lora:{name}:{strength:g}>" for name, strength, _ in loras]
     lines = [prompt + "".join(tags)]
@@ -88,12 +89,12 @@ def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, fl
 
 
 def hash_weights(path: Path) -> str:
-    """Return what A1111 and Civitai know a LoRA by: SHA-256 of the file without its header, 12 digits."""
+    """Return the hash by which A1111 and Civitai know a LoRA: SHA-256 without the header, 12 digits."""
     with path.open("rb") as file:
         file.seek(read_header(path)[1])
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def slug(text: str) -> str:
-    """Make a prompt safe in a file name."""
+    """Return a prompt as a part of a file name: letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"

@@ -1,6 +1,7 @@
-"""What fits and what it costs, computed from sizes before anything is loaded: `flux/memory.py` then does it.
+"""The memory plan: how the transformer is made to fit a device, chosen from sizes before anything is loaded.
 
-The peaks are a model of what bench/memory.py counts operation by operation; it compares the two.
+`flux/memory.py` carries the plan out. The peaks are computed by a formula; bench/memory.py counts them
+operation by operation and compares the two.
 """
 
 import argparse
@@ -20,61 +21,64 @@ from flux.model import Flux, FluxSizes
 
 FLUX_DEV = FluxSizes(64, 64, 768, 4096, 3072, 12288, 24, 19, 38, True, (16, 56, 56), 10_000)
 GIB = 2**30
-RESERVE = 1.5  # GiB: the GPU's context and the allocator's gaps
-BUS = 25e9  # bytes a second that reach the device over PCIe 4 x16
-VISIBLE = 0.2  # of the copying that the arithmetic does not hide; a cautious guess
-SHARE = 0.6  # of its peak that a GPU reaches in large matrix products
+RESERVE = 1.5  # GiB for the GPU's context and the allocator's gaps
+BUS = 25e9  # bytes that reach the device over PCIe 4 x16 in a second
+VISIBLE = 0.2  # fraction of the copying that computing does not hide; a cautious guess
+SHARE = 0.6  # fraction of its peak that a GPU reaches in large matrix products
 PEAKS = {"A6000": 155e12, "4090": 165e12, "A100": 312e12, "H100": 989e12}  # dense bf16 FLOP/s
 
-# What a block keeps for its backward pass and what comes on top at the worst moment of it, in hidden states
-# of all tokens (b, l, d), with mlp_size = 4 hidden_size; counted with bench/memory.py. Those of 8-bit layers
-# come with one whole weight, since the worst moment may be another.
+# Activations, counted with bench/memory.py. The unit is one hidden state of all tokens, (b, l, d); an MLP is
+# 4 d wide. KEPT is what a block keeps for its backward pass, WORK what is there in all at the moment of the
+# backward pass with most. With 8-bit weights that may be another moment, with a whole weight on top.
 KEPT = {"double": 25.07, "single": 23.06}
-KEPT_ATTENTION = 1.02  # the output and the logarithm of the softmax's sum
-WORK = {"double": 33.1, "single": 32.16}  # of a checkpointed block, which is first run again
+KEPT_ATTENTION = 1.02  # the output, and the logarithm of the softmax's sum
+WORK = {"double": 33.1, "single": 32.16}
 WORK_FP8 = {"double": 33.0, "single": 28.15}
 WORK_SAMPLE, WORK_SAMPLE_FP8 = 19.4, 16.5
-PRODUCTS = 0.8  # of the bytes of all fused products of mid, up and meta_down
-# The parameters of FLUX.1's autoencoder; it is there while sampling, and decodes when the transformer rests.
-AUTOENCODER = 83_819_683
-DECODE = 769  # numbers for each pixel of a picture, one picture at a time, in the last convolutions
-DECODE_ATTENTION = 4, 113  # numbers for each pair of latent pixels where no fused kernel is, and each pixel
-SPLIT = 1.0  # with several samples the two streams of a double block are not contiguous, and are copied
+SPLIT = 1.0  # more in a double block for several samples: its two streams are not contiguous, and are copied
+PRODUCTS = 0.8  # fraction that is there at once of the bytes of a sample's products of mid, up and meta_down
+# The autoencoder is on the device while sampling, and decodes one picture at a time, after the transformer.
+AUTOENCODER = 83_819_683  # parameters of FLUX.1's
+DECODE = 769  # numbers for each pixel of the picture, in the last convolutions
+DECODE_ATTENTION = (
+    4,
+    113,
+)  # numbers for each pair of latent pixels, without a fused kernel, and for each pixel
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to run: sampling, or steps of stage 1 or stage 2."""
+    """What is to run: steps of stage 1, of stage 2, or of sampling."""
 
-    kind: str  # stage1, stage2, sample
+    kind: str  # "stage1", "stage2" or "sample"
     sizes: FluxSizes = FLUX_DEV
     batch: int = 1
-    resolution: int = 1024  # pixels; images are of this side squared
-    shape: tuple[int, int] | None = None  # or of these (height, width) in pixels, for FLOPs
+    resolution: int = 1024  # side of the square images in pixels
+    shape: tuple[int, int] | None = None  # or their (height, width) in pixels, for FLOPs only
     t5_length: int = 512
     r1: int | None = 128  # None: plain LoRA
     r2: int = 1
-    identities: int = 1  # slots of mid and up; when sampling, of LoRAs
-    merge: bool = False  # LoRAs go into the weights where those are all resident
-    average: bool = False  # of meta_down, beside it
-    pixels: int = 16  # per side of an image token
+    identities: int = 1  # slots of mid and up, when sampling of LoRAs
+    merge: bool = False  # LoRAs are merged into the weights if the plan leaves these as they are
+    average: bool = False  # an average of meta_down is held beside it
+    pixels: int = 16  # side of an image token in pixels
     width: int = 2  # bytes of the compute dtype
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """The image and the text tokens of a sample."""
+        """The number of image tokens and of text tokens of a sample."""
         height, width = self.shape or (self.resolution, self.resolution)
         return (height // self.pixels) * (width // self.pixels), self.t5_length
 
     @property
     def state(self) -> int:
-        """The bytes of a hidden state of all tokens."""
+        """The bytes of one hidden state of all tokens, (b, l, d)."""
         return self.batch * sum(self.tokens) * self.sizes.hidden_size * self.width
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How it runs: the arguments of `flux.memory.arrange`."""
+    """How the transformer fits: the arguments of `flux.memory.arrange`."""
 
     checkpoint: str | int = "none"
     stream: int = 0
@@ -83,53 +87,53 @@ class Plan:
 
     @property
     def resident(self) -> bool:
-        """Whether all weights go to the device as they are, and so can be loaded straight to it."""
+        """Whether all weights stay on the device as they are, so that they can be loaded straight to it."""
         return not (self.stream or self.fp8)
 
     def apply(self, model: Flux, device: torch.device | str) -> Flux:
-        """Bring a model to the device as planned, in place, and return it.
+        """Move a model to the device as planned, in place, and return it.
 
-        It comes from the CPU, mapped to its file, or where `resident` from the device itself.
+        Load it to the CPU, mapped to its file, or straight to the device if the plan is `resident`.
         """
         return arrange(model, device, self.checkpoint, self.stream, self.fp8, self.compiled)
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What the user has decided; see `add_memory_arguments`."""
+    """What the user has decided; `add_memory_arguments` explains the options."""
 
     vram: float | None = None
     checkpoint: str = "auto"
     stream: str = "auto"
     base_dtype: str = "auto"
     compile: bool = False
-    dry: bool = False  # --plan: the card may be elsewhere
+    dry: bool = False  # --plan: nothing will run here, so the plan may be for another GPU
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
-        """Take the options from parsed arguments; sampling has no --checkpoint."""
+        """Take the options from parsed arguments; not every command has all of them."""
         names = ("vram", "checkpoint", "stream", "base_dtype", "compile")
         return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)}, dry=args.plan)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes on the device, and what a step takes."""
+    """What a step takes: bytes on the device, FLOPs, and seconds."""
 
-    resident: int  # frozen weights and the buffers of streamed ones; when sampling the autoencoder too
-    adapters: int  # factors and their AdamW states
-    peak: int
+    resident: int  # bytes of frozen weights and of the buffers for streamed ones; sampling: autoencoder too
+    adapters: int  # bytes of the factors and of AdamW's state
+    peak: int  # bytes of all together
     flops: float
     seconds: float
 
     @property
     def activations(self) -> int:
-        """The rest: activations, gradients, temporaries."""
+        """The bytes of all the rest: activations, gradients, temporary tensors."""
         return self.peak - self.resident - self.adapters
 
 
 def linear_sizes(sizes: FluxSizes, kind: str) -> list[tuple[int, int, int]]:
-    """Return (d_in, d_out, fused projections) of a block's linear layers; of a double block, image first."""
+    """Return (d_in, d_out, number of projections) of a block's linear layers, the image stream's first."""
     d, m = sizes.hidden_size, sizes.mlp_size
     if kind == "single":
         return [(d, 3 * d, 1), (d, 3 * d + m, 4), (d + m, d, 1)]
@@ -143,7 +147,7 @@ def kinds(sizes: FluxSizes) -> tuple[str, ...]:
 
 
 def outer_parameters(sizes: FluxSizes) -> int:
-    """Return the number of parameters outside of the blocks."""
+    """Return the number of parameters outside the blocks."""
     d = sizes.hidden_size
     embedders = [256, sizes.pooled_size] + [256] * sizes.guidance
     outer = sum((d_in + 1) * d + (d + 1) * d for d_in in embedders)
@@ -153,7 +157,7 @@ def outer_parameters(sizes: FluxSizes) -> int:
 
 @cache
 def block_bytes(sizes: FluxSizes, kind: str, fp8: bool, width: int) -> tuple[int, int]:
-    """Return the bytes of a block's linear weights, which can be streamed, and of all else in it."""
+    """Return the bytes of a block's linear weights, which can be streamed, and of everything else in it."""
     layers = linear_sizes(sizes, kind)
     weights = sum(-(-d_in * d_out * (1 if fp8 else width) // LINE) * LINE for d_in, d_out, _ in layers)
     vectors = sum(d_out for _, d_out, _ in layers) * (2 if fp8 else 1)  # biases; a scale for each row
@@ -163,15 +167,15 @@ def block_bytes(sizes: FluxSizes, kind: str, fp8: bool, width: int) -> tuple[int
 
 @cache
 def adapter_bytes(work: Workload, kind: str) -> tuple[int, int]:
-    """Return the bytes in a block of meta_down, and of all identities' mid and up."""
+    """Return the bytes of a block's meta_down, and of its mid and up of all identities."""
     layers = linear_sizes(work.sizes, kind)
-    shared = sum(4 * parts * (work.r1 or 0) * d_in for d_in, _, parts in layers)
-    own = sum(4 * work.r2 * (parts * (work.r1 or d_in) + d_out) for d_in, d_out, parts in layers)
-    return shared, own * work.identities
+    meta_down = sum(4 * parts * (work.r1 or 0) * d_in for d_in, _, parts in layers)
+    personal = sum(4 * work.r2 * (parts * (work.r1 or d_in) + d_out) for d_in, d_out, parts in layers)
+    return meta_down, personal * work.identities
 
 
 def estimate(work: Workload, plan: Plan, peak_flops: float = PEAKS["A6000"]) -> Cost:
-    """Return what a step costs; both lists of blocks go as `flux.memory.arrange` deals them."""
+    """Return what a step costs under a plan; peak_flops: the GPU's, per second."""
     sizes, blocks = work.sizes, kinds(work.sizes)
     streamed = set(spread(plan.stream, len(blocks))) if plan.stream else set()
     weights = {kind: block_bytes(sizes, kind, plan.fp8, work.width) for kind in set(blocks)}
@@ -181,12 +185,15 @@ def estimate(work: Workload, plan: Plan, peak_flops: float = PEAKS["A6000"]) -> 
 
     training = work.kind != "sample"
     resident += 0 if training else AUTOENCODER * work.width
-    states = {"stage1": (3 + work.average, 3), "stage2": (1, 3), "sample": (0, 1)}[work.kind]
-    adapters = sum(n * size for kind in blocks for n, size in zip(states, adapter_bytes(work, kind)))
-    adapters = 0 if work.merge and plan.resident else adapters
-    activations = (
-        training_peak(work, plan.checkpoint, plan.fp8) if training else sampling_peak(work, plan.fp8)
-    )
+    # How often meta_down, and mid and up, are there: themselves and AdamW's two moments, if they are trained.
+    copies = {"stage1": (3 + work.average, 3), "stage2": (1, 3), "sample": (0, 1)}[work.kind]
+    adapters = sum(n * size for kind in blocks for n, size in zip(copies, adapter_bytes(work, kind)))
+    if work.merge and plan.resident:
+        adapters = 0
+    if training:
+        activations = training_peak(work, plan.checkpoint, plan.fp8)
+    else:
+        activations = sampling_peak(work, plan.fp8)
 
     flops = step_flops(work, plan.checkpoint)
     traffic = sum(weights[blocks[k]][0] for k in streamed) * (2 if training else 1)
@@ -196,10 +203,10 @@ def estimate(work: Workload, plan: Plan, peak_flops: float = PEAKS["A6000"]) -> 
 
 @cache
 def training_peak(work: Workload, checkpoint: str | int, fp8: bool) -> float:
-    """Walk back through the blocks: what those before still keep, what this one needs, the gradients so far.
+    """Return the largest number of bytes of activations and gradients in a backward pass.
 
-    A checkpointed block keeps its input, and perhaps the attention's output; to go back through it, all else
-    is computed again.
+    It goes back block by block: at each there are what the blocks before it keep, what it needs itself, and
+    the gradients so far. A recomputed block keeps its input only, and perhaps what attention returned.
     """
     blocks, unit = kinds(work.sizes), work.state
     count, attention = (
@@ -210,33 +217,35 @@ def training_peak(work: Workload, checkpoint: str | int, fp8: bool) -> float:
     before, worst, gradients = sum(kept), 0.0, 0
     for k in reversed(range(len(blocks))):
         kind = blocks[k]
-        shared, own = adapter_bytes(work, kind)
-        new = own + shared * (work.kind == "stage1")
-        # A double block's worst moment is its MLPs', which come first; a single block's is its first layer's.
+        meta_down, personal = adapter_bytes(work, kind)
+        new = personal + meta_down * (work.kind == "stage1")
+        # Most is there in a double block at its MLPs, where its backward pass begins. In a single block it is
+        # at the first layer, where the backward pass ends: the block's own gradients are there by then.
         present = gradients + new * (kind == "single")
         gradients += new
-        # Of what is held at the worst moment, this is kept already.
-        there = (attention if k < count else KEPT[kind]) - SPLIT * (kind == "double" and work.batch > 1)
-        passing = (WORK[kind] - there) * unit
+        # `before` counts this much of WORK already.
+        counted = (attention if k < count else KEPT[kind]) - SPLIT * (kind == "double" and work.batch > 1)
+        passing = (WORK[kind] - counted) * unit
         if fp8:
-            passing = max(passing, (WORK_FP8[kind] - there) * unit + last_weight(work, kind))
+            passing = max(passing, (WORK_FP8[kind] - counted) * unit + last_weight(work, kind))
         worst = max(worst, before * unit + passing + present)
         before -= kept[k]
-    # The products of a sample's factors, in the widest layer.
+    # The products of the factors for each sample, in the widest layer.
     d_in, d_out, parts = linear_sizes(work.sizes, "single")[1]
     return worst + PRODUCTS * 4 * work.batch * work.r2 * parts * (d_in + d_out)
 
 
 def last_weight(work: Workload, kind: str) -> int:
-    """Return the bytes of the whole weight of a block's last layer, in whose backward pass most is held."""
+    """Return the bytes of a block's last weight in the compute dtype."""
     d_in, d_out, _ = linear_sizes(work.sizes, kind)[-1]
     return d_in * d_out * work.width
 
 
 def sampling_peak(work: Workload, fp8: bool) -> float:
-    """Return what sampling holds at the most: within a single block's MLP, or while a picture is decoded."""
-    rounded = WORK_SAMPLE_FP8 * work.state + last_weight(work, "single")
-    forward = max(WORK_SAMPLE * work.state, rounded if fp8 else 0)
+    """Return the largest number of bytes in a step: at a single block's MLP, or while decoding."""
+    forward = WORK_SAMPLE * work.state
+    if fp8:
+        forward = max(forward, WORK_SAMPLE_FP8 * work.state + last_weight(work, "single"))
     pixels, (pair, each) = work.resolution**2, DECODE_ATTENTION
     decode = max(DECODE * pixels, pair * (pixels / 64) ** 2 + each * pixels)
     return max(forward, decode * work.width)
@@ -244,11 +253,15 @@ def sampling_peak(work: Workload, fp8: bool) -> float:
 
 @cache
 def step_flops(work: Workload, checkpoint: str | int) -> float:
-    """Return the FLOPs of a step: backward costs a linear layer as much as forward, attention 2.5 times."""
+    """Return the FLOPs of a step, without those of the adapters.
+
+    A linear layer's backward pass costs as much as its forward pass, since the weight is frozen; attention's
+    costs 2.5 times as much.
+    """
     (img, txt), sizes, blocks, total = work.tokens, work.sizes, kinds(work.sizes), 0.0
     attention = 4 * (img + txt) ** 2 * sizes.hidden_size
     for k, kind in enumerate(blocks):
-        # The modulation, the first layer of a block or of its half, sees a vector instead of tokens.
+        # Modulation layers, the first of each stream, see one vector instead of tokens.
         tokens = [1, *[img] * 4, 1, *[txt] * 4] if kind == "double" else [1, img + txt, img + txt]
         layers = linear_sizes(sizes, kind)
         linear = sum(2 * n * d_in * d_out for n, (d_in, d_out, _) in zip(tokens, layers))
@@ -264,7 +277,7 @@ def step_flops(work: Workload, checkpoint: str | int) -> float:
 
 
 def plans(work: Workload, options: MemoryOptions, fp8: bool) -> Iterator[Plan]:
-    """Yield every plan that the options leave open; kept attention cannot be compiled."""
+    """Yield every plan that the options allow; UserError when they name more blocks than there are."""
     total, checkpoint, stream = len(kinds(work.sizes)), options.checkpoint, options.stream
     for name, text in (("checkpoint", checkpoint), ("stream", stream)):
         if text.isdecimal() and int(text) > total:
@@ -272,7 +285,9 @@ def plans(work: Workload, options: MemoryOptions, fp8: bool) -> Iterator[Plan]:
     if work.kind == "sample":
         checkpoints = ["none"]
     elif checkpoint == "auto":
-        checkpoints = ["none", *["attention"] * (not options.compile), *range(1, total), "all"]
+        checkpoints = ["none", "attention", *range(1, total), "all"]
+        if options.compile:  # see `flux.memory.compile_blocks`
+            checkpoints.remove("attention")
     else:
         checkpoints = [int(checkpoint) if checkpoint.isdecimal() else checkpoint]
     if options.compile:  # streamed blocks cannot be compiled
@@ -290,12 +305,12 @@ def choose(
 ) -> tuple[Plan, Cost]:
     """Return the fastest plan that fits the budget in GiB, and its cost.
 
-    Of plans within 3 % of that it is the one that streams least. Weights are only rounded to 8 bits when
-    asked for, or when no exact plan fits whatever the other options. Raises UserError with both numbers when
-    nothing fits.
+    Of the plans that are at most 3 % slower it is the one that streams least. Weights are rounded to 8 bits
+    only if the user asks for it, or if no exact plan fits even without the user's other options. Raises
+    UserError with both numbers when nothing fits.
     """
     fits = lambda cost: cost.peak / GIB + RESERVE <= budget
-    needed = []
+    peaks = []
     for fp8 in {"auto": [False, True], "bf16": [False], "fp8": [True]}[options.base_dtype]:
         costs = {plan: estimate(work, plan, peak_flops) for plan in plans(work, options, fp8)}
         fitting = {plan: cost for plan, cost in costs.items() if fits(cost)}
@@ -303,21 +318,21 @@ def choose(
             enough = 1.03 * min(cost.seconds for cost in fitting.values())
             fast = [(plan, cost) for plan, cost in fitting.items() if cost.seconds <= enough]
             return min(fast, key=lambda pair: (pair[0].stream, pair[1].seconds, pair[1].peak))
-        needed += [cost.peak for cost in costs.values()]
+        peaks += [cost.peak for cost in costs.values()]
         exact = (estimate(work, plan) for plan in plans(work, MemoryOptions(), fp8=False))
         if options.base_dtype == "auto" and any(map(fits, exact)):
-            break  # with other options: these are the user's to give up, not the weights' bits
+            break  # an exact plan fits without the user's other options: do not round because of these
     raise UserError(
         f"{work.kind} at {work.resolution} pixels, batch {work.batch}, needs "
-        f"{min(needed) / GIB + RESERVE:.1f} GiB, there are {budget:.3g}: lower the resolution or the batch, "
-        "leave --stream and --checkpoint to the plan and --compile away, or take --base-dtype fp8"
+        f"{min(peaks) / GIB + RESERVE:.1f} GiB, there are {budget:.3g}: lower the resolution or the batch, "
+        "leave out --stream, --checkpoint and --compile, or take --base-dtype fp8"
     )
 
 
 def table(
     work: Workload, plan: Plan, cost: Cost, budget: float, fp8_asked: bool = False, card: str | None = None
 ) -> str:
-    """Return the plan as text; the time of a step only for a known card."""
+    """Return the plan as text; card: a key of PEAKS, for the time of a step, or None."""
     total = len(kinds(work.sizes))
     images = f"batch {work.batch}, {work.resolution}x{work.resolution} pixels, {work.tokens[1]} text tokens"
     recomputed = {"none": "no block", "all": "all blocks", "attention": "all blocks but their attention"}
@@ -349,10 +364,11 @@ def make_plan(
     resolution: int | None = None,
     **settings: object,
 ) -> Plan:
-    """Choose as the options and the device's memory allow, print the plan and return it.
+    """Choose a plan within the options and the device's memory, print it and return it.
 
-    kind, settings: fields of `Workload`. parts: the model's files, of which only headers are read; for what
-    is not there FLUX.1-dev's sizes count. resolution: None for the model's own. UserError when nothing fits.
+    kind, settings: fields of `Workload`. parts: the model's files, of which only the headers are read; for
+    missing ones FLUX.1-dev's sizes are assumed. resolution: None for the model's own. Raises UserError when
+    nothing fits.
     """
     sizes = {"t5_length": t5_length or Workload.t5_length, "width": dtype.itemsize}
     if "transformer" in parts:
@@ -364,7 +380,7 @@ def make_plan(
         sizes["t5_length"] = load_tokenizers(parts["tokenizers"], t5_length).t5.length
     work = Workload(kind, resolution=resolution or Workload.resolution, **sizes, **settings)
     if options.compile and (options.stream not in ("auto", "0") or options.checkpoint == "attention"):
-        raise UserError("--compile: neither with --stream nor with --checkpoint attention")
+        raise UserError("--compile works neither with --stream nor with --checkpoint attention")
     card = "A6000" if options.dry else None  # the paper's
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -373,7 +389,7 @@ def make_plan(
     plan, cost = choose(work, budget, options, PEAKS[card or "A6000"])
     older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
     if plan.compiled and plan.fp8 and older:
-        raise UserError("--compile: cards before Ada cannot compile 8-bit weights; leave it away")
+        raise UserError("--compile: GPUs before Ada cannot compile 8-bit weights; leave it out")
     print(table(work, plan, cost, budget, options.base_dtype == "fp8", card))
     return plan
 
@@ -381,14 +397,14 @@ def make_plan(
 def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True) -> argparse._ArgumentGroup:
     """Add the options that say how the transformer fits the device; return their group."""
     group = parser.add_argument_group("memory")
-    group.add_argument("--vram", type=float, help="GiB to stay within; default: all the GPU has")
+    group.add_argument("--vram", type=float, help="GiB to stay within; default: the GPU's memory")
     if training:
         group.add_argument(
             "--checkpoint",
             type=_count_or("auto", "none", "all", "attention"),
             default="auto",
-            help="blocks to recompute in the backward pass: auto, none, all, a number from the first on, or "
-            "attention (all, but keep what attention returns)",
+            help="blocks to recompute in the backward pass: auto, none, all, attention (all, but keep what "
+            "attention returns), or how many from the first on",
         )
     group.add_argument(
         "--stream",
@@ -400,14 +416,14 @@ def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True)
         "--base-dtype",
         choices=["auto", "bf16", "fp8"],
         default="auto",
-        help="bf16: weights as they are; fp8: rounded to 8 bits; auto: rounded if nothing else fits",
+        help="bf16: exact weights; fp8: rounded to 8 bits; auto: rounded only if nothing else fits",
     )
     group.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile each block, once per shape; not with --stream nor with --checkpoint attention",
     )
-    group.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    group.add_argument("--plan", action="store_true", help="print the memory plan and stop")
     return group
 
 

@@ -1,14 +1,14 @@
-"""Many processes train as one: the ranks that torchrun starts, on torch.distributed.
+"""Ranks: the processes that torchrun starts, which train as one through torch.distributed.
 
-Of a bucket's people rank r has every size-th, from the r-th on, with their mid, up and optimiser, in slots of
-its own. All ranks have the same meta_down, and add up its gradient. What lies on disk does not depend on the
-number of ranks: rank 0 gathers and writes it. The folders of a run must be the same for all, also on several
-nodes.
+A bucket's people are dealt to the ranks: rank r takes every size-th person, from the r-th on, and keeps their
+mid, up and optimiser state in its slots. All ranks have the same meta_down and sum its gradient. What lies on
+disk does not depend on the number of ranks: rank 0 gathers it and writes it. All ranks, also those on other
+nodes, must see the same folders.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any
@@ -22,29 +22,34 @@ from flux.errors import UserError
 from flux.memory import blocks_of
 from flux.model import Flux
 
-PATIENCE = timedelta(hours=6)  # the others wait while rank 0 looks at all photos, or draws pictures
-CHUNK = 2**26  # numbers that are summed at once, 256 MB
+PATIENCE = timedelta(hours=6)  # the others wait this long while rank 0 reads all photos, or samples
+CHUNK = 2**26  # numbers in one all-reduce, 0.25 GiB
 
 
 class Ranks:
-    """The ranks of a run. Without torchrun there is one, and every method gives back what it is given."""
+    """The ranks of a run. Without torchrun there is one, and every method returns what it is given."""
 
     def __init__(self):
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         numbers = (int(os.environ.get(name, default)) for name, default in names.items())
         self.rank, self.size, self.local_rank, self.local_size = numbers
-        self.leads = self.rank == 0  # it writes and speaks for all
+        self.leads = self.rank == 0  # rank 0 alone prints, and writes files
         if self.size > 1 and torch.cuda.is_available():
-            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())  # nobody else's is touched
+            # Before anything else uses CUDA, or every rank would put a context on the first GPU.
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
 
     def device(self, device: torch.device) -> torch.device:
-        """Return this rank's own device; ValueError when there is none of its kind left."""
+        """Return the device of this rank; UserError when there are more ranks than devices."""
         if self.size == 1 or device.type == "cpu":
             return device
         if device.type != "cuda" or device.index is not None:
-            raise UserError(f"--device {device}: {self.size} ranks need --device cuda, a card each, or cpu")
+            raise UserError(
+                f"--device {device}: {self.size} ranks need --device cuda, a GPU for each, or --device cpu"
+            )
         if self.local_rank >= torch.cuda.device_count():
-            raise UserError(f"{self.local_size} ranks on a node with {torch.cuda.device_count()} cards")
+            raise UserError(
+                f"{self.local_size} ranks were started on a node with {torch.cuda.device_count()} GPUs"
+            )
         device = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(device)
         return device
@@ -57,15 +62,15 @@ class Ranks:
 
     @contextmanager
     def together(self, device: torch.device) -> Iterator[None]:
-        """Meet the other ranks, and part from them when all have come to the end of the block.
+        """Join the process group of all ranks for a block, and leave it when all ranks have left the block.
 
-        Tensors on GPUs are added up over nccl; all else goes through host memory over gloo.
+        Gradients on GPUs are summed over nccl; everything else goes through host memory over gloo.
         """
         if self.size == 1:
             yield
             return
         self._call(dist.init_process_group, "nccl" if device.type == "cuda" else "gloo")
-        # On the class, to live as long as the process: in torch 2.6 a gloo group can hang when it is deleted.
+        # Stored on the class, so that it is never deleted: in torch 2.6 that can hang for a gloo group.
         Ranks.hosts = self._call(dist.new_group, backend="gloo", timeout=PATIENCE)
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if self.leads else nowhere):
             yield
@@ -76,11 +81,11 @@ class Ranks:
     def _call(self, collective: Callable, *args, **kwargs) -> Any:
         try:
             return collective(*args, **kwargs)
-        except RuntimeError as error:
+        except RuntimeError as error:  # gloo has no narrower type for a lost connection
             reason = str(error).strip().partition("\n")[0]
             raise ConnectionError(
                 f"rank {self.rank} of {self.size} cannot reach another rank, which has probably failed: see "
-                f"the message of that one ({reason})"
+                f"the message of that rank ({reason})"
             ) from error
 
     # Agreement
@@ -104,62 +109,66 @@ class Ranks:
         return total.to(number.device)
 
     def norm(self, norm: Tensor) -> Tensor:
-        """Return the norm of what has this norm on each rank."""
+        """Return the norm over all ranks, given the norm of this rank's part."""
         return norm if self.size == 1 else self.sum(norm.double().square()).sqrt().to(norm.dtype)
 
     def once(self, function: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 and return its result on all; if it fails there, the others end too."""
+        """Call a function on rank 0 and return its result on all ranks; if it fails, all ranks end."""
         if self.size == 1:
             return function()
-        answer = [None, False]
-        tell = lambda: self._call(dist.broadcast_object_list, answer, 0, self.hosts)
+        answer = [None, False]  # the result, and whether there is one
+        broadcast = lambda: self._call(dist.broadcast_object_list, answer, 0, self.hosts)
         if self.leads:
             try:
                 answer[:] = function(), True
-            except Exception:
-                tell()
+            except Exception:  # whatever it is, the others must not go on waiting; then it is raised
+                broadcast()
                 raise
-        tell()
+        broadcast()
         if not answer[1]:
+            # torchrun ends all ranks as soon as one has ended: let rank 0 print its message first.
             with suppress(ConnectionError):
-                self.wait()  # until rank 0 has said why and is gone: the first to go takes the others along
+                self.wait()
             sys.exit(1)
         return answer[0]
 
     @contextmanager
     def lead_first(self) -> Iterator[None]:
-        """Let the others into the block when rank 0 has left it."""
+        """Run a block on rank 0, then on the others."""
         if not self.leads:
             self.wait()
         yield
         if self.leads:
             self.wait()
 
-    # Who has what
+    # What belongs to which rank
 
     def parts(self, people: Sequence) -> list[Sequence]:
-        """Deal a bucket to the ranks; ValueError when there are more ranks than people."""
+        """Deal a bucket's people to the ranks; UserError when there are fewer people than ranks."""
         if len(people) < self.size:
             raise UserError(f"a bucket of {len(people)} people is too small for {self.size} ranks")
         return [people[rank :: self.size] for rank in range(self.size)]
 
     def mine(self, people: Sequence) -> Sequence:
-        """Return this rank's part."""
+        """Return this rank's people of a bucket."""
         return self.parts(people)[self.rank]
 
     def own(self, state: Any) -> Any:
-        """Take this rank's rows of the tensors of a bucket, (people, ...); filled up with zeros."""
+        """Return this rank's rows of a bucket's tensors (people, ...), in nested dictionaries and lists.
+
+        All ranks get equally many rows; where people are missing the rows are zero.
+        """
         if self.size == 1:
             return state
         if isinstance(state, dict):
             return {key: self.own(value) for key, value in state.items()}
         if isinstance(state, list):
             return [self.own(value) for value in state]
-        lacking = state.new_zeros(-len(state) % self.size, *state.shape[1:])
-        return torch.cat([state, lacking])[self.rank :: self.size].clone()
+        missing = state.new_zeros(-len(state) % self.size, *state.shape[1:])
+        return torch.cat([state, missing])[self.rank :: self.size].clone()
 
     def gather(self, state: Any, people: int) -> Any:
-        """Undo `own`: return on rank 0 the rows of all ranks, in host memory; elsewhere nothing of use."""
+        """Undo `own`: return on rank 0 the rows of all ranks, in host memory; on other ranks only None."""
         if self.size == 1:
             return state
         if isinstance(state, dict):
@@ -180,32 +189,43 @@ class Ranks:
         return [item for part in lists for item in part]
 
     def makes(self, key: str) -> bool:
-        """Say whether an entry of the cache, named by a hash, is for this rank to make."""
+        """Say whether this rank makes a cache entry; its key, a hash, deals the entries to the ranks."""
         return int(key[:8], 16) % self.size == self.rank
 
     # The gradient
 
     def sum_gradients(self, params: Sequence[Tensor]) -> None:
-        """Put into the gradient of each parameter its sum over all ranks; the same on all, bit by bit."""
-        gradients = [p.grad for p in params] if self.size > 1 else []
-        while gradients:
-            count, size = 0, 0
-            while count < len(gradients) and (not count or size + gradients[count].numel() <= CHUNK):
-                size, count = size + gradients[count].numel(), count + 1
-            chunk, gradients = gradients[:count], gradients[count:]
-            flat = torch.cat([gradient.flatten() for gradient in chunk])
+        """Replace the gradient of each parameter by its sum over all ranks, bit for bit the same on all."""
+        if self.size == 1:
+            return
+        for gradients in chunks([p.grad for p in params]):
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
             self._call(dist.all_reduce, flat)
-            for gradient, part in zip(chunk, flat.split([gradient.numel() for gradient in chunk])):
-                gradient.copy_(part.view_as(gradient))
+            sums = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, total in zip(gradients, sums, strict=True):
+                gradient.copy_(total.view_as(gradient))
+
+
+def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in lists of at most CHUNK numbers; a larger tensor has a list for itself."""
+    chunk, size = [], 0
+    for tensor in tensors:
+        if chunk and size + tensor.numel() > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(tensor)
+        size += tensor.numel()
+    if chunk:
+        yield chunk
 
 
 def shard(model: Flux, ranks: Ranks, device: torch.device) -> Flux:
-    """Leave every rank its part of a frozen model, in place; a block is whole while it runs (FSDP2).
+    """Spread a frozen model's weights over the ranks with FSDP2, in place; a block is whole while it runs.
 
-    Given a model on the CPU, mapped to its file, the device never holds more than a block beside its part. It
-    comes before `inject`: the factors, added later, stay whole, and each rank's own.
+    If the model is on the CPU, mapped to its file, the device never holds more than its part and one block.
+    Call it before `inject`: the factors, which are added later, are then not spread.
     """
-    from torch.distributed.fsdp import fully_shard  # takes a second, which only this run should pay
+    from torch.distributed.fsdp import fully_shard  # importing it takes a second: only for runs that use it
 
     mesh = init_device_mesh(device.type, (ranks.size,))
     for block in blocks_of(model):

@@ -1,4 +1,4 @@
-"""Random numbers: for each purpose a stream of its own, so that a run can go on at any step."""
+"""Random numbers: a stream for each purpose and step, so that a run can continue at any step."""
 
 import hashlib
 
@@ -6,11 +6,11 @@ import torch
 
 
 def generator_for(purpose: str, seed: int, *numbers: int) -> torch.Generator:
-    """Return the generator of a purpose, such as "noise", at a place, such as a step and a rank.
+    """Return the generator of a purpose, such as "noise", at a place in the run, such as a step and a rank.
 
-    A hash keeps the streams apart: with seed + step, one step's noise would be the next seed's.
+    A hash keeps the streams apart: with seed + step, the noise of one step would be that of the next seed's
+    step before.
     """
     digest = hashlib.sha256(f"{purpose} {seed} {numbers}".encode()).digest()
-    return torch.Generator().manual_seed(
-        int.from_bytes(digest[:4], "little")
-    )  # torch reads 32 bits of a seed
+    number = int.from_bytes(digest[:4], "little")  # torch's CPU generator uses 32 bits of a seed
+    return torch.Generator().manual_seed(number)

@@ -1,4 +1,4 @@
-"""How both stages train where the paper is silent: a set of numbers, and the options that set them."""
+"""The training settings that both stages share, most of them where the paper is silent, and their options."""
 
 import argparse
 from dataclasses import dataclass, fields
@@ -7,26 +7,26 @@ from typing import Self
 
 @dataclass(frozen=True)
 class Training:
-    """Optimiser, times and noise of a training; the defaults are explained in docs/choices.md."""
+    """Settings of the optimiser and of what it learns from; docs/choices.md explains the defaults."""
 
-    lr: float = 4e-4  # of AdamW; the paper's
+    lr: float = 4e-4  # AdamW's learning rate, the paper's
     weight_decay: float = 0.01
     clip_grad: float = 1.0  # largest norm of the gradient of meta_down, and of each identity's mid and up
     t_mean: float = 0.0  # times are logit-normal: sigmoid of a Gaussian with this mean
     t_std: float = 1.0  # and this standard deviation
-    train_guidance: float = 1.0  # guidance input
+    train_guidance: float = 1.0  # the model's guidance input while training
     latents: str = "sample"  # or "mean", of the autoencoder's posterior
 
     @classmethod
     def of(cls, args: argparse.Namespace, **changes: object) -> Self:
-        """Take the numbers from parsed arguments, except for some."""
+        """Take the settings from parsed arguments; `changes` come before them."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)} | changes)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `Training`, except --lr, of which a benchmark takes several."""
+    """Add the options of `Training`, except --lr, which the benchmark needs as a list."""
     group = parser.add_argument_group("choices where the paper is silent")
-    group.add_argument("--weight-decay", type=float, default=Training.weight_decay, help="of AdamW")
+    group.add_argument("--weight-decay", type=float, default=Training.weight_decay, help="AdamW's")
     group.add_argument(
         "--clip-grad",
         type=float,
@@ -41,5 +41,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-guidance", type=float, default=Training.train_guidance, help="guidance input while training"
     )
     group.add_argument(
-        "--latents", choices=["sample", "mean"], default=Training.latents, help="of the posterior"
+        "--latents",
+        choices=["sample", "mean"],
+        default=Training.latents,
+        help="what is taken of the autoencoder's posterior",
     )

@@ -1,14 +1,18 @@
-"""What may reach a terminal: names and texts from outside are shown, never obeyed."""
+"""Escaping: names and texts from files are shown by a terminal, never obeyed.
+
+`run_script` escapes all that a command prints. `printable` is for a name that must not break the line that it
+stands in, and for what goes into pictures.
+"""
 
 import re
 import sys
 from typing import TextIO
 
-BAR = re.compile(r"\r|\n*(\x1b\[A)*")  # how tqdm begins a line that it draws, and moves between bars
+BAR = re.compile(r"\r|\n*(\x1b\[A)*")  # what tqdm writes to begin a bar, or to move between bars
 
 
 def printable(text: object) -> str:
-    """Escape what a terminal would obey instead of show: control, formatting and undecodable characters."""
+    """Escape control and formatting characters, and bytes that are not UTF-8; the result is one line."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
         for char in str(text)
@@ -16,7 +20,7 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """Do the same to several lines; a line end that came in an argument, in a file's name, is escaped too."""
+    """Escape a text of several lines; also line ends that come from file names in the command's arguments."""
     text = str(text)
     for part in {part for word in sys.argv[1:] for part in re.split("[/.]", word)}:
         if "\n" in part and part.strip():
@@ -25,7 +29,10 @@ def printable_lines(text: object) -> str:
 
 
 class Shown:
-    """A text stream that shows what a terminal would obey, or cannot encode. bars: tqdm may draw its own."""
+    """A text stream that escapes what a terminal would obey or cannot encode.
+
+    bars: let the control characters through with which tqdm draws its bars.
+    """
 
     def __init__(self, stream: TextIO, bars: bool = False):
         self.stream, self.bars = stream, bars

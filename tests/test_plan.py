@@ -1,15 +1,14 @@
 """The plan against FLUX.1's true sizes and peaks counted operation by operation; and what it chooses."""
 
 import argparse
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import documents, plans
+from bench import documents, memory, plans
+from flux.errors import UserError
 from flux.memory import FrozenLinear, arrange, blocks_of, checkpoint_blocks
 from flux.model import Flux
 from metalora import factors, inject
@@ -18,6 +17,7 @@ from run.plan import (
     FLUX_DEV,
     GIB,
     RESERVE,
+    MemoryOptions,
     Plan,
     Workload,
     adapter_bytes,
@@ -30,21 +30,13 @@ from run.plan import (
     make_plan,
     outer_parameters,
     step_flops,
+    table,
 )
 
 SHORT = replace(FLUX_DEV, depth=2, depth_single=3)  # at full width
 STAGE1 = Workload("stage1", batch=4, identities=50)
 STAGE2 = Workload("stage2")
 SAMPLE = Workload("sample")
-
-
-@pytest.fixture(scope="module")
-def bench():
-    path = Path(__file__).parents[1] / "bench" / "memory.py"
-    spec = importlib.util.spec_from_file_location("bench_memory", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_sizes_are_those_of_the_model():
@@ -82,7 +74,7 @@ def test_8_bits_take_the_bytes_that_are_planned():
         assert block_bytes(tiny, kind, fp8=True, width=2) == (weights, others)
 
 
-# At full width; each with another way, whose peak it must not be taken for.
+# At full width; each with another plan, whose peak it must not be taken for.
 CASES = [
     (STAGE1, Plan("all"), Plan("attention")),
     (replace(STAGE1, batch=2, r2=8), Plan("attention", 5), Plan("none", 5)),
@@ -91,20 +83,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("job, way, other", CASES)
-def test_the_plan_predicts_the_simulated_peak(bench, job, way, other):
-    job = replace(job, sizes=SHORT)
-    simulated = bench.simulate(job, way)
-    assert abs(estimate(job, way).peak / simulated - 1) < 0.02
-    assert abs(estimate(job, other).peak / simulated - 1) > 0.03
+@pytest.mark.parametrize("work, chosen, other", CASES)
+def test_the_plan_predicts_the_simulated_peak(work, chosen, other):
+    work = replace(work, sizes=SHORT)
+    simulated = memory.simulate(work, chosen)
+    assert abs(estimate(work, chosen).peak / simulated - 1) < 0.02
+    assert abs(estimate(work, other).peak / simulated - 1) > 0.03
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(13))
-def test_whole_model(bench, number):
-    job, way, limit = bench.ROWS[number]
-    simulated = bench.simulate(job, way)
-    assert abs(estimate(job, way).peak / simulated - 1) < 0.03
+def test_whole_model(number):
+    work, chosen, limit = memory.ROWS[number]
+    simulated = memory.simulate(work, chosen)
+    assert abs(estimate(work, chosen).peak / simulated - 1) < 0.03
     assert limit is None or round(simulated / GIB, 1) <= limit
 
 
@@ -116,7 +108,7 @@ def test_flops_of_a_step_are_those_counted(what, tera):
 
 def test_flops_of_a_forward_pass_are_those_counted():
     sizes = replace(FLUX_DEV, hidden_size=128, mlp_size=512, num_heads=1, depth=2, depth_single=3)
-    job = Workload("sample", sizes, batch=2, resolution=128, t5_length=16)
+    work = Workload("sample", sizes, batch=2, resolution=128, t5_length=16)
     img, ids, txt = torch.zeros(2, 64, 64), torch.zeros(2, 64, 3), torch.zeros(2, 16, 4096)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model = Flux(sizes)
@@ -128,14 +120,14 @@ def test_flops_of_a_forward_pass_are_those_counted():
         for name, n in (("double", 2), ("single", 3))
         for k in range(n)
     )
-    assert step_flops(job, "none") == counted
+    assert step_flops(work, "none") == counted
 
 
 @pytest.mark.parametrize("what", ["none", "all", 2])
 def test_flops_of_a_training_step_of_any_shape_are_those_counted(what):
     """Input gradients alone, which is what a frozen base costs; without adapters, which are not planned."""
     sizes = replace(FLUX_DEV, hidden_size=128, mlp_size=512, num_heads=1, depth=2, depth_single=3)
-    job = Workload("stage2", sizes, shape=(64, 144), t5_length=16)
+    work = Workload("stage2", sizes, shape=(64, 144), t5_length=16)
     tokens, width = 4 * 9, sizes.hidden_size
     img = torch.zeros(1, tokens, 64, requires_grad=True)
     ids, txt = torch.zeros(1, tokens, 3), torch.zeros(1, 16, 4096, requires_grad=True)
@@ -155,7 +147,7 @@ def test_flops_of_a_training_step_of_any_shape_are_those_counted(what):
     vectors = 2 * width * (256 + 768 + 256) + 3 * 2 * width * width
     # A modulation's input, the vector, needs no gradient here; with adapters it does.
     modulation = sum(2 * d_in * d_out for d_in, d_out, _ in modulations(sizes))
-    planned = step_flops(job, what)
+    planned = step_flops(work, what)
     assert counter.get_total_flops() - inputs - last - vectors == planned - modulation
 
 
@@ -168,16 +160,19 @@ def modulations(sizes):
 # --- What is chosen ----------------------------------------------------------------------------------------
 
 
+BF16, FP8 = MemoryOptions(base_dtype="bf16"), MemoryOptions(base_dtype="fp8")
+
+
 @pytest.mark.parametrize("budget", [8, 12, 16, 24, 48, 80])
 def test_stage_2_is_exact_on_any_card_from_8_gb(budget):
-    way, some, line = choose(STAGE2, budget)
-    assert not way.fp8 and line.startswith("exact") and some.peak / GIB + RESERVE <= budget
-    assert budget < 80 or way == Plan("none", 0)
+    chosen, cost = choose(STAGE2, budget)
+    assert not chosen.fp8 and cost.peak / GIB + RESERVE <= budget
+    assert budget < 80 or chosen == Plan("none", 0)
 
 
 def test_stage_1_fits_48_gb_without_streaming():
-    way, some, line = choose(STAGE1, 48)
-    assert not way.fp8 and way.stream == 0 and some.peak / GIB + RESERVE <= 48
+    chosen, cost = choose(STAGE1, 48)
+    assert not chosen.fp8 and chosen.stream == 0 and cost.peak / GIB + RESERVE <= 48
 
 
 def test_more_memory_is_never_slower():
@@ -187,19 +182,19 @@ def test_more_memory_is_never_slower():
 
 def test_weights_are_rounded_only_if_nothing_exact_fits_or_as_asked():
     least = estimate(STAGE2, Plan("all", 57)).peak / GIB + RESERVE
-    way, _, line = choose(STAGE2, least - 0.1)
-    assert way.fp8 and "nothing exact fits" in line
-    with pytest.raises(ValueError, match=rf"needs {least:.1f} GiB, there are {least - 0.1:.3g}"):
-        choose(STAGE2, least - 0.1, base="bf16")
-    way, _, line = choose(STAGE2, 80, base="fp8")
-    assert way.fp8 and "as asked" in line
+    chosen, cost = choose(STAGE2, least - 0.1)
+    assert chosen.fp8 and "8 bits: nothing exact fits" in table(STAGE2, chosen, cost, least - 0.1)
+    with pytest.raises(UserError, match=rf"needs {least:.1f} GiB, there are {least - 0.1:.3g}"):
+        choose(STAGE2, least - 0.1, BF16)
+    chosen, cost = choose(STAGE2, 80, FP8)
+    assert chosen.fp8 and "8 bits: as asked" in table(STAGE2, chosen, cost, 80, fp8_asked=True)
 
 
 def test_8_bits_are_never_the_answer_to_another_option():
     """What fits exactly with blocks streamed is not rounded because they may not be."""
-    with pytest.raises(ValueError, match="--base-dtype fp8"):
-        choose(STAGE2, 24, stream="0")
-    assert choose(STAGE2, 24, stream="0", base="fp8")[0].fp8
+    with pytest.raises(UserError, match="--base-dtype fp8"):
+        choose(STAGE2, 24, MemoryOptions(stream="0"))
+    assert choose(STAGE2, 24, replace(FP8, stream="0"))[0].fp8
 
 
 def test_what_is_held_beside_the_model_counts():
@@ -223,7 +218,8 @@ def parse(*argv: str) -> argparse.Namespace:
 
 
 def plan(*argv: str) -> Plan:
-    return make_plan(parse(*argv), "stage2", "cpu", torch.bfloat16, {})
+    options = MemoryOptions.of(parse(*argv))
+    return make_plan("stage2", {}, options, torch.device("cpu"), torch.bfloat16)
 
 
 def test_flags_override_each_choice(capsys):
@@ -234,41 +230,41 @@ def test_flags_override_each_choice(capsys):
     for wrong in (["--checkpoint", "some"], ["--stream", "-1"], ["--stream", "all"]):
         with pytest.raises(SystemExit):
             parse(*wrong)
-    with pytest.raises(ValueError, match="--stream 58: from 0 to 57"):
+    with pytest.raises(UserError, match="--stream 58: from 0 to 57"):
         plan("--stream", "58")
 
 
 def test_what_cannot_be_compiled_is_not_chosen():
     assert choose(STAGE1, 48)[0].checkpoint == "attention"
-    assert choose(STAGE1, 48, stream="0", compiled=True)[0].checkpoint != "attention"
+    assert choose(STAGE1, 48, MemoryOptions(stream="0", compile=True))[0].checkpoint != "attention"
     assert plan("--vram", "80", "--compile") == Plan(compiled=True)
     for wrong in (["--stream", "3"], ["--checkpoint", "attention"]):
-        with pytest.raises(ValueError, match="--compile: neither with --stream nor with --checkpoint att"):
+        with pytest.raises(
+            UserError, match="--compile works neither with --stream nor with --checkpoint att"
+        ):
             plan("--vram", "80", "--compile", *wrong)
 
 
 def test_a_lora_that_is_merged_takes_no_memory():
     """Where all weights are resident it is; else its factors count, as many as are there."""
-    job = Workload("sample", r1=None, r2=128, merge=True)
-    without = replace(job, identities=0)
-    assert estimate(job, Plan()) == estimate(without, Plan())
-    assert (
-        estimate(job, Plan(stream=3)).adapters
-        == estimate(replace(job, merge=False), Plan(stream=3)).adapters
-        > 0
-    )
+    work = Workload("sample", r1=None, r2=128, merge=True)
+    apart, without = replace(work, merge=False), replace(work, identities=0)
+    assert estimate(work, Plan()) == estimate(without, Plan())
+    streamed = estimate(work, Plan(stream=3))
+    assert streamed.adapters == estimate(apart, Plan(stream=3)).adapters > 0
     tight = estimate(without, Plan()).peak / GIB + RESERVE
-    assert choose(job, tight)[0] == Plan() and choose(replace(job, merge=False), tight)[0].stream > 0
+    assert choose(work, tight)[0] == Plan() and choose(apart, tight)[0].stream > 0
 
 
 def test_sizes_come_from_the_headers(capsys):
-    """The small model's own: 8 pixels to a token's side, its pictures, its text length; it all fits."""
+    """The toy model's: 8 pixels to a token's side, its pictures, its text length; it all fits."""
     files = files_to_plan(argparse.Namespace(model="tiny"))
-    assert make_plan(parse("--plan"), "stage2", "cpu", torch.float32, files) == Plan()
+    options = MemoryOptions.of(parse("--plan"))
+    assert make_plan("stage2", files, options, torch.device("cpu"), torch.float32) == Plan()
     assert "64x64 pixels, 16 text tokens" in capsys.readouterr().out
 
 
-def test_the_readme_shows_what_is_chosen():
-    text = plans.README.read_text(encoding="utf-8")
+def test_the_document_shows_what_is_chosen():
+    text = plans.DOCUMENT.read_text(encoding="utf-8")
     assert documents.fill(text, {"plans": plans.table}) == text, "run python bench/plans.py"
     assert documents.fill(text, {"plans": lambda: "| 24 GB |"}) != text
