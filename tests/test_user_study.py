@@ -416,7 +416,9 @@ def test_help_is_a_manual_page(command, capsys):
     with pytest.raises(SystemExit) as stop:
         user_study.main([*command, "--help"])
     said = capsys.readouterr().out
-    assert stop.value.code == 0 and "python study.py" in said and max(map(len, said.splitlines())) <= 120
+    assert (
+        stop.value.code == 0 and "python -m metaphd study" in said and max(map(len, said.splitlines())) <= 120
+    )
 
 
 # The page in a browser
