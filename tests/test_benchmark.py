@@ -24,9 +24,9 @@ SYSTEMS = [f"{method}_r1_lr0.01_s{steps}" for method in ("meta-lora", "lora-noau
 
 
 @pytest.fixture(scope="module")
-def world(model, tmp_path_factory) -> Path:
+def judged_model(model, tmp_path_factory) -> Path:
     """The random model with the toy model's judges and a stage-1 file of its own."""
-    folder = tmp_path_factory.mktemp("world") / "model"
+    folder = tmp_path_factory.mktemp("judged") / "model"
     shutil.copytree(model, folder)
     shutil.copytree(JUDGES, folder / "judges")
     transformer = flux.load_flux(folder / "flux1-random.safetensors")
@@ -45,13 +45,22 @@ def people(people, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(world, people, tmp_path):
+def run(judged_model, people, tmp_path):
     """Call the script: two systems, two step counts, two prompts, two seeds."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a [man/woman] at the beach\na sketch of a [man/woman]\n")
 
     def call(*argv: object, out: str = "out") -> Path:
-        defaults = ["--model", world, "--people", people, "--prompts", prompts, "--out", tmp_path / out]
+        defaults = [
+            "--model",
+            judged_model,
+            "--people",
+            people,
+            "--prompts",
+            prompts,
+            "--out",
+            tmp_path / out,
+        ]
         defaults += ["--method", "meta-lora", "lora-noaug", "--steps", 1, 3, "--lr", 0.01]
         defaults += ["--seeds", 2, "--sample-steps", 1, "--at-once", 2]
         benchmark.main([str(word) for word in [*defaults, *argv]])
@@ -238,6 +247,26 @@ def test_wrong_input_stops_before_anything_is_loaded(run, people, tmp_path, monk
         run("--references", tmp_path / "refs.json")
     with pytest.raises(SystemExit):
         run("--seeds", 0)
+
+
+def test_the_command_has_three_parts(monkeypatch, capsys):
+    from metaphd import __main__ as command
+
+    called = []
+    monkeypatch.setitem(command.COMMANDS, "check", called.append)
+    monkeypatch.setattr("sys.argv", ["metaphd", "check", "people", "--out", "x.csv"])
+    command.main()
+    assert called == [["people", "--out", "x.csv"]]
+    for argv, code in ((["metaphd", "--help"], None), (["metaphd"], None), (["metaphd", "chek"], 2)):
+        monkeypatch.setattr("sys.argv", argv)
+        if code:
+            with pytest.raises(SystemExit) as stop:
+                command.main()
+            assert stop.value.code == code
+        else:
+            command.main()
+        said = capsys.readouterr()
+        assert "python -m metaphd run|check|study" in (said.err if code else said.out)
 
 
 def test_defaults_are_the_papers():

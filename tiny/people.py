@@ -175,7 +175,8 @@ def draw_views(n: int, generator: torch.Generator, **fixed: float | Tensor) -> T
 
 
 def _columns(values: dict[str, Tensor], names: tuple, fixed: dict[str, float | Tensor]) -> Tensor:
-    if unknown := set(fixed) - set(names):
+    unknown = set(fixed) - set(names)
+    if unknown:
         raise ValueError(f"unknown columns {sorted(unknown)}; possible: {', '.join(names)}")
     rows = torch.stack([values[name].float() for name in names], dim=1)
     for name, value in fixed.items():

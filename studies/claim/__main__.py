@@ -1,7 +1,7 @@
 """Meta-LoRA against LoRA on the toy model: run the study that README.md planned.
 
     python -m studies.claim --quick              # a smaller answer from the shipped weights, in minutes
-    python -m studies.claim --bases tiny second  # all of it; hours; the same command again goes on
+    python -m studies.claim --bases tiny second  # all of it; hours; the same command again continues
     python -m studies.claim --figures            # tables and pictures anew from the committed scores
 
 A cell is a system of the benchmark: method, placement, rank, learning rate, prior and base. Its scores go to

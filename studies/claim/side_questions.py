@@ -35,14 +35,16 @@ def controls(study: Study) -> str:
     lines, lora = [["placement", "control", *head]], [["placement", "meta_down", "rates", *head]]
     for targets, name in PLACEMENTS.items():
         learned = sample.curves(targets, META)
-        there = {x: made for x in CONTROLS if (made := sample.curves(targets, META, prior=x)) and learned}
+        made_by = {control: sample.curves(targets, META, prior=control) for control in CONTROLS}
+        there = {control: made for control, made in made_by.items() if made and learned}
         for control, made in there.items():
             found = [compare_speed(learned, made, level, LIMIT) for level in LEVELS]
             lines.append([name, control, *map(tell_speed, found)])
             both = {key[1]: (learned[key], made[key]) for key in made if key in learned}
             pairs |= {(name, control, tell_rate(lr)): pair for lr, pair in both.items()}
         for lr, control in product((None, EQUAL), (None, *there) if there else ()):
-            if found := speeds(sample, targets, LIMIT, lr=lr, prior=control):
+            found = speeds(sample, targets, LIMIT, lr=lr, prior=control)
+            if found:
                 rate = f"both {tell_rate(lr)}" if lr else "own best"
                 lora.append([name, control or "learned", rate, *map(tell_speed, found)])
     if not pairs:
@@ -109,7 +111,8 @@ def crops(study: Study) -> str:
         "### Crops\n\nSteps, all layers, each at its own best rate: the second relative to the first [95 %]."
     )
     told += f"\n\n{markdown(lines)}"
-    if large := study.aside.get("large"):
+    large = study.aside.get("large")
+    if large:
         steps = next(iter(large.values())).steps[1:]
         gap = {WORDS[key[3]]: cell.scores[-1].mean(axis=(0, 1)) for key, cell in large.items()}
         gap = [f"{number(100 * (x[FACESIM] - x[SIMILAR]))} for {name}" for name, x in gap.items()]
@@ -125,7 +128,8 @@ def crops(study: Study) -> str:
 def attention(study: Study) -> str:
     """Compare the methods on the attention layers only."""
     sample = study.first()
-    if not (found := speeds(sample, "attention", LIMIT)):
+    found = speeds(sample, "attention", LIMIT)
+    if not found:
         return ""
     rates = enumerate_words([tell_rate(lr) for _, lr in sample.curves("attention", META)])
     lines = [[f"to {level}" for level in LEVELS], [*map(tell_speed, found)]]
@@ -146,7 +150,8 @@ def attempts(study: Study) -> str:
     for base, prior in sorted({key[:2] for key in cells if key[1]}, key=lambda one: (one[0] != "tiny", one)):
         sample = Sample(cells, [(base, prior)], study.resamples)
         for lines, lr in ((lora, None), (same, EQUAL)):
-            if found := speeds(sample, "all", LIMIT, lr=lr):
+            found = speeds(sample, "all", LIMIT, lr=lr)
+            if found:
                 lines.append([base, prior, *map(tell_speed, found)])
         ours, before = (sample.curves("all", META, prior=x) for x in (prior, "0"))
         before = {key: curve for key, curve in before.items() if key in ours}

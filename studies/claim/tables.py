@@ -168,7 +168,8 @@ def flux_cost(study: Study) -> str:
         (f"{pictures:,} pictures", Workload("sample"), Plan("none"), pictures * euler),
     ):
         seconds = np.array([estimate_cost(workload, memory_plan, PEAKS[card]).seconds for card in cards])
-        total += (days := seconds * number_of / 86400)
+        days = seconds * number_of / 86400
+        total += days
         lines.append([name, f"{number_of:,}", *(f"{s:.2g} s" for s in seconds), *(f"{d:.1f}" for d in days)])
     lines.append(["together", "", "", "", *(f"{d:.1f}" for d in total)])
     return (
