@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-demo: .venv/ready  ## meta-train, personalize, sample and score in the small world, offline; pictures in out/demo
+demo: .venv/ready  ## meta-train, personalize, sample and score with the toy model, offline; results in out/demo
 	$(BIN)/python tiny/demo.py --out out/demo
 
 test: .venv/ready-dev  ## parity with independent implementations, and everything else

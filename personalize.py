@@ -186,8 +186,8 @@ def find_prior(transformer: Path, path: Path | None) -> Prior:
     if prior.metadata.get("base_fingerprint", base) != base:
         trained_with = printable(prior.metadata.get("base_model", "another file"))
         warnings.warn(
-            f"{path} was trained with {trained_with}, not with {transformer}: as a prior it is worth less, unless "
-            "these are two files of the same weights",
+            f"{path} was trained with {trained_with}, not with {transformer}: as a prior it is worth less, "
+            "unless these are two files of the same weights",
             stacklevel=2,
         )
     return prior
@@ -370,7 +370,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--face", type=parse_box, help="x0,y0,x1,y1 in pixels instead of looking for it; one photo only"
     )
-    group.add_argument("--detector", type=Path, help="YuNet's .onnx file; default: from the hub")
+    group.add_argument("--detector", type=Path, help="YuNet's .onnx file; default: the one in vision/")
     group.add_argument(
         "--show-crops", action="store_true", help="write the crops as <out>_crops.png and stop"
     )

@@ -18,10 +18,11 @@ from flux.errors import UserError
 from flux.loading import ModelFiles, native_size
 from flux.memory import release
 from flux.sampling import generate
-from lora.merging import pair_strengths
-from lora.names import Lora, linear_shapes, misfits, refuse
+from lora.fitting import linear_shapes, misfits, refuse
+from lora.merging import merge_loras, pair_strengths
+from lora.names import Lora
 from lora.reading import read_lora
-from metalora import inject_loras, merge_loras, split_loras
+from metalora import inject_loras, split_loras
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
 from run.files import atomic, check_writable

@@ -1,4 +1,4 @@
-"""The paper's benchmark: python -m metaphd run|check|study"""
+"""The paper's benchmark as a command: python -m metaphd run|check|study."""
 
 import sys
 
@@ -8,9 +8,16 @@ from run.command import run_script
 COMMANDS = {"run": benchmark.main, "check": admission.main, "study": user_study.main}
 HELP = """usage: python -m metaphd run|check|study ...
 
-  run     personalize everybody, draw every prompt with every seed, score (paper, section 4)
-  check   may these photos and prompts be used? (section 4.1)
-  study   the user study: a blinded page of questions, and tables 1 and 2 from the answers (appendix C)
+The benchmark of the Meta-LoRA paper. docs/benchmark.md describes it.
+
+  run     personalize every person, draw every prompt with every seed, score (section 4)
+  check   check which photos and prompts follow the rules of Meta-PHD (section 4.1)
+  study   the user study: make a blinded page of questions, count the answers (appendix C)
+
+examples:
+  python -m metaphd run --people people --out out/benchmark
+  python -m metaphd check people
+  python -m metaphd study make --systems lora=out/lora meta-lora=out/meta --people people --prompts prompts
 
 Each has a --help of its own.
 """
@@ -18,10 +25,13 @@ Each has a --help of its own.
 
 def main() -> None:
     name, *argv = sys.argv[1:] or ["--help"]
-    if name not in COMMANDS:
-        print(HELP, end="", file=sys.stdout if name in ("-h", "--help") else sys.stderr)
-        sys.exit(0 if name in ("-h", "--help") else 2)
-    COMMANDS[name](argv)
+    if name in COMMANDS:
+        COMMANDS[name](argv)
+    elif name in ("-h", "--help"):
+        print(HELP, end="")
+    else:
+        print(HELP, end="", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

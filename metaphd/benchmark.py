@@ -1,27 +1,13 @@
-"""The paper's protocol (section 4): learn everybody from one photo, draw every prompt with every seed, score.
+"""The paper's protocol (section 4) for many people: learn each from one photo, draw every prompt, score.
 
-    python benchmark.py --people people --meta meta.safetensors --out out/benchmark
-
-A system is a method at a rank, a learning rate and a number of steps, meta-lora_r1_lr0.0004_s375. In --out:
-
-    loras/<system>/<person>.safetensors
-    pictures/<system>/<person>/<prompt>/<seed>.png     the base model's in pictures/base/<class>
-    scores/<system>.json, .csv, .md                    every number; those of the pictures; the table
-    sheets/<system>/<person>.jpg                       the reference photo, then prompts x seeds
-    scores.md, curves.png, report.html                 all systems side by side
-
-The base model is loaded once. What is there already is not made again: a stopped run goes on where it was,
-and one that asks for more methods, ranks, rates, steps, people or seeds adds to it. The base model's pictures
-are the same for everybody of a class, so its intervals over people mean little.
-A faces.json beside the photos, {"01.jpg": [x0, y0, x1, y1]}, is believed instead of the detector.
+What lies in the folder --out and how a run is continued or extended is described in docs/benchmark.md.
 """
 
 import argparse
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -43,7 +29,7 @@ from people.crops import crop_boxes
 from people.faces import find_face, known_face
 from people.folders import scan_people
 from people.latents import encode_prompt
-from people.photos import read_photo
+from people.photos import Box, read_photo
 from run.arguments import Manual, Parser
 from run.command import command_line
 from run.files import alone, atomic, fingerprint, sha256
@@ -60,9 +46,10 @@ from scoring.sheets import write_sheets
 from scoring.tables import TITLES, table, write_scores
 from vision.detector import load_detector
 
+PROMPTS = Path(__file__).parent / "prompts" / "frontal.txt"
 METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug")
-# What may differ between two runs in one folder; anything else would mix numbers of different things. Of
-# files the content is compared, not the name.
+# Options that may differ between two runs in one --out. Any other difference would mix results that cannot be
+# compared. Of files not the name but the content is compared, see `Benchmark.record`.
 MAY_CHANGE = ("people", "out", "method", "ranks", "lr", "steps", "seeds", "at_once", "device")
 MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "compile", "plan")  # 8 bits are told apart
 MAY_CHANGE += ("meta", "prompts", "references", "classes", "clip", "recognizer", "detector", "no_face")
@@ -75,13 +62,13 @@ class Subject:
     name: str
     kind: str  # the class: man, woman, or another that has prompts of its own
     photos: list[Path]  # the first is the reference, from which the person is learned
-    caption: str  # the reference's
+    caption: str  # of the reference
     prompts: list[str]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training of everybody, from which LoRAs are taken after each of some numbers of steps."""
+    """One training of every person, from which LoRAs are taken after several numbers of steps."""
 
     method: str
     rank: int
@@ -92,66 +79,24 @@ class Run:
     def augment(self) -> bool:
         return not self.method.endswith("-noaug")
 
-    def system(self, step: int) -> str:
-        return f"{self.method}_r{self.rank}_lr{self.lr:g}_s{step}"
+    def system(self, steps: int) -> str:
+        """Name the system that this training gives after a number of steps."""
+        return f"{self.method}_r{self.rank}_lr{self.lr:g}_s{steps}"
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m metaphd run", description=__doc__, formatter_class=Manual)
-    folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
-    parser.add_argument(
-        "--people",
-        required=True,
-        **folder,
-        help="DIR/<person>/*.jpg|png, two or more each; DIR/<man|woman>/*.jpg, one each, without R-FaceSim",
-    )
-    parser.add_argument("--out", default=Path("out/benchmark"), **folder, help="folder for all that is made")
-    parser.add_argument(
-        "--meta", **file, help="of stage 1; default: meta.safetensors beside the model's weights"
-    )
-    prompts = Path(__file__).parent / "prompts" / "frontal.txt"
-    parser.add_argument(
-        "--prompts", type=Path, default=prompts, metavar="FILE", help="or a folder with <class>.txt"
-    )
-    parser.add_argument("--references", **file, help='{"anna": "03.jpg"}; default: the first photo by name')
-    parser.add_argument("--classes", **file, help='{"anna": "woman"}; default: by name, as woman_anna')
-    add_model_arguments(parser)
-
-    group, several = parser.add_argument_group("systems: all combinations of"), {"nargs": "+", "metavar": "N"}
-    group.add_argument(
-        "--method", nargs="+", choices=METHODS, default=["meta-lora", "lora"], help="-noaug: no crops"
-    )
-    group.add_argument("--ranks", **several, type=int, default=[1], help="r2, the ranks of the LoRAs")
-    group.add_argument("--lr", **several, type=float, default=[4e-4], help="learning rates of AdamW")
-    group.add_argument(
-        "--steps", **several, type=int, help="all taken from one training; default: 375, and 625 for lora"
-    )
-    group = parser.add_argument_group("personalization (defaults: the paper's)")
-    personalize.add_personal_arguments(group)
-    group.add_argument("--seed", type=int, default=0)
-    add_training_arguments(parser)
-    group = parser.add_argument_group("sampler (defaults: the paper's)")
-    group.add_argument("--seeds", type=int, default=5, help="pictures of each prompt, with seeds 0, 1, ...")
-    group.add_argument("--sample-steps", type=int, default=30, help="Euler steps")
-    group.add_argument("--guidance", type=float, default=3.5, help="the model's guidance input")
-    add_evaluator_arguments(parser)
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--at-once", type=int, default=1, help="people who learn side by side, and pictures in a batch"
-    )
-    add_memory_arguments(parser)
-    return parser.parse_args(argv)
+    @property
+    def systems(self) -> dict[str, dict[str, object]]:
+        """Each system's settings, by its name."""
+        shared = {"method": self.method, "rank": self.rank, "lr": self.lr}
+        return {self.system(steps): {**shared, "steps": steps} for steps in self.steps}
 
 
 def find_subjects(args: argparse.Namespace) -> list[Subject]:
-    """Read who is there, which photo is the reference, and what is to be drawn."""
+    """List the people of --people, each with reference photo, caption, class and prompts."""
     references = read_names(args.references, "--references")
     classes = read_names(args.classes, "--classes")
-    captions = {
-        photo.path: photo.caption
-        for person in scan_people(args.people, "--people")
-        for photo in person.photos
-    }
+    captions = {}
+    for person in scan_people(args.people, "--people"):
+        captions |= {photo.path: photo.caption for photo in person.photos}
     subjects = []
     for name, photos in find_photos(args.people, references, least=2).items():
         kind = class_of(name, classes)
@@ -161,8 +106,8 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
 
 
 def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run]:
-    """Return the trainings that the lists ask for, and those of the systems that were there before."""
-    wanted: dict[tuple, set[int]] = {}
+    """Return the trainings that the options ask for, and those of the systems of earlier runs in --out."""
+    wanted: dict[tuple[str, int, float], set[int]] = {}
     for system in before:
         wanted.setdefault((system["method"], system["rank"], system["lr"]), set()).add(system["steps"])
     for method, rank, lr in product(args.method, args.ranks, args.lr):
@@ -181,20 +126,21 @@ class Benchmark:
         self.runs = plan_runs(args, self.before.get("systems", {}).values())
         self.systems = {"base": {}}
         for run in self.runs:
-            grid = {"method": run.method, "rank": run.rank, "lr": run.lr}
-            self.systems |= {run.system(step): {**grid, "steps": step} for step in run.steps}
+            self.systems |= run.systems
         self.device, self.dtype = choose_device(args)
         self.files = find_model(args)
-        self.transformer = self.files.transformer
         self.side = args.resolution or native_size(self.files.folder)
         self.prior = None
-        for run in self.runs:  # does the stage-1 file fit? reads no weights
-            if run.method.startswith("meta-lora"):
-                self.prior = self.prior or personalize.find_prior(self.transformer, args.meta)
-            self.add_adapters(flux.load_flux(self.transformer, "meta"), run, [0])
+        if any(run.method.startswith("meta-lora") for run in self.runs):
+            self.prior = personalize.find_prior(self.files.transformer, args.meta)
+        for run in self.runs:  # does the stage-1 file fit? This reads no weights
+            self.add_adapters(flux.load_flux(self.files.transformer, "meta"), run, [0])
         self.plan = plan(args, self.device, self.dtype, vars(self.files), self.prior)
 
-    def settings(self, run: Run) -> personalize.Personalization:
+    # Settings
+
+    def personalization(self, run: Run) -> personalize.Personalization:
+        """Return how the people of a run are learned."""
         return personalize.Personalization(
             method=run.method.removesuffix("-noaug"),
             rank=run.rank,
@@ -209,73 +155,94 @@ class Benchmark:
         return self.prior if run.method.startswith("meta-lora") else None
 
     def add_adapters(self, model: flux.Flux, run: Run, seeds: Sequence[int]) -> list[torch.Tensor]:
+        """Add an adapter for each person's seed and return the factors to train."""
         return personalize.add_adapters(model, self.prior_of(run), run.rank, self.args.targets, seeds)
 
-    def check(self) -> None:
-        """Embed all photos and prompts before days of work, and find the faces."""
-        evaluators = self.load_evaluators()
-        evaluators.embed_texts([text for subject in self.subjects for text in subject.prompts])
-        metrics.embed_photos({subject.name: subject.photos for subject in self.subjects}, evaluators)
-        detector, self.boxes = cache(lambda: load_detector(self.args.detector)), {}
-        for augment in sorted({run.augment for run in self.runs}):
-            for subject in self.subjects:
-                photo = read_photo(path := subject.photos[0])
-                boxes = [(0, 0, *photo.size)]
-                if augment:
-                    advice = f"tell where it is in {path.with_name('faces.json')}, or take the -noaug methods"
-                    face = known_face(path) or find_face(path, photo, detector(), advice)
-                    boxes = crop_boxes(photo.size[::-1], face)
-                self.boxes[augment, subject] = boxes
-
-    def load_evaluators(self) -> Evaluators:
-        args, cache = self.args, TensorCache(self.args.out / "judged")
-        return load_evaluators(args.model, cache, self.device, args.clip, args.recognizer, args.detector)
-
     def _read_settings(self) -> dict:
+        """Return the settings of the earlier run in --out; UserError when they are missing or damaged."""
         if not self.file.exists():
             if any((self.args.out / name).exists() for name in ("loras", "pictures")):
                 raise UserError(
-                    f"{self.args.out} holds results, but no settings.json to tell of which settings"
+                    f"{self.args.out} holds results, but no settings.json that says how they were made"
                 )
             return {}
         try:
             before = json.loads(self.file.read_text("utf-8"))
             for system in before["systems"].values():
-                keys = "method", "rank", "lr", "steps"
-                method, *numbers = (system[key] for key in keys)
-                if method not in METHODS or not all(isinstance(x, int | float) and x > 0 for x in numbers):
-                    raise UserError(f"there is no such system, {system}")
-            return before
+                numbers = [system[key] for key in ("rank", "lr", "steps")]
+                positive = all(isinstance(number, int | float) and number > 0 for number in numbers)
+                if system["method"] not in METHODS or not positive:
+                    raise ValueError(f"unknown system {system}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.file} is damaged ({error}): take another --out") from error
+        return before
 
     def record(self) -> None:
-        """Save the settings beside the results; ValueError when results of other settings are there."""
-        own = {key: value for key, value in vars(self.args).items() if key not in MAY_CHANGE}
-        own |= {"dtype": str(self.dtype), "transformer": fingerprint(self.transformer)}
-        own |= {"fp8": self.plan.fp8}
-        own |= {"stage 1": sha256(self.prior.path)} if self.prior else {}
-        for s in self.subjects:
-            own[f"prompts of {s.kind}"] = s.prompts
-            own[f"photo of {s.name}"] = [s.kind, s.caption, sha256(s.photos[0])]
-        own |= {f"crops of {s.name}": boxes for (augment, s), boxes in self.boxes.items() if augment}
-        own = json.loads(json.dumps(own, default=str))
-        if changed := [key for key in own if self.before.get(key, own[key]) != own[key]]:
-            lines = [f"  {key}: {str(self.before[key])[:60]} -> {str(own[key])[:60]}" for key in changed]
+        """Save the settings beside the results; UserError when --out holds results of other settings."""
+        settings = {key: value for key, value in vars(self.args).items() if key not in MAY_CHANGE}
+        settings |= {"dtype": str(self.dtype), "fp8": self.plan.fp8}
+        settings |= {"transformer": fingerprint(self.files.transformer)}
+        if self.prior:
+            settings["stage 1"] = sha256(self.prior.path)
+        for subject in self.subjects:
+            settings[f"prompts of {subject.kind}"] = subject.prompts
+            photo = [subject.kind, subject.caption, sha256(subject.photos[0])]
+            settings[f"photo of {subject.name}"] = photo
+        for (augment, subject), boxes in self.boxes.items():
+            if augment:
+                settings[f"crops of {subject.name}"] = boxes
+        settings = json.loads(json.dumps(settings, default=str))
+        changed = [key for key in settings if self.before.get(key, settings[key]) != settings[key]]
+        if changed:
+            lines = [f"  {key}: {str(self.before[key])[:60]} -> {str(settings[key])[:60]}" for key in changed]
             problem = f"{self.args.out} holds results of other settings; take another --out, or these:\n"
             raise UserError(problem + "\n".join(lines[:20]))
+        systems = {name: system for name, system in self.systems.items() if system}
         with atomic(self.file) as temporary:
-            settings = {**self.before, **own, "systems": {k: v for k, v in self.systems.items() if v}}
-            temporary.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+            text = json.dumps({**self.before, **settings, "systems": systems}, indent=1)
+            temporary.write_text(text + "\n", "utf-8")
+
+    # Before anything takes long
+
+    def check(self) -> None:
+        """Read all photos and prompts as the scorers do, and find the faces, before days of work begin."""
+        evaluators = self.load_evaluators()
+        evaluators.embed_texts([text for subject in self.subjects for text in subject.prompts])
+        metrics.embed_photos({subject.name: subject.photos for subject in self.subjects}, evaluators)
+        self.detector = None
+        self.boxes: dict[tuple[bool, Subject], list[Box]] = {}
+        for augment in sorted({run.augment for run in self.runs}):
+            for subject in self.subjects:
+                self.boxes[augment, subject] = self.list_crops(subject.photos[0], augment)
+
+    def list_crops(self, path: Path, augment: bool) -> list[Box]:
+        """Return the crops of a reference photo (appendix D), or the whole photo."""
+        photo = read_photo(path)
+        if not augment:
+            return [(0, 0, *photo.size)]
+        face = known_face(path)
+        if face is None:
+            self.detector = self.detector or load_detector(self.args.detector)
+            advice = f"write its box into {path.with_name('faces.json')}, or take the -noaug methods"
+            face = find_face(path, photo, self.detector, advice)
+        return crop_boxes(photo.size[::-1], face)
+
+    def load_evaluators(self) -> Evaluators:
+        args, cache = self.args, TensorCache(self.args.out / "judged")
+        return load_evaluators(args.model, cache, self.device, args.clip, args.recognizer, args.detector)
+
+    # Models
 
     def encode(self) -> None:
-        """Encode the reference photos and all prompts; the encoders are gone when this returns."""
+        """Encode the reference photos and all prompts; the encoders have left memory when this returns."""
         self.crops = {}
         autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
         for (augment, subject), boxes in tqdm(self.boxes.items(), "photos", disable=len(self.boxes) < 10):
-            photos = {subject.photos[0]: read_photo(subject.photos[0])}
-            crops = [(subject.photos[0], box) for box in boxes]
-            encoded = personalize.encode_crops(photos, crops, autoencoder, self.side, augment)
+            path = subject.photos[0]
+            crops = [(path, box) for box in boxes]
+            encoded = personalize.encode_crops(
+                {path: read_photo(path)}, crops, autoencoder, self.side, augment
+            )
             self.crops[augment, subject] = encoded
         del autoencoder
         release(self.device)
@@ -288,127 +255,163 @@ class Benchmark:
         release(self.device)
 
     def load(self) -> None:
+        """Load the autoencoder and the transformer, which stay until `unload`."""
         self.autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
         place = self.device if self.plan.resident else "cpu"
-        self.model = flux.load_flux(self.transformer, place, self.dtype)
+        self.model = flux.load_flux(self.files.transformer, place, self.dtype)
         self.plan.apply(self.model, self.device)
 
     def unload(self) -> None:
         del self.model, self.autoencoder
         release(self.device)
 
+    # What is there
+
     def lora(self, system: str, subject: Subject) -> Path:
         return self.args.out / "loras" / system / f"{subject.name}.safetensors"
 
     def samples(self, system: str, subject: Subject) -> list[Sample]:
-        """Return the pictures that a system makes of somebody; the base model's are those of the class."""
+        """Return the pictures of a person by a system; those of the base model are of the person's class."""
         folder = self.args.out / "pictures" / system / (subject.kind if system == "base" else subject.name)
-        places = product([f"{k:02d}" for k in range(len(subject.prompts))], map(str, range(self.args.seeds)))
+        prompts, seeds = range(len(subject.prompts)), range(self.args.seeds)
+        places = [(f"{prompt:02d}", str(seed)) for prompt in prompts for seed in seeds]
         return [Sample(subject.name, k, seed, folder / k / f"{seed}.png") for k, seed in places]
 
     def untrained(self, run: Run) -> list[Subject]:
-        """Return those who lack a LoRA."""
-        lacks = lambda s: not all(self.lora(run.system(step), s).exists() for step in run.steps)
-        return [subject for subject in self.subjects if lacks(subject)]
+        """Return the people of whom a LoRA is missing."""
+        systems = [*run.systems]
+        return [s for s in self.subjects if not all(self.lora(name, s).exists() for name in systems)]
 
     def undrawn(self, system: str) -> list[tuple[Subject, list[Sample]]]:
-        """Return those who lack a picture, and which; of the base model one of each class."""
+        """Return the people of whom pictures are missing, with these; for the base one person of a class."""
         subjects = {s.kind: s for s in self.subjects}.values() if system == "base" else self.subjects
-        lacking = [(s, [x for x in self.samples(system, s) if not x.path.exists()]) for s in subjects]
-        return [(subject, samples) for subject, samples in lacking if samples]
+        missing = []
+        for subject in subjects:
+            samples = [sample for sample in self.samples(system, subject) if not sample.path.exists()]
+            if samples:
+                missing.append((subject, samples))
+        return missing
 
     def complete(self) -> bool:
         return not any(map(self.untrained, self.runs)) and not any(map(self.undrawn, self.systems))
 
+    # The work
+
     def learn(self, run: Run) -> None:
-        """Train everybody whose LoRAs are not all there, --at-once people side by side."""
-        settings, training = self.settings(run), Training.of(self.args, lr=run.lr)
+        """Train the people whose LoRAs are missing, --at-once of them side by side.
+
+        Raises UserError at the end, when all others are learned, if somebody's loss became infinite or NaN.
+        """
+        settings, training = self.personalization(run), Training.of(self.args, lr=run.lr)
+        lost = []
         for group in chunks(self.untrained(run), self.args.at_once):
-            print(f"{run.system(max(run.steps))}: {', '.join(s.name for s in group)}")
-            # Everybody has a seed: else all would share the luck of one draw of noise.
-            seeds = [self.args.seed + zlib.crc32(s.name.encode()) for s in group]
+            print(f"{run.system(settings.steps)}: {', '.join(subject.name for subject in group)}")
+            # Each person has a seed: else all would share the luck of one draw of noise.
+            seeds = [self.args.seed + zlib.crc32(subject.name.encode()) for subject in group]
             trained = self.add_adapters(self.model, run, seeds)
             batches = [
                 personalize.draw_batches(
-                    self.crops[run.augment, s],
-                    self.texts[s.caption],
+                    self.crops[run.augment, subject],
+                    self.texts[subject.caption],
                     settings,
                     training,
                     seed,
                     self.device,
                     self.dtype,
                 )
-                for s, seed in zip(group, seeds)
+                for subject, seed in zip(group, seeds)
             ]
-            learning = range(len(group))
             updates = personalize_together(
                 self.model, trained, batches, settings.steps, training, self.device
             )
-            for step, learning in updates:
-                for slot in learning if step in run.steps else ():
-                    self.export(run, step, group[slot], seeds[slot], slot)
+            for step, slots in updates:
+                if step in run.steps:
+                    for slot in slots:
+                        self.export(run, step, group[slot], seeds[slot], slot)
             eject(self.model)
-            if lost := [s.name for slot, s in enumerate(group) if slot not in learning]:
-                raise UserError(
-                    f"{run.system(settings.steps)}: the loss of {', '.join(lost)} became infinite or NaN; the "
-                    f"others are learned. A smaller --lr than {run.lr:g} may help"
-                )
+            lost += [subject.name for slot, subject in enumerate(group) if slot not in slots]
+        if lost:
+            raise UserError(
+                f"{run.system(settings.steps)}: the loss of {', '.join(lost)} became infinite or NaN; all "
+                f"others are learned. A smaller --lr than {run.lr:g} may help"
+            )
 
     def export(self, run: Run, step: int, subject: Subject, seed: int, slot: int) -> None:
-        """Write somebody's LoRA after a number of steps, unless it is there."""
-        if (path := self.lora(run.system(step), subject)).exists():
+        """Write a person's LoRA after a number of steps, unless it is there."""
+        path = self.lora(run.system(step), subject)
+        if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        training = Training.of(self.args, lr=run.lr)
-        about = {"resolution": self.side, "caption": subject.caption, "seed": seed, "base_fp8": self.plan.fp8}
         about = personalize.describe(
-            self.settings(run), training, self.transformer, self.prior_of(run), subject.photos[:1], **about
+            self.personalization(run),
+            Training.of(self.args, lr=run.lr),
+            self.files.transformer,
+            self.prior_of(run),
+            subject.photos[:1],
+            resolution=self.side,
+            caption=subject.caption,
+            seed=seed,
+            base_fp8=self.plan.fp8,
         )
         export_lora(self.model, path, about | {"steps": step}, slot)
 
     def draw(self, system: str) -> None:
-        """Make the pictures that are not there, --at-once in a batch, with the files that `learn` wrote."""
+        """Make the missing pictures, --at-once in a batch, with the files that `learn` wrote."""
         missing = self.undrawn(system)
         total = sum(len(samples) for _, samples in missing)
         bar = tqdm(total=total, desc=system, unit="picture", dynamic_ncols=True, disable=not total)
         for group in chunks(missing, self.args.at_once):
             if system != "base":
-                loras = [read_lora(self.lora(system, s), self.model)[0] for s, _ in group]
+                loras = [read_lora(self.lora(system, subject), self.model)[0] for subject, _ in group]
                 inject_loras(self.model, [[(lora, 1.0)] for lora in loras])
-            todo = [(slot, s.prompts, x) for slot, (s, samples) in enumerate(group) for x in samples]
-            for some in chunks(todo, self.args.at_once):
-                slots, prompts, samples = zip(*some)
-                use_slots(self.model, torch.tensor(slots, device=self.device))
-                texts = [own[int(x.prompt)] for own, x in zip(prompts, samples)]
-                prompt = [
-                    torch.stack([self.texts[text][part] for text in texts]) for part in ("txt", "pooled")
-                ]
-                seeds = [int(x.seed) for x in samples]
-                size = (native_size(self.files.folder),) * 2
-                steps, guidance = self.args.sample_steps, self.args.guidance
-                pictures = generate(
-                    self.model, self.autoencoder, prompt, seeds, size, steps=steps, guidance=guidance
-                )
-                for text, x, picture in zip(texts, samples, pictures):
-                    x.path.parent.mkdir(parents=True, exist_ok=True)
-                    save_picture(picture, x.path, {"prompt": text, "seed": x.seed, "system": system})
-                bar.update(len(some))
+            wanted = []  # (slot, prompt's text, picture)
+            for slot, (subject, samples) in enumerate(group):
+                wanted += [(slot, subject.prompts[int(sample.prompt)], sample) for sample in samples]
+            for batch in chunks(wanted, self.args.at_once):
+                self.draw_batch(system, batch)
+                bar.update(len(batch))
             eject(self.model)
         bar.close()
 
+    def draw_batch(self, system: str, batch: Sequence[tuple[int, str, Sample]]) -> None:
+        """Generate and save pictures: the slot of the person, the prompt, and where each belongs."""
+        slots, texts, samples = zip(*batch)
+        use_slots(self.model, torch.tensor(slots, device=self.device))
+        encoded = [self.texts[text] for text in texts]
+        prompt = [torch.stack([one[part] for one in encoded]) for part in ("txt", "pooled")]
+        side = native_size(self.files.folder)
+        pictures = generate(
+            self.model,
+            self.autoencoder,
+            prompt,
+            [int(sample.seed) for sample in samples],
+            (side, side),
+            steps=self.args.sample_steps,
+            guidance=self.args.guidance,
+        )
+        for text, sample, picture in zip(texts, samples, pictures):
+            sample.path.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(picture, sample.path, {"prompt": text, "seed": sample.seed, "system": system})
+
     def score(self, system: str, evaluators: Evaluators) -> dict:
-        """Compute all metrics of a system, write them, and draw a sheet for everybody; return the scores."""
+        """Compute all metrics of a system, write them, and draw everyone's sheet; return the scores."""
         rows, names = [], [*TITLES]
         for subject in self.subjects:
-            for x, base in zip(self.samples(system, subject), self.samples("base", subject)):
-                text = subject.prompts[int(x.prompt)]
-                rows.append({**vars(x), "class": subject.kind, "text": text, "base": base.path})
+            for sample, base in zip(self.samples(system, subject), self.samples("base", subject)):
+                text = subject.prompts[int(sample.prompt)]
+                rows.append({**vars(sample), "class": subject.kind, "text": text, "base": base.path})
         photos = {subject.name: subject.photos for subject in self.subjects}
         about = {"system": self.systems[system], "settings": vars(self.args)}
         scores = metrics.evaluate(rows, evaluators, photos, names, self.args.no_face, **about)
         write_scores(self.args.out / "scores" / f"{system}.json", scores, names)
         write_sheets(self.args.out / "sheets" / system, scores, photos)
         return scores
+
+
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Yield the items in groups of a size, the last of what is left."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def plan(
@@ -422,27 +425,29 @@ def plan(
 
     parts: the model's files, as far as they are there.
     """
-    people = {"r2": max(args.ranks), "identities": args.at_once, "batch": args.at_once * args.batch}
-    r1s = {None if x.startswith("lora") else prior.r1 if prior else 128 for x in args.method}
-    r1 = max(r1s, key=lambda r1: estimate(Workload("stage2", r1=r1, **people), Plan()).adapters)
-    people |= {"r1": r1, "resolution": args.resolution}
-    return make_plan("stage2", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **people)
+    sizes = {"r2": max(args.ranks), "identities": args.at_once, "batch": args.at_once * args.batch}
+    r1s = set()
+    for method in args.method:
+        r1s.add(None if method.startswith("lora") else prior.r1 if prior else 128)
+    adapters = {r1: estimate(Workload("stage2", r1=r1, **sizes), Plan()).adapters for r1 in r1s}
+    sizes |= {"r1": max(adapters, key=adapters.get), "resolution": args.resolution}
+    return make_plan("stage2", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **sizes)
 
 
-def chunks(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+# --- The command -------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, again = parse_arguments(argv), command_line("-m metaphd run", argv)
+    args = parse_arguments(argv)
     if args.plan:
-        plan(args, *choose_device(args), files_to_plan(args), load_meta(args.meta) if args.meta else None)
+        prior = load_meta(args.meta) if args.meta else None
+        plan(args, *choose_device(args), files_to_plan(args), prior)
         return
     with alone(args.out):
         try:
             measure(args)
         except KeyboardInterrupt:
-            print(f"\nstopped; this goes on:\n  {again}")
+            print(f"\nstopped; this goes on:\n  {command_line('-m metaphd run', argv)}")
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -456,15 +461,16 @@ def measure(args: argparse.Namespace) -> None:
         benchmark.draw("base")
         for run in benchmark.runs:
             benchmark.learn(run)
-            for step in run.steps:
-                benchmark.draw(run.system(step))
+            for system in run.systems:
+                benchmark.draw(system)
         benchmark.unload()
 
     evaluators = benchmark.load_evaluators()
     systems = tqdm(benchmark.systems, "scoring", unit="system")
     scores = {name: benchmark.score(name, evaluators) for name in systems}
-    text = table({name: own["overall"] for name, own in scores.items()}, [*TITLES])
-    text += f"\n\n{evaluators.note}" if evaluators.note else ""
+    text = table({name: system["overall"] for name, system in scores.items()}, [*TITLES])
+    if evaluators.note:
+        text += f"\n\n{evaluators.note}"
     print(text)
     with atomic(args.out / "scores.md") as temporary:
         temporary.write_text(text + "\n", "utf-8")
@@ -473,3 +479,74 @@ def measure(args: argparse.Namespace) -> None:
     photos = {subject.name: subject.photos for subject in benchmark.subjects}
     write_report(args.out / "report.html", scores, photos, curves if drawn else None, text)
     print(f"{args.out / 'report.html'} to look at")
+
+
+HELP = """
+Personalize every person from one photo, draw every prompt with every seed, and score (paper, section 4).
+
+A system is a method at a rank, a learning rate and a number of steps, such as meta-lora_r1_lr0.0004_s375.
+What lies in --out is not made again: the same command continues a stopped run, and one that asks for more
+adds to it. docs/benchmark.md describes the files.
+
+examples:
+  python -m metaphd run --people people --meta meta.safetensors --out out/benchmark
+  python -m metaphd run --model tiny --people people --method lora-noaug --steps 30 60 --seeds 1
+"""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m metaphd run", description=HELP, formatter_class=Manual)
+    folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
+    parser.add_argument(
+        "--people",
+        required=True,
+        **folder,
+        help="photos: DIR/<person>/*.jpg, two or more of each; or DIR/<man|woman>/*.jpg, one of each person, "
+        "for which there is no R-FaceSim",
+    )
+    parser.add_argument("--out", default=Path("out/benchmark"), **folder, help="folder for all results")
+    parser.add_argument(
+        "--meta", **file, help="stage-1 file; default: meta.safetensors beside the model's weights"
+    )
+    parser.add_argument(
+        "--prompts", **file, default=PROMPTS, help="a prompt per line; or a folder with a <class>.txt each"
+    )
+    parser.add_argument(
+        "--references",
+        **file,
+        help='which photo each person is learned from, {"anna": "03.jpg"}; default: the first by name',
+    )
+    parser.add_argument(
+        "--classes", **file, help='class of each person, {"anna": "woman"}; default: by name, as woman_anna'
+    )
+    add_model_arguments(parser)
+
+    group = parser.add_argument_group("systems: all combinations of")
+    several = {"nargs": "+", "metavar": "N"}
+    group.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=["meta-lora", "lora"],
+        help="-noaug: the whole photo instead of crops and flips",
+    )
+    group.add_argument("--ranks", **several, type=int, default=[1], help="r2, the ranks of the LoRAs")
+    group.add_argument("--lr", **several, type=float, default=[4e-4], help="learning rates of AdamW")
+    group.add_argument(
+        "--steps", **several, type=int, help="all taken from one training; default: 375, and 625 for lora"
+    )
+    group = parser.add_argument_group("personalization (defaults: the paper's)")
+    personalize.add_personal_arguments(group)
+    group.add_argument("--seed", type=int, default=0)
+    add_training_arguments(parser)
+    group = parser.add_argument_group("sampler (defaults: the paper's)")
+    group.add_argument("--seeds", type=int, default=5, help="pictures of each prompt, with seeds 0, 1, ...")
+    group.add_argument("--sample-steps", type=int, default=30, help="Euler steps")
+    group.add_argument("--guidance", type=float, default=3.5, help="the model's guidance input")
+    add_evaluator_arguments(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--at-once", type=int, default=1, help="people trained side by side, and pictures in a batch"
+    )
+    add_memory_arguments(parser)
+    return parser.parse_args(argv)

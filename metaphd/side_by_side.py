@@ -1,4 +1,4 @@
-"""Several people personalized at once, each with the loss, clipping and optimizer they would have alone.
+"""Personalize several people at once, each with the loss, clipping and optimizer they would have alone.
 
 The frozen base is read once for all of them. Algorithm 2 for one person is in `personalize.py`.
 """
@@ -21,39 +21,53 @@ from run.settings import Training
 def personalize_together(
     model: Flux,
     trained: list[Tensor],
-    people: Sequence[Iterator[dict[str, Tensor]]],
+    batches: Sequence[Iterator[dict[str, Tensor]]],
     steps: int,
     training: Training,
-    device: torch.device,
+    device: torch.device | str,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Train every person's slot and yield, after each update, its number and who is still learning.
+    """Train the slot of every person; after each update yield its number and the slots still in training.
 
-    people: what `personalize.draw_batches` yields, of the person in each slot. Whoever's loss is infinite or
-    NaN drops out, with a slot that is worth nothing from then on; the others go on.
+    trained: mid and up of all slots, as `personalize.add_adapters` returns them.
+    batches: for each slot what `personalize.draw_batches` yields.
+    A slot whose loss becomes infinite or NaN is dropped, and its factors are of no use from then on. The
+    other slots continue; when none is left, the last item has an empty list.
     """
     optimizer = torch.optim.AdamW(trained, training.lr, weight_decay=training.weight_decay, fused=True)
-    learning = list(range(len(people)))
+    slots = list(range(len(batches)))
     bar = tqdm(range(1, steps + 1), "personalizing", mininterval=1, dynamic_ncols=True)
     for step in bar:
-        groups = defaultdict(list)  # batches of the same shape share a forward pass
-        for slot in learning:
-            batch = next(people[slot])
-            groups[batch["latents"].shape].append((slot, batch))
-        losses = {}
-        for (size, *_), group in groups.items():
-            slots, batches = zip(*group)
-            use_slots(model, torch.tensor(slots, device=device).repeat_interleave(size))
-            together = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-            each = flow_loss(model, **together, guidance=training.train_guidance, reduction="none")
-            each = each.unflatten(0, (len(group), size)).flatten(1).mean(dim=1)  # a loss per person
-            each.sum().backward()
-            losses |= dict(zip(slots, each.tolist()))
-        learning = [slot for slot in learning if math.isfinite(losses[slot])]
-        if not learning:
+        drawn = {slot: next(batches[slot]) for slot in slots}
+        losses = backward(model, drawn, training, device)
+        slots = [slot for slot in slots if math.isfinite(losses[slot])]
+        if slots:
+            clip_slots(trained, training.clip_grad)
+            optimizer.step()  # a dropped slot's NaN stays in that slot: nothing is computed across slots
+            optimizer.zero_grad()
+            mean = sum(losses[slot] for slot in slots) / len(slots)
+            bar.set_postfix(loss=f"{mean:.3f}", memory=f"{peak_memory(device):.1f} GiB", refresh=False)
+        yield step, slots
+        if not slots:
             return
-        clip_slots(trained, training.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        mean = sum(losses[slot] for slot in learning) / len(learning)
-        bar.set_postfix(loss=f"{mean:.3f}", memory=f"{peak_memory(device):.1f} GiB", refresh=False)
-        yield step, learning
+
+
+def backward(
+    model: Flux, batches: dict[int, dict[str, Tensor]], training: Training, device: torch.device | str
+) -> dict[int, float]:
+    """Add the gradient of every slot's loss and return the losses by slot.
+
+    Batches of the same shape share a forward pass.
+    """
+    by_shape = defaultdict(list)
+    for slot, batch in batches.items():
+        by_shape[batch["latents"].shape].append(slot)
+    losses = {}
+    for shape, slots in by_shape.items():
+        use_slots(model, torch.tensor(slots, device=device).repeat_interleave(shape[0]))
+        names = batches[slots[0]]
+        inputs = {name: torch.cat([batches[slot][name] for slot in slots]) for name in names}
+        loss = flow_loss(model, **inputs, guidance=training.train_guidance, reduction="none")
+        loss = loss.unflatten(0, (len(slots), shape[0])).flatten(1).mean(dim=1)  # (slots,)
+        loss.sum().backward()
+        losses |= dict(zip(slots, loss.tolist()))
+    return losses

@@ -1,4 +1,7 @@
-"""The paper's user study (appendix C): a blinded page of questions, and tables 1 and 2 from the answers."""
+"""The paper's user study (appendix C): a blinded page of questions, and tables 1 and 2 from the answers.
+
+docs/benchmark.md describes how a study is made and what the page shows.
+"""
 
 import argparse
 import hashlib
@@ -16,21 +19,15 @@ from statistics import median
 import numpy as np
 from PIL import Image, ImageOps
 
+from flux.checkpoint import read_json
 from flux.errors import UserError
 from people.photos import photo_size, read_photo
 from run.arguments import Manual, Parser
 from run.files import atomic
-from scoring.samples import (
-    Sample,
-    class_of,
-    find_photos,
-    find_text,
-    read_json,
-    read_names,
-    read_prompts,
-    scan_samples,
-)
-from scoring.tables import markdown, student
+from scoring.inputs import class_of, find_photos, read_names, read_prompts
+from scoring.intervals import student
+from scoring.samples import Sample, find_text, scan_samples
+from scoring.tables import markdown
 
 TEMPLATE = Path(__file__).with_name("user_study.html")
 TABLES = {
@@ -39,28 +36,30 @@ TABLES = {
 }
 SET = 3  # photos of a multi-reference question, and seeds of a part 2 question
 
+Pictures = dict[str, dict[tuple[str, str, str], Sample]]  # of each system, by person, prompt and seed
+
+
 # Questions
 
 
-def find_pictures(systems: dict[str, Path]) -> dict[str, dict[tuple[str, str, str], Sample]]:
-    """Return each system's pictures by person, prompt and seed: those that all have; say what is left out."""
+def find_pictures(systems: dict[str, Path]) -> Pictures:
+    """Return the pictures that all systems have, and print how many are left out."""
     pictures = {}
     for name, folder in systems.items():
         try:
             samples = scan_samples(folder)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             raise UserError(str(error).replace("--images ", f"--systems {name}=")) from error
         pictures[name] = {(sample.person, sample.prompt, sample.seed): sample for sample in samples}
     common = sorted(set.intersection(*map(set, pictures.values())))
     if not common:
-        firsts = ", ".join(f"{name} begins with {'/'.join(min(own))}" for name, own in pictures.items())
+        firsts = ", ".join(f"{name} begins with {'/'.join(min(made))}" for name, made in pictures.items())
         raise UserError(f"--systems: no person, prompt and seed is in all of them; {firsts}")
-    for name, own in pictures.items():
-        if len(own) > len(common):
-            print(
-                f"{name}: {len(own) - len(common)} of {len(own)} pictures left out, another system lacks them"
-            )
-    return {name: {place: own[place] for place in common} for name, own in pictures.items()}
+    for name, made in pictures.items():
+        left_out = len(made) - len(common)
+        if left_out:
+            print(f"{name}: {left_out} of {len(made)} pictures left out, another system lacks them")
+    return {name: {place: made[place] for place in common} for name, made in pictures.items()}
 
 
 def draw(
@@ -70,63 +69,85 @@ def draw(
 
     seeds: of each (person, prompt). used: what came up in the study so far, added to; it breaks ties.
     """
-    own, drawn = Counter(), []
+    counts, questions = Counter(), []
+
+    def often(place: tuple[str, str]) -> list[tuple[int, int]]:
+        """How often the person, then the prompt, then the pair came up here, and in the study."""
+        person, prompt = place
+        names = ("person", person), ("prompt", prompt), place
+        return [(counts[name], used[name]) for name in names]
+
     for _ in range(n):
-        left = [place for place in seeds if (own[place] + 1) * take <= len(seeds[place])]
-        if not left:
-            most = f"{len(drawn)} with {take} seed{'s' * (take > 1)} each"
+        free = [place for place in seeds if (counts[place] + 1) * take <= len(seeds[place])]
+        if not free:
+            most = f"{len(questions)} with {take} seed{'s' if take > 1 else ''} each"
             raise UserError(
                 f"--questions {4 * n}: {n} of each kind need more pictures; of one they make {most}"
             )
-        counts = lambda place: [(own[name], used[name]) for name in (*enumerate(place), place)]
-        place = min(left, key=lambda place: (counts(place), rng.random()))
-        some = sorted(seeds[place], key=lambda s: (own[*place, s], used[*place, s], rng.random()))[:take]
-        for counter in (own, used):
-            counter.update([*enumerate(place), place, *((*place, s) for s in some)])
-        drawn.append((*place, some))
-    return drawn
+        person, prompt = min(free, key=lambda place: (often(place), rng.random()))
+        chosen = sorted(
+            seeds[person, prompt],
+            key=lambda seed: (counts[person, prompt, seed], used[person, prompt, seed], rng.random()),
+        )[:take]
+        for counter in (counts, used):
+            counter.update([("person", person), ("prompt", prompt), (person, prompt)])
+            counter.update((person, prompt, seed) for seed in chosen)
+        questions.append((person, prompt, chosen))
+    return questions
 
 
-def make_questions(pictures: dict, photos: dict, texts: dict, styles: set | None, n: int, pair, rng) -> list:
-    """Draw n questions of each kind, a dict each; part 2 is left out, and said so, when seeds are too few.
+def make_questions(
+    pictures: Pictures,
+    photos: dict[str, list[Path]],
+    texts: dict[str, list[str]],
+    styles: set[int] | None,
+    n: int,
+    pair: Sequence[str],
+    rng: random.Random,
+) -> list[dict]:
+    """Draw n questions of each kind; part 2 is left out, with a message, when there are too few seeds.
 
-    texts: prompts of each person. styles: the numbers of those for a style; None: the second half.
+    texts: prompts of each person. styles: the numbers of those for a style; None: the second half. pair: the
+    systems that part 2 compares.
     """
     seeds, used = {}, Counter()
-    for person, prompt, seed in next(iter(pictures.values())):
+    for person, prompt, seed in pictures[pair[0]]:
         seeds.setdefault((person, prompt), []).append(seed)
-    several = {place: some for place, some in seeds.items() if len(photos[place[0]]) > 1}
+    several = {place: these for place, these in seeds.items() if len(photos[place[0]]) > 1}
     drawn = {
         "multi-reference": draw(several, n, 1, used, rng),
         "single-reference": draw(seeds, n, 1, used, rng),
     }
 
-    parts = {"recontextualised": {}, "stylistic": {}}
-    for (person, prompt), some in seeds.items():
+    part2 = {"recontextualised": {}, "stylistic": {}}
+    for (person, prompt), these in seeds.items():
         count = len(texts[person])
-        stylistic = int(prompt) in (range((count + 1) // 2, count) if styles is None else styles)
-        if len(some) >= SET:
-            parts["stylistic" if stylistic else "recontextualised"][person, prompt] = some
-    if lacking := [kind for kind in parts if not parts[kind]]:
+        numbers = range((count + 1) // 2, count) if styles is None else styles
+        kind = "stylistic" if int(prompt) in numbers else "recontextualised"
+        if len(these) >= SET:
+            part2[kind][person, prompt] = these
+    lacking = [kind for kind in part2 if not part2[kind]]
+    if lacking:
         print(f"part 2 left out: no {' and no '.join(lacking)} prompt has {SET} seeds in all systems")
     else:
-        drawn |= {kind: draw(part, n, SET, used, rng) for kind, part in parts.items()}
+        drawn |= {kind: draw(places, n, SET, used, rng) for kind, places in part2.items()}
 
     questions = []
-    for kind, (person, prompt, some) in [(name, question) for name in drawn for question in drawn[name]]:
-        first, *others = photos[person]
-        options = {
-            system: [own[person, prompt, seed] for seed in some]
-            for system, own in pictures.items()
-            if system in pair or kind not in parts
-        }
-        question = {"kind": kind, "person": person, "prompt": prompt, "seeds": some}
-        question["text"] = find_text(options[pair[0]][0], texts[person])
-        question["references"] = [first]
-        if kind == "multi-reference":
-            question["references"] = rng.sample(others, min(SET, len(others)))
-        question["options"] = {system: [made.path for made in own] for system, own in options.items()}
-        questions.append(question)
+    for kind, places in drawn.items():
+        compared = pair if kind in part2 else pictures
+        for person, prompt, chosen in places:
+            shown = {
+                system: [pictures[system][person, prompt, seed] for seed in chosen] for system in compared
+            }
+            first, *others = photos[person]
+            references = [first]
+            if kind == "multi-reference":
+                references = rng.sample(others, min(SET, len(others)))
+            question = {"kind": kind, "person": person, "prompt": prompt, "seeds": chosen}
+            question["text"] = find_text(shown[pair[0]][0], texts[person])
+            question["references"] = references
+            question["options"] = {name: [sample.path for sample in made] for name, made in shown.items()}
+            questions.append(question)
     return questions
 
 
@@ -139,28 +160,30 @@ def clean(path: Path, limit: int, size: tuple[int, int] | None = None) -> bytes:
     image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS) if size else image
     image.thumbnail((limit, limit), Image.Resampling.LANCZOS)
     image = Image.fromarray(np.asarray(image))  # pixels alone: PIL would pass on the file's comment
-    image.save(buffer := io.BytesIO(), "JPEG", quality=92, subsampling=0)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
 
 
-def write_page(out: Path, questions: list[dict], limit: int, settings: dict) -> None:
-    """Write page/, where systems are but random names, and the key to those, key.json, beside it."""
+def write_page(out: Path, questions: list[dict], limit: int, settings: dict[str, object]) -> None:
+    """Write page/, in which systems have random names, and beside it key.json, which tells these names."""
     made = [path for question in questions for paths in question["options"].values() for path in paths]
     sizes = {photo_size(path) for path in made}
-    size = tuple(map(min, zip(*sizes)))  # every system's, or the number of pixels would tell it
+    size = tuple(map(min, zip(*sizes)))  # the same for all systems, or the number of pixels would tell them
     if len(sizes) > 1:
         print(f"pictures of {len(sizes)} sizes cut and scaled to {size[1]}x{size[0]}")
-    # Names and orders are drawn from the pictures' own files, which those who answer do not have: from the
-    # seed alone, anybody with this program could work out the key.
+    # Names and orders depend on the pictures' files, which those who answer do not have: from the seed alone
+    # anybody with this program could compute the key.
     places = [[*question["seeds"], question["kind"], *question["options"]] for question in questions]
     digest = hashlib.sha256(json.dumps(places).encode())
     for path in made:
         digest.update(path.read_bytes())
     rng = random.Random(digest.hexdigest())
-    new = lambda: f"{rng.getrandbits(64):016x}"
-
     (out / "page" / "pictures").mkdir(parents=True)
     copies: dict[Path, str] = {}
+
+    def new() -> str:
+        return f"{rng.getrandbits(64):016x}"
 
     def add(content: bytes) -> str:
         name = f"pictures/{new()}.jpg"
@@ -171,18 +194,19 @@ def write_page(out: Path, questions: list[dict], limit: int, settings: dict) -> 
     page = {"id": key["study"], "size": size, "questions": []}
     for question in rng.sample(questions, len(questions)):
         for path in question["references"]:
-            copies[path] = copies.get(path) or add(clean(path, limit))
+            if path not in copies:
+                copies[path] = add(clean(path, limit))
         options = [{"id": new(), "system": name} for name in question["options"]]
         rng.shuffle(options)
         names = {option["id"]: option.pop("system") for option in options}
         for option in options:
             paths = question["options"][names[option["id"]]]
             option["pictures"] = [add(clean(path, limit, size)) for path in paths]
-        references = [copies[path] for path in question["references"]]
+        name, references = new(), [copies[path] for path in question["references"]]
         page["questions"].append(
-            {"id": new(), "text": question["text"], "references": references, "options": options}
+            {"id": name, "text": question["text"], "references": references, "options": options}
         )
-        key["questions"][page["questions"][-1]["id"]] = {**question, "options": names}
+        key["questions"][name] = {**question, "options": names}
     html = TEMPLATE.read_text("utf-8").replace("{{study}}", json.dumps(page).replace("<", "\\u003c"))
     write(out / "key.json", json.dumps(key, indent=1, default=str))
     write(out / "page" / "index.html", html)
@@ -197,23 +221,26 @@ def write(path: Path, text: str) -> None:
 
 
 def read_answers(path: Path, key: dict) -> tuple[str, dict[str, dict]]:
-    """Return a participant's id and answers by question; ValueError when they are not of the key's study."""
+    """Return a participant's id and answers by question; UserError when they are not of the key's study."""
     try:
         saved = json.loads(path.read_text("utf-8"))
         study, participant = str(saved["study"]), str(saved["participant"])
-        answers = [(str(a["question"]), str(a["choice"]), float(a["seconds"])) for a in saved["answers"]]
+        answers = []
+        for answer in saved["answers"]:
+            answers.append((str(answer["question"]), str(answer["choice"]), float(answer["seconds"])))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is no whole file of answers ({type(error).__name__}: {error})") from error
     if study != key["study"]:
         raise UserError(f"{path} answers the study {study}, not {key['study']}")
-    read = {}
+    by_question = {}
     for question, choice, seconds in answers:
-        if question not in key["questions"] or choice not in key["questions"][question]["options"]:
+        options = key["questions"].get(question, {}).get("options", {})
+        if choice not in options:
             raise UserError(f"{path}: question {question}, choice {choice}: the study has none such")
-        if question in read:
+        if question in by_question:
             raise UserError(f"{path} answers question {question} twice")
-        read[question] = {"system": key["questions"][question]["options"][choice], "seconds": seconds}
-    return participant, read
+        by_question[question] = {"system": options[choice], "seconds": seconds}
+    return participant, by_question
 
 
 def estimate(votes: np.ndarray) -> dict:
@@ -235,21 +262,31 @@ def estimate(votes: np.ndarray) -> dict:
     return {"percent": 100 * share.mean(), "ci95": half, "participants": n}
 
 
-def tabulate(key: dict, answers: dict[str, dict]) -> dict[str, dict]:
+def tabulate(key: dict, answers: dict[str, dict[str, dict]]) -> dict[str, dict]:
     """Count the answers of all participants: for each table, system and column what `estimate` returns."""
     tables = {}
     for title, columns in TABLES.items():
-        own = [question for question in key["questions"].values() if question["kind"] in columns.values()]
-        shown = {name for question in own for name in question["options"].values()}
-        for system in [name for name in key["settings"]["systems"] if name in shown]:
-            votes = np.zeros((len(answers), len(columns), 2), int)
-            for row, given in zip(votes, answers.values()):
-                for kind, cell in zip(columns.values(), row):
-                    some = [a["system"] for q, a in given.items() if key["questions"][q]["kind"] == kind]
-                    cell[:] = some.count(system), len(some)
-            cells = {column: estimate(votes[:, [k]]) for k, column in enumerate(columns)}
-            tables.setdefault(title, {})[system] = {"Overall": estimate(votes), **cells}
+        asked = [question for question in key["questions"].values() if question["kind"] in columns.values()]
+        shown = {name for question in asked for name in question["options"].values()}
+        for system in key["settings"]["systems"]:
+            if system in shown:
+                votes = count_votes(key, answers, system, list(columns.values()))
+                cells = {column: estimate(votes[:, [k]]) for k, column in enumerate(columns)}
+                tables.setdefault(title, {})[system] = {"Overall": estimate(votes), **cells}
     return tables
+
+
+def count_votes(
+    key: dict, answers: dict[str, dict[str, dict]], system: str, kinds: Sequence[str]
+) -> np.ndarray:
+    """Return (participants, kinds, 2): how often each chose the system, and how often they answered."""
+    votes = np.zeros((len(answers), len(kinds), 2), int)
+    for k, given in enumerate(answers.values()):
+        for question, answer in given.items():
+            kind = key["questions"][question]["kind"]
+            if kind in kinds:
+                votes[k, kinds.index(kind)] += (answer["system"] == system, 1)
+    return votes
 
 
 def show(title: str, table: dict[str, dict]) -> str:
@@ -258,72 +295,57 @@ def show(title: str, table: dict[str, dict]) -> str:
     best = {c: max((row[c]["percent"] or 0 for row in table.values()), default=0) for c in columns}
     lines = [["", *(f"{column} (%)" for column in columns)]]
     for system, row in table.items():
-        lines.append([system.replace("|", r"\|")])
-        for column, (percent, half, _) in ((column, cell.values()) for column, cell in row.items()):
-            text = (
-                "–" if percent is None else f"{percent:.2f}" + (f" ± {half:.2f}" if half is not None else "")
-            )
-            lines[-1].append(f"**{text}**" if percent and percent == best[column] else text)
+        line = [system.replace("|", r"\|")]
+        for column in columns:
+            percent, half = row[column]["percent"], row[column]["ci95"]
+            text = "–" if percent is None else f"{percent:.2f}"
+            if half is not None:
+                text += f" ± {half:.2f}"
+            line.append(f"**{text}**" if percent and percent == best[column] else text)
+        lines.append(line)
     return f"{title}\n\n{markdown(lines)}"
 
 
 # Command line
 
-MANUAL = """
+HELP = """
 Ask people which system's pictures they like best, blinded, as the Meta-LoRA paper does (appendix C).
 
 commands:
-  make    write a page of questions, and the key to it     (python study.py make --help)
-  tally   read the answers that came back: tables 1 and 2  (python study.py tally --help)
+  make    write a page of questions, and the key to it       (python -m metaphd study make --help)
+  tally   count the answers that came back: tables 1 and 2   (python -m metaphd study tally --help)
 
-Make the page, send the folder study/page to people, and keep study/key.json to yourself. The page needs no
-server and no network: one opens index.html, answers, and sends back the file that it saves at the end.
+Make the page, hand out the folder study/page, and keep study/key.json to yourself. More is in
+docs/benchmark.md.
 """
 MAKE = """
-Write a page of blinded questions, of four kinds, a quarter each:
-  multi-reference    one picture by each system for the same person, prompt and seed: which is the best? Shown
-                     beside three photos of the person that no system was given
-  single-reference   the same, beside the one photo that they were given
-  recontextualised   three seeds by each of two systems, for a prompt that places the person: which set?
-  stylistic          the same, for a prompt that changes the style
-
-files:
-  --systems     DIR/<person>/<prompt>/<seed>.png; a prompt's folder begins with its place in the list, counted
-                from 0: 03, or 03_any-words. Only pictures that every system has are used
-  --people      DIR/<person>/*.jpg|png, real photos; the first by name is the reference, which the systems
-                were given, unless --references names another: {"anna": "03.jpg"}
-  --prompts     a prompt per line, [man/woman] and [his/her] filled in by class; or a folder, as prompts/,
-                with a <class>.txt for each class
-  --classes     {"anna": "woman", ...}; without it woman_anna is a woman, man_2 a man, others a person
-  --out         a new folder. page/ is to be handed out; key.json, which tells the systems, is not
-
-People, and then prompts, come up as equally often as the pictures allow. Pictures are copied under random
-names as JPEG of one size, without metadata. All answer the same questions, each in an order of their own.
+Write a page of blinded questions of four kinds, a quarter each. docs/benchmark.md describes them.
 
 example:
-  python study.py make --systems lora=out/lora meta-lora=out/meta --people photos --prompts prompts
+  python -m metaphd study make --systems lora=out/lora meta-lora=out/meta --people photos --prompts prompts
 """
 TALLY = """
 Count the answers and print the paper's tables 1 and 2: how often each system was chosen, in percent, with the
-95 % confidence interval over participants (Student's t). Overall is the mean of the kinds of question. The
-tables go to tally.md, and all numbers to tally.json, in the study's folder.
+95 % confidence interval over participants. The tables go to tally.md, all numbers to tally.json.
 
 example:
-  python study.py tally --study study answers/*.json
+  python -m metaphd study tally --study study answers/*.json
 """
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m metaphd study", description=MANUAL, formatter_class=Manual)
+    parser = Parser(prog="python -m metaphd study", description=HELP, formatter_class=Manual)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", help="make or tally")
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
     add = commands.add_parser("make", description=MAKE, formatter_class=Manual).add_argument
     add("--systems", nargs="+", required=True, metavar="NAME=DIR", help="pictures to compare, two or more")
-    add("--people", required=True, **folder, help="real photos of the people")
-    add("--prompts", required=True, **file, help="what the pictures were made from; or a folder")
-    add("--references", **file, help="which photo of each person the systems were given")
-    add("--classes", **file, help="class of each person")
-    add("--out", default=Path("study"), **folder, help="folder for the study")
+    add("--people", required=True, **folder, help="real photos, DIR/<person>/*.jpg|png")
+    add("--prompts", required=True, **file, help="a prompt per line; or a folder with a <class>.txt each")
+    add(
+        "--references", **file, help='the photo each system was given, {"anna": "03.jpg"}; default: the first'
+    )
+    add("--classes", **file, help='class of each person, {"anna": "woman"}; default: by name, as woman_anna')
+    add("--out", default=Path("study"), **folder, help="a new folder for the study")
     add("--questions", type=int, default=64, help="of all kinds together, a multiple of 4")
     add("--pair", nargs=2, metavar="NAME", help="systems to compare in part 2; default: the first two")
     add("--style-prompts", metavar="N-M", help="such as 10-19 or 3,5,7-9; default: the list's second half")
@@ -336,21 +358,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def parse_systems(items: Sequence[str]) -> dict[str, Path]:
-    """Read NAME=DIR ...; ValueError for another form, a name given twice, and fewer than two."""
+    """Read NAME=DIR ...; UserError for another form, a name given twice, and fewer than two."""
     pairs = [item.partition("=") for item in items]
     for item, (name, _, folder) in zip(items, pairs):
         if not name.strip() or not folder:
             raise UserError(f"--systems {item}: should read NAME=DIR")
     names = [name for name, _, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--systems: {twice[0]} is given {len(twice)} times")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--systems: {name} is given {names.count(name)} times")
     if len(names) < 2:
         raise UserError(f"--systems {items[0]}: needed are two or more, to compare")
     return {name: Path(folder) for name, _, folder in pairs}
 
 
 def parse_numbers(text: str) -> set[int]:
-    """Read "3,5,7-9" as a set; ValueError for another form."""
+    """Read "3,5,7-9" as a set; UserError for another form."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise UserError(f"--style-prompts {text}: should read like 10-19 or 3,5,7-9")
     ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
@@ -358,6 +381,7 @@ def parse_numbers(text: str) -> set[int]:
 
 
 def make(args: argparse.Namespace) -> None:
+    """Draw the questions and write the page and its key."""
     systems = parse_systems(args.systems)
     pair = args.pair or list(systems)[:2]
     if len(set(pair) & systems.keys()) < 2:
@@ -370,23 +394,15 @@ def make(args: argparse.Namespace) -> None:
     pictures = find_pictures(systems)
     people = sorted({person for person, _, _ in pictures[pair[0]]})
     photos = find_photos(args.people, read_names(args.references, "--references"))
-    counts = {person: len(photos.get(person, ())) for person in people}
-    if none := [person for person, n in counts.items() if not n]:
-        raise UserError(f"--people {args.people} has no photo of {', '.join(none)}")
-    if max(counts.values()) < 2:
-        raise UserError(f"--people {args.people}: nobody has a second photo, for multi-reference questions")
-    if few := [f"{person} {n - 1}" for person, n in counts.items() if n <= SET]:
-        print(
-            f"fewer than {SET} photos besides the reference, all are shown; without any, none of that kind: "
-            f"{', '.join(few)}"
-        )
-    given = read_names(args.classes, "--classes")
-    texts = {name: read_prompts(args.prompts, class_of(name, given)) for name in people}
+    check_counts(args.people, {person: len(photos.get(person, ())) for person in people})
+    classes = read_names(args.classes, "--classes")
+    texts = {name: read_prompts(args.prompts, class_of(name, classes)) for name in people}
     for (person, _, _), sample in pictures[pair[0]].items():
         find_text(sample, texts[person])  # raises when the list has no such number
     styles = parse_numbers(args.style_prompts) if args.style_prompts else None
-    if styles and max(styles) >= (shortest := min(map(len, texts.values()))):
-        raise UserError(f"--style-prompts {args.style_prompts}: the list ends with number {shortest - 1}")
+    last = min(map(len, texts.values())) - 1
+    if styles and max(styles) > last:
+        raise UserError(f"--style-prompts {args.style_prompts}: the list ends with number {last}")
 
     rng = random.Random(args.seed)
     questions = make_questions(pictures, photos, texts, styles, args.questions // 4, pair, rng)
@@ -399,13 +415,31 @@ def make(args: argparse.Namespace) -> None:
     print(f"{len(questions)} questions in {args.out / 'page'}; keep {args.out / 'key.json'} to yourself")
 
 
+def check_counts(folder: Path, counts: dict[str, int]) -> None:
+    """Raise UserError when someone has no photo, or nobody two; print who has few. counts: photos of each."""
+    none = [person for person, n in counts.items() if not n]
+    if none:
+        raise UserError(f"--people {folder} has no photo of {', '.join(none)}")
+    if max(counts.values()) < 2:
+        raise UserError(f"--people {folder}: nobody has a second photo, for multi-reference questions")
+    few = [f"{person} {n - 1}" for person, n in counts.items() if n <= SET]
+    if few:
+        print(
+            f"fewer than {SET} photos besides the reference, all are shown; without any, none of that kind: "
+            f"{', '.join(few)}"
+        )
+
+
 def tally(args: argparse.Namespace) -> None:
+    """Count the answers, print the tables, and write them beside the key."""
     path = args.study / "key.json"
     if not path.is_file():
         raise FileNotFoundError(f"--study {args.study}: there is no key.json, which `make` wrote")
-    key, answers, files = read_json(path, str(path)), {}, {}
-    if lacking := {"study", "settings", "questions"} - key.keys():
+    key = read_json(path)
+    lacking = {"study", "settings", "questions"} - key.keys()
+    if lacking:
         raise UserError(f"{path} is not the key that `make` wrote: it lacks {', '.join(sorted(lacking))}")
+    answers, files = {}, {}
     for file in args.answers:
         participant, given = read_answers(file, key)
         if participant in files:
@@ -419,7 +453,10 @@ def tally(args: argparse.Namespace) -> None:
     if incomplete:
         names = ", ".join(f"{name} ({n} of {total})" for name, n in incomplete.items())
         print(f"\nincomplete, used for what they hold: {len(incomplete)} of {len(answers)}: {names}")
-    seconds = {name: median(a["seconds"] for a in given.values()) for name, given in answers.items() if given}
+    seconds = {}
+    for name, given in answers.items():
+        if given:
+            seconds[name] = median(answer["seconds"] for answer in given.values())
     numbers = {"study": key["study"], "tables": tables, "incomplete": incomplete, "median seconds": seconds}
     write(args.study / "tally.md", text + "\n")
     write(args.study / "tally.json", json.dumps(numbers, indent=1))
@@ -427,4 +464,7 @@ def tally(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    {"make": make, "tally": tally}[args.command](args)
+    if args.command == "make":
+        make(args)
+    else:
+        tally(args)

@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from flux.checkpoint import read_header
-from people.photos import Size
 from run.files import atomic
 from run.terminal import printable
 
@@ -21,7 +20,7 @@ def contact_sheet(
     rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str] = (),
     column_titles: Sequence[str] = (),
-    cell: Size = (256, 256),
+    cell: tuple[int, int] = (256, 256),
 ) -> Image.Image:
     """Lay pictures out in a grid with labels, each fitted whole into its cell on grey.
 

@@ -1,4 +1,4 @@
-"""The protocol as a whole: what is made, that a stopped run goes on, that only what lacks is made."""
+"""The protocol as a whole: what is made, that a stopped run continues, that only what is missing is made."""
 
 import json
 import shutil
@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+import flux
 import metalora
 import personalize
 from flux.checkpoint import read_tensors
+from flux.errors import UserError
 from metalora import save_meta
 from metaphd import benchmark
+from run.files import alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
 JUDGES = Path(__file__).parents[1] / "tiny" / "weights" / "judges"
@@ -21,11 +24,9 @@ SYSTEMS = [f"{method}_r1_lr0.01_s{steps}" for method in ("meta-lora", "lora-noau
 
 
 @pytest.fixture(scope="module")
-def world(model, tmp_path_factory) -> Path:
-    """The random model with the small world's judges and a stage-1 file of its own."""
-    import flux
-
-    folder = tmp_path_factory.mktemp("world") / "model"
+def judged_model(model, tmp_path_factory) -> Path:
+    """The random model with the toy model's judges and a stage-1 file of its own."""
+    folder = tmp_path_factory.mktemp("judged") / "model"
     shutil.copytree(model, folder)
     shutil.copytree(JUDGES, folder / "judges")
     transformer = flux.load_flux(folder / "flux1-random.safetensors")
@@ -34,14 +35,32 @@ def world(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def people(people, tmp_path_factory) -> Path:
+    """Two men and a woman: enough for two groups of --at-once 2."""
+    folder = tmp_path_factory.mktemp("three")
+    for name in ("man_001", "man_002", "woman_000"):
+        shutil.copytree(people / name, folder / name)
+    return folder
+
+
 @pytest.fixture
-def run(world, people, tmp_path):
+def run(judged_model, people, tmp_path):
     """Call the script: two systems, two step counts, two prompts, two seeds."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a [man/woman] at the beach\na sketch of a [man/woman]\n")
 
     def call(*argv: object, out: str = "out") -> Path:
-        defaults = ["--model", world, "--people", people, "--prompts", prompts, "--out", tmp_path / out]
+        defaults = [
+            "--model",
+            judged_model,
+            "--people",
+            people,
+            "--prompts",
+            prompts,
+            "--out",
+            tmp_path / out,
+        ]
         defaults += ["--method", "meta-lora", "lora-noaug", "--steps", 1, 3, "--lr", 0.01]
         defaults += ["--seeds", 2, "--sample-steps", 1, "--at-once", 2]
         benchmark.main([str(word) for word in [*defaults, *argv]])
@@ -95,16 +114,16 @@ def test_everything_that_is_promised_is_there(run, people, capsys):
 
 
 def test_step_counts_come_from_one_training(run, monkeypatch):
-    """Two methods, five people two at a time: six trainings, each to the largest count."""
-    asked, train = [], personalize.train
+    """Two methods, three people two at a time: four trainings, each to the largest count."""
+    asked, train = [], benchmark.personalize_together
 
-    def watched(model, trained, group, args, *rest):
-        asked.append((len(group), args.steps))
-        yield from train(model, trained, group, args, *rest)
+    def watched(model, trained, batches, steps, *rest):
+        asked.append((len(batches), steps))
+        yield from train(model, trained, batches, steps, *rest)
 
-    monkeypatch.setattr(personalize, "train", watched)
-    out = run()
-    assert asked == [(2, 3), (2, 3), (1, 3)] * 2
+    monkeypatch.setattr(benchmark, "personalize_together", watched)
+    out = run("--seeds", 1)
+    assert asked == [(2, 3), (1, 3)] * 2
     one, three = (
         read_tensors(next((out / "loras" / f"lora-noaug_r1_lr0.01_s{n}").iterdir()))[0] for n in (1, 3)
     )
@@ -113,21 +132,56 @@ def test_step_counts_come_from_one_training(run, monkeypatch):
 
 def test_side_by_side_is_as_alone(run):
     """Each person's noise, clipping and optimiser are those of a training of its own."""
-    together, alone = run("--at-once", 5, "--batch", 2), run("--at-once", 1, "--batch", 2, out="alone")
-    files = sorted((together / "loras").rglob("*.safetensors"))
-    assert len(files) == 20
-    moved = 0.0
+    options = ["--batch", 2, "--seeds", 1]
+    together, alone = run(*options, "--at-once", 3), run(*options, "--at-once", 1, out="alone")
+    assert same_loras(together, alone) == 12
+
+
+def same_loras(ours: Path, theirs: Path) -> int:
+    """Compare all LoRAs of a run with those of another one, up to float16; return their number."""
+    files = sorted((ours / "loras").rglob("*.safetensors"))
+    largest = 0.0
     for file in files:
-        ours, theirs = read_tensors(file)[0], read_tensors(alone / file.relative_to(together))[0]
-        for name, value in ours.items():
-            torch.testing.assert_close(value.float(), theirs[name].float(), atol=2e-4, rtol=2e-2)
-            moved = max(moved, value.float().abs().max().item() if "lora_B" in name else 0)
-    assert moved > 1e-2
+        mine, other = read_tensors(file)[0], read_tensors(theirs / file.relative_to(ours))[0]
+        for name, value in mine.items():
+            torch.testing.assert_close(value.float(), other[name].float(), atol=2e-4, rtol=2e-2)
+            largest = max(largest, value.float().abs().max().item() if "lora_B" in name else 0)
+    assert largest > 1e-2, "nothing was trained"
+    return len(files)
+
+
+def test_a_loss_that_is_not_finite_costs_one_person_only(run, monkeypatch):
+    """NaN latents of one of two people side by side: all others' files are those of a calm run."""
+    options = ["--method", "lora-noaug", "--seeds", 1]
+    calm, draw, people = run(*options, out="calm"), personalize.draw_batches, []
+
+    def spoilt(*args):
+        people.append(args)
+        number = len(people)
+        for step, batch in enumerate(draw(*args), 1):
+            if (number, step) == (1, 2):
+                batch["latents"] = batch["latents"] * float("nan")
+            yield batch
+
+    monkeypatch.setattr(personalize, "draw_batches", spoilt)
+    with pytest.raises(UserError, match="lr0.01_s3: the loss of man_001 became infinite or NaN"):
+        run(*options)
+    out = calm.with_name("out")
+    assert len(people) == 3 and same_loras(out, calm) == 5
+    assert not (out / "loras" / SYSTEMS[3] / "man_001.safetensors").exists()
+    assert (out / "loras" / SYSTEMS[2] / "man_001.safetensors").exists()  # of the step before
+
+
+def test_a_second_run_is_kept_out_of_the_folder(run, tmp_path):
+    with alone(tmp_path / "out"), pytest.raises(OSError, match="another run is writing there"):
+        run()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}
 
 
 def test_a_stopped_run_goes_on(run, monkeypatch):
     """Killed while drawing, then started again: the same pictures as without the interruption."""
-    whole, save = pictures(run(out="whole")), benchmark.save_picture
+    few = ["--method", "lora-noaug", "--steps", 1]
+    whole, save = pictures(run(*few, out="whole")), benchmark.save_picture
     left = iter(range(15))
 
     def dies(*args):
@@ -137,27 +191,28 @@ def test_a_stopped_run_goes_on(run, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(benchmark, "save_picture", dies)
-        assert not (run() / "report.html").exists()
-    resumed = pictures(run())
+        assert not (run(*few) / "report.html").exists()
+    resumed = pictures(run(*few))
     assert resumed.keys() == whole.keys() and all(alike(resumed[name], whole[name]) for name in whole)
     first, other, *_ = whole.values()
     assert not alike(first, other)
 
 
 def test_what_is_there_is_not_made_again(run, monkeypatch):
-    out = run()
+    few = ["--method", "lora-noaug", "--steps", 1]
+    out = run(*few)
     times = {
         path: path.stat().st_mtime_ns for name in ("loras", "pictures") for path in (out / name).rglob("*.*")
     }
-    lost = [out / "pictures" / SYSTEMS[0] / "x", *sorted((out / "pictures" / SYSTEMS[0]).rglob("*.png"))][1]
+    lost = sorted((out / "pictures" / SYSTEMS[2]).rglob("*.png"))[0]
     before = pictures(out)
     lost.unlink()
 
     def train(*args):
         raise AssertionError("a person who is finished was trained again")
 
-    monkeypatch.setattr(personalize, "train", train)
-    run("--seeds", 2)
+    monkeypatch.setattr(benchmark, "personalize_together", train)
+    run(*few)
     place = str(lost.relative_to(out))
     assert alike(pictures(out)[place], before[place])
     assert {path for path, time in times.items() if path.stat().st_mtime_ns != time} == {lost}
@@ -194,6 +249,26 @@ def test_wrong_input_stops_before_anything_is_loaded(run, people, tmp_path, monk
         run("--seeds", 0)
 
 
+def test_the_command_has_three_parts(monkeypatch, capsys):
+    from metaphd import __main__ as command
+
+    called = []
+    monkeypatch.setitem(command.COMMANDS, "check", called.append)
+    monkeypatch.setattr("sys.argv", ["metaphd", "check", "people", "--out", "x.csv"])
+    command.main()
+    assert called == [["people", "--out", "x.csv"]]
+    for argv, code in ((["metaphd", "--help"], None), (["metaphd"], None), (["metaphd", "chek"], 2)):
+        monkeypatch.setattr("sys.argv", argv)
+        if code:
+            with pytest.raises(SystemExit) as stop:
+                command.main()
+            assert stop.value.code == code
+        else:
+            command.main()
+        said = capsys.readouterr()
+        assert "python -m metaphd run|check|study" in (said.err if code else said.out)
+
+
 def test_defaults_are_the_papers():
     args = benchmark.parse_arguments(["--people", "p"])
     runs = benchmark.plan_runs(args)
@@ -214,7 +289,7 @@ def test_people_of_one_photo_each_as_in_ffhq(run, people, tmp_path):
     """A folder of man and woman: every photo is a person, scored without R-FaceSim, which is said."""
     for kind in ("man", "woman"):
         (tmp_path / "ffhq" / kind).mkdir(parents=True)
-        for k, photo in enumerate(sorted(people.glob(f"{kind}_*/000.png"))[:2]):
+        for k, photo in enumerate(sorted(people.glob(f"{kind}_*/*.png"))[:2]):
             shutil.copy(photo, tmp_path / "ffhq" / kind / f"{k}.png")
     out = run("--people", tmp_path / "ffhq", "--method", "lora-noaug", "--steps", 1, "--seeds", 1)
     scores = json.loads((out / "scores" / "lora-noaug_r1_lr0.01_s1.json").read_text())
@@ -228,16 +303,17 @@ def test_everybody_learns_from_their_own_photo_and_caption(run, people, monkeypa
     """Crops and prompt that go into each training, against the photo's own, encoded here."""
     asked, draw = [], personalize.draw_batches
 
-    def watched(crops, prompt, seed, *rest):
+    def watched(crops, prompt, settings, training, seed, *rest):
         asked.append((crops, prompt, seed))
-        return draw(crops, prompt, seed, *rest)
+        return draw(crops, prompt, settings, training, seed, *rest)
 
     monkeypatch.setattr(personalize, "draw_batches", watched)
     run("--method", "lora-noaug", "--steps", 1)
-    assert len({seed for *_, seed in asked}) == len(asked) == 5  # not one draw of noise for all
-    latents, prompts = ([crops[0][1]["mean"] for crops, *_ in asked], [p["txt"] for _, p, _ in asked])
-    captions = [(f / "000.txt").read_text() for f in sorted(people.iterdir()) if f.is_dir()]
-    for a in range(5):
+    assert len({seed for *_, seed in asked}) == len(asked) == 3  # not one draw of noise for all
+    latents = [crops[0].posterior["mean"] for crops, *_ in asked]
+    prompts = [prompt["txt"] for _, prompt, _ in asked]
+    captions = [(folder / "000.txt").read_text() for folder in sorted(people.iterdir())]
+    for a in range(3):
         for b in range(a):
             assert not torch.equal(latents[a], latents[b])
             assert torch.equal(prompts[a], prompts[b]) == (captions[a] == captions[b])
@@ -277,7 +353,7 @@ def test_more_methods_and_seeds_are_added_to_what_was_there(run, capsys):
     printed, systems = capsys.readouterr().out, {"lora-noaug_r1_lr0.01_s1", "meta-lora-noaug_r1_lr0.01_s2"}
     assert all(f"| {system} " in printed for system in systems)
     for system in systems:
-        assert len(json.loads((out / "scores" / f"{system}.json").read_text())["pictures"]) == 5 * 2 * 2
+        assert len(json.loads((out / "scores" / f"{system}.json").read_text())["pictures"]) == 3 * 2 * 2
 
 
 def test_what_does_not_matter_may_change(run, tmp_path):
@@ -313,10 +389,17 @@ def test_photos_and_prompts_are_judged_before_anything_is_learned(run, people, t
         run()
 
 
-def test_with_crops_checkpointing_and_16_bit(run):
-    """The defaults of a GPU, and s1 of a longer training is s1 of a shorter one."""
+def test_with_crops_checkpointing_and_16_bit(run, people, tmp_path, monkeypatch):
+    """The defaults of a GPU, with five crops; and s1 of a longer training is s1 of a shorter one."""
+    list_all = benchmark.crop_boxes
+    monkeypatch.setattr(benchmark, "crop_boxes", lambda size, face: list_all(size, face)[:5])
+    for name in ("man_001", "woman_000"):
+        shutil.copytree(people / name, tmp_path / "two" / name)
     argv = ["--method", "meta-lora", "--dtype", "bf16", "--batch", 2, "--seeds", 1]
+    argv += ["--people", tmp_path / "two", "--checkpoint", "all"]
     short, long = run(*argv, "--steps", 1, out="short"), run(*argv, "--steps", 1, 3, out="long")
-    for file in (short / "loras").rglob("*.safetensors"):
+    files = sorted((short / "loras").rglob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:
         ours, theirs = read_tensors(file)[0], read_tensors(long / file.relative_to(short))[0]
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)

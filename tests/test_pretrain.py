@@ -1,14 +1,15 @@
-"""The script that makes small worlds, at its smallest; and the small world that is shipped."""
+"""The script that pretrains toy models, at its smallest; and the toy model that comes with the repository."""
 
-import argparse
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 import flux
+from flux.finding import find_files
 from run.models import SHIPPED as SHIPPED_MODELS
 from tiny import pretrain
 
@@ -27,11 +28,12 @@ def run(monkeypatch, *options) -> None:
         *map(str, options),
     ]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(pretrain, "AE", replace(pretrain.AE, ch=32))  # a quarter of the work
     monkeypatch.setattr(pretrain.layers, "attention", pretrain.layers.attention)  # it replaces this one
     pretrain.main()
 
 
-def test_a_small_world_of_ones_own(tmp_path, monkeypatch):
+def test_a_toy_model_of_ones_own(tmp_path, monkeypatch):
     """Train on a folder of captioned pictures, be interrupted, go on; the result loads like any FLUX.1."""
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
@@ -49,7 +51,7 @@ def test_a_small_world_of_ones_own(tmp_path, monkeypatch):
         ("transformer", 2),
         ("guidance", 1),
     ]
-    files = flux.find_files(argparse.Namespace(model=str(out)))
+    files = find_files(str(out), {})
     assert files.folder == out
     model = flux.load_flux(files.transformer, dtype=torch.float32)
     assert model.sizes.theta == pretrain.THETA and model.sizes.guidance
@@ -65,10 +67,10 @@ def test_orthogonalise_brings_singular_values_near_one():
 
 
 @pytest.mark.skipif(not (SHIPPED / "flux1-tiny.safetensors").exists(), reason="tiny/weights is not there")
-def test_shipped_world_draws_what_it_is_told():
+def test_the_shipped_model_draws_what_it_is_told():
     from flux.sampling import generate
-    from tiny.judges import load_judges
     from tiny.people import training_pictures
+    from vision.small import load_judges
 
     ae = flux.load_autoencoder(SHIPPED / "ae.safetensors", dtype=torch.float32)
     pictures = training_pictures(16, torch.Generator().manual_seed(7))[0]

@@ -1,9 +1,9 @@
-"""The judges of the small world: whose face is in a picture, and does the picture show what the prompt says?
+"""Train the toy model's evaluators: whose face is in a picture, and does it show what the prompt says?
 
     python tiny/judges.py --out tiny/weights/judges
 
-Both learn from drawn people that nothing else sees, and look at whole pictures: generated ones tell no box.
-The networks are those of `vision/small.py`; here is how they were trained.
+Both learn from synthetic people that nothing else sees, and look at whole pictures, because a generated one
+comes without a face box. The networks are in `vision/small.py`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tiny.pretrain import Optimiser, export, write_json
 from vision.small import SIZE, IdentityNet, PromptNet, load_judges
 
 VIEWS = 8  # pictures per person
-# The words that prompts are searched for; a value's place is that in the drawn person's view.
+# The words that prompts are searched for; a value's place in its list is the number in a person's view.
 NAMED = {
     "scene": [*SCENES],
     "shirt": [f"{colour} shirt" for colour in SHIRTS],
@@ -50,9 +50,16 @@ def draw(people: int, photos: float, generator: torch.Generator) -> tuple[Tensor
 def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Turn uint8 (b, 3, h, w) into [-1, 1], each picture with its own mix of generated ones' defects."""
     n, image = len(pictures), pictures.float() / 127.5 - 1
-    rand = lambda channels: torch.rand(n, channels, 1, 1, generator=generator)
-    noise = lambda size: torch.randn(n, 3, size, size, generator=generator)
-    amount = lambda most, channels=1: most * rand(channels) * (rand(1) < 0.5)  # half have none
+
+    def rand(channels: int) -> Tensor:
+        return torch.rand(n, channels, 1, 1, generator=generator)
+
+    def noise(size: int) -> Tensor:
+        return torch.randn(n, 3, size, size, generator=generator)
+
+    def amount(most: float, channels: int = 1) -> Tensor:
+        return most * rand(channels) * (rand(1) < 0.5)  # half have none
+
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
     cast = amount(0.12, 3) - amount(0.12, 3)
     blotches = amount(0.10) * F.interpolate(noise(SIZE // 4), SIZE, mode="bilinear")
@@ -60,22 +67,26 @@ def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return image + amount(0.08) * noise(SIZE)
 
 
-def identity_loss(judge: IdentityNet, pictures: Tensor, labels: dict, generator: torch.Generator) -> Tensor:
+def identity_loss(
+    network: IdentityNet, pictures: Tensor, labels: dict[str, Tensor], generator: torch.Generator
+) -> Tensor:
     """Find each of 128 people among the others by a second picture: InfoNCE (van den Oord et al. 2018)."""
     people = torch.randperm(len(pictures), generator=generator)[:128]
     views = torch.rand(128, VIEWS, generator=generator).argsort(dim=1)[:, :2].T
     with torch.autocast("cpu", torch.bfloat16):
-        a, b = judge(spoil(pictures[people, views].flatten(0, 1), generator)).chunk(2)
+        a, b = network(spoil(pictures[people, views].flatten(0, 1), generator)).chunk(2)
     logits, target = a @ b.mT / 0.07, torch.arange(128)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
 
 
-def prompt_loss(judge: PromptNet, pictures: Tensor, labels: dict, generator: torch.Generator) -> Tensor:
+def prompt_loss(
+    network: PromptNet, pictures: Tensor, labels: dict[str, Tensor], generator: torch.Generator
+) -> Tensor:
     """Sum the cross entropies of the attributes over 256 pictures."""
-    some = tuple(torch.randint(n, (256,), generator=generator) for n in pictures.shape[:2])
+    chosen = tuple(torch.randint(n, (256,), generator=generator) for n in pictures.shape[:2])
     with torch.autocast("cpu", torch.bfloat16):
-        found = judge(spoil(pictures[some], generator))
-    return sum(F.cross_entropy(logits, labels[name][some]) for name, logits in found.items())
+        found = network(spoil(pictures[chosen], generator))
+    return sum(F.cross_entropy(logits, labels[name][chosen]) for name, logits in found.items())
 
 
 def evaluate(folder: Path, photos: float, seed: int, people: int = 200) -> dict[str, float]:
@@ -103,8 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("tiny/weights/judges"), help="folder to write")
     parser.add_argument("--people", type=int, default=8000, help=f"to learn from, {VIEWS} pictures each")
-    parser.add_argument("--steps", type=int, default=850, help="updates of the identity judge")
-    parser.add_argument("--prompt-steps", type=int, default=300, help="updates of the prompt judge")
+    parser.add_argument("--steps", type=int, default=850, help="updates of the identity network")
+    parser.add_argument("--prompt-steps", type=int, default=300, help="updates of the prompt network")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -112,17 +123,19 @@ def main() -> None:
     data = draw(args.people, 0.6, torch.Generator().manual_seed(args.seed))
     identity = ("identity", IdentityNet(), identity_loss, args.steps)
     prompt = ("prompt", PromptNet(NAMED), prompt_loss, args.prompt_steps)
-    for name, judge, loss, steps in (identity, prompt):
-        judge.to(memory_format=torch.channels_last)  # three times faster in bfloat16
+    for name, network, loss, steps in (identity, prompt):
+        network.to(memory_format=torch.channels_last)  # three times faster in bfloat16
         is_matrix = lambda name, p: "blocks" in name and p.dim() == 4
-        optimiser = Optimiser(judge.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=steps)
+        optimiser = Optimiser(network.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=steps)
         generator = torch.Generator().manual_seed(args.seed)
-        for step in (bar := tqdm(range(steps), name, mininterval=5)):
-            (value := loss(judge, *data, generator)).backward()
+        bar = tqdm(range(steps), name, mininterval=5)
+        for step in bar:
+            value = loss(network, *data, generator)
+            value.backward()
             optimiser.step(step)
             bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
-        words = {"vocabulary": json.dumps(judge.vocabulary)} if name == "prompt" else {}
-        export(judge, args.out / f"{name}.safetensors", **words)
+        words = {"vocabulary": json.dumps(network.vocabulary)} if name == "prompt" else {}
+        export(network, args.out / f"{name}.safetensors", **words)
     kinds = {"photo": 1.0, "any style": 0.0}
     figures = {kind: evaluate(args.out, photos, args.seed + 1) for kind, photos in kinds.items()}
     write_json({"settings": {**vars(args), "out": str(args.out)}, **figures}, args.out / "judges.json")

@@ -1,8 +1,9 @@
-"""Draw the people of the small world: cartoon faces in eight scenes, six shirts and four styles.
+"""Render synthetic people: cartoon faces in eight scenes, six shirts and four styles.
 
-A picture is `render(identity, view)`: the identity is the person, about forty numbers; the view is the rest,
-from pose and light to scene and style. Captions tell the view and man or woman, not the person. As a script
-it writes a data set, a folder per person. All chance comes from the given generator: same seed, same picture.
+A picture is `render(identity, view)`. The identity is the person, about forty numbers; the view is the rest,
+from pose and light to scene and style. Captions describe the view and say man or woman, nothing else of the
+person. As a script it writes a people data set, a folder per person. All randomness comes from the given
+generator: the same seed gives the same pictures.
 """
 
 import argparse
@@ -174,7 +175,8 @@ def draw_views(n: int, generator: torch.Generator, **fixed: float | Tensor) -> T
 
 
 def _columns(values: dict[str, Tensor], names: tuple, fixed: dict[str, float | Tensor]) -> Tensor:
-    if unknown := set(fixed) - set(names):
+    unknown = set(fixed) - set(names)
+    if unknown:
         raise ValueError(f"unknown columns {sorted(unknown)}; possible: {', '.join(names)}")
     rows = torch.stack([values[name].float() for name in names], dim=1)
     for name, value in fixed.items():
@@ -491,7 +493,7 @@ def write_people(
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: a stopped run leaves no half file."""
+    """Write under a temporary name, then rename, so that a stopped run leaves no half file."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     part.replace(path)
@@ -499,7 +501,9 @@ def _write(path: Path, data: bytes) -> None:
 
 def main() -> None:
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Draw a data set of people.", formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description="Write a data set of synthetic people", formatter_class=formatter
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder: new, empty, or holding this data set"
     )

@@ -2,9 +2,9 @@
 
     python tiny/pretrain.py --out tiny/weights --work /tmp/tiny
 
-The pictures are drawn (`tiny/people.py`) or read from a folder (`--data`). What is written has the names,
-the formats and the folder layout of FLUX.1-dev, in 16 bit, so everything else reads it like the real one.
-Each stage is skipped when its result is there; one that was interrupted goes on where it last saved.
+The pictures are of synthetic people (`tiny/people.py`) or read from a folder (`--data`). The result has the
+names, the formats and the folder layout of FLUX.1-dev, in 16 bit, so everything else reads it like the real
+one. A stage whose result exists is skipped; one that was interrupted continues from its last save.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +61,7 @@ THETA = 100  # the usual 10,000 leaves three useful frequencies on an 8x8 grid
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates for matrices and convolutions (Jordan et al. 2024, "Muon")."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.95):
+    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -78,7 +78,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """Bring all singular values near 1 by a quintic Newton-Schulz iteration, in bfloat16."""
     x = matrix.bfloat16()
-    x = x.mT if (tall := x.shape[0] > x.shape[1]) else x
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT if tall else x
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -90,7 +91,12 @@ class Optimiser:
     """Muon on the matrices that `is_matrix` picks, AdamW on the rest; the rates fall linearly at the end."""
 
     def __init__(
-        self, named, is_matrix: Callable[[str, Tensor], bool], muon: float, adamw: float, steps: int
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        is_matrix: Callable[[str, Tensor], bool],
+        muon: float,
+        adamw: float,
+        steps: int,
     ):
         named = list(named)
         matrices = [p for name, p in named if is_matrix(name, p)]
@@ -122,12 +128,12 @@ def train(
     loss: Callable[[int, torch.Generator], Tensor],
     optimiser: Optimiser,
     kept: dict[str, nn.Module],
-    args,
+    args: argparse.Namespace,
     saved: Callable[[int], None] | None = None,
 ) -> None:
     """Run `steps` updates; at intervals save `kept` (modules by name) to the work folder, and log a line.
 
-    `loss` gets the step and a generator seeded by it, so that an interrupted run goes on with new data.
+    `loss` gets the step and a generator seeded by it, so that an interrupted run continues with new data.
     """
     file, start = args.work / f"{name}.pt", 0
     if file.exists():
@@ -173,7 +179,9 @@ def shapes(size: int) -> list[Size]:
     return [fit_shape((100 * down, 100 * across), size, 2 * AE.reduction) for across, down in ratios]
 
 
-def read_pictures(shape: Size, count: int, seed: int, args) -> tuple[np.ndarray, list[str]]:
+def read_pictures(
+    shape: Size, count: int, seed: int, args: argparse.Namespace
+) -> tuple[np.ndarray, list[str]]:
     """Return pictures (count, 3, *shape) uint8, mapped from the work folder, and their captions."""
     name = f"{shape[0]}x{shape[1]}"
     file, captions = args.work / f"pictures_{name}.npy", args.work / f"captions_{name}.json"
@@ -213,7 +221,10 @@ def draw(n: int, shape: Size, generator: torch.Generator) -> tuple[Tensor, list[
 
 def with_spare_word(caption: str, generator: torch.Generator) -> str:
     """Put a meaningless word into one caption of fourteen: unknown words then do little harm in a prompt."""
-    pick = lambda low, high, *size: torch.randint(low, high, size, generator=generator).tolist()
+
+    def pick(low: int, high: int, *size: int) -> int | list[int]:
+        return torch.randint(low, high, size, generator=generator).tolist()
+
     if torch.rand((), generator=generator) > 0.07:
         return caption
     letters, words = pick(97, 123, pick(2, 9)), caption.split()
@@ -289,7 +300,7 @@ def make_tokenizers(captions: list[str], out: Path) -> None:
 # --- Autoencoder -------------------------------------------------------------------------------------------
 
 
-def train_autoencoder(pictures: np.ndarray, args) -> AutoEncoder:
+def train_autoencoder(pictures: np.ndarray, args: argparse.Namespace) -> AutoEncoder:
     """Train on crops of half the side, then on whole pictures; write `ae.safetensors` and its constants."""
     torch.manual_seed(args.seed)
     ae = AutoEncoder(AE)
@@ -316,7 +327,7 @@ def train_autoencoder(pictures: np.ndarray, args) -> AutoEncoder:
 
 
 @torch.no_grad()
-def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args) -> Tensor:
+def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args: argparse.Namespace) -> Tensor:
     """Return a posterior sample of every picture, unscaled (n, z, h, w) bfloat16; kept in the work folder."""
     file = args.work / f"latents_{pictures.shape[2]}x{pictures.shape[3]}.pt"
     if not file.exists():
@@ -332,7 +343,7 @@ def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args) -> Tensor:
     return torch.load(file, weights_only=True)
 
 
-def finish_autoencoder(ae: AutoEncoder, latents: Tensor, args) -> AutoEncoder:
+def finish_autoencoder(ae: AutoEncoder, latents: Tensor, args: argparse.Namespace) -> AutoEncoder:
     """Measure scale and shift, for latents of unit variance; write file and constants, print the error."""
     some = latents[:10_000].float()
     scale, shift = round(1 / some.std().item(), 4), round(some.mean().item(), 4)
@@ -367,7 +378,7 @@ def write_json(values: dict, path: Path) -> None:
 # --- Text encoders and transformer -------------------------------------------------------------------------
 
 
-def build(args) -> nn.ModuleDict:
+def build(args: argparse.Namespace) -> nn.ModuleDict:
     """Return fresh text encoders and transformer, in the parts that become files."""
     torch.manual_seed(args.seed)
     tokenizers = load_tokenizers(args.out)
@@ -436,7 +447,7 @@ def velocity(
 
 
 def train_transformer(
-    latents: list[Tensor], captions: list[list[str]], ae: AutoEncoder, args
+    latents: list[Tensor], captions: list[list[str]], ae: AutoEncoder, args: argparse.Namespace
 ) -> nn.ModuleDict:
     """Train text encoders and transformer on flow matching, then teach the guidance input; return the EMA.
 
@@ -525,7 +536,7 @@ PROMPTS = (
 
 
 def sample_sheet(
-    parts: nn.ModuleDict, ae: AutoEncoder, args, guidance: float, seeds: int = 12
+    parts: nn.ModuleDict, ae: AutoEncoder, args: argparse.Namespace, guidance: float, seeds: int = 12
 ) -> Image.Image:
     """Sample a row per prompt, with the same seeds in every row."""
     conditioner = Conditioner(parts["t5"], parts["clip"], load_tokenizers(args.out))
@@ -548,7 +559,7 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder for pictures, latents and training states (2 GB)"
     )
     parser.add_argument(
-        "--data", type=Path, help="pictures with captions (.txt) to learn from instead of drawn people"
+        "--data", type=Path, help="pictures with captions (.txt) to learn from instead of synthetic people"
     )
     parser.add_argument("--pictures", type=int, default=120_000, help="size of the training set")
     parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")

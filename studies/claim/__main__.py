@@ -1,12 +1,11 @@
-"""Meta-LoRA against LoRA in the small world: runs the study that README.md planned.
+"""Meta-LoRA against LoRA on the toy model: run the study that README.md planned.
 
     python -m studies.claim --quick              # a smaller answer from the shipped weights, in minutes
-    python -m studies.claim --bases tiny second  # all of it; hours; the same command again goes on
+    python -m studies.claim --bases tiny second  # all of it; hours; the same command again continues
     python -m studies.claim --figures            # tables and pictures anew from the committed scores
 
-A cell is a system of benchmark.py: method, placement, rank, learning rate, prior and base. Its scores go to
+A cell is a system of the benchmark: method, placement, rank, learning rate, prior and base. Its scores go to
 <part>.csv, a line per step count, person and seed, averaged over prompts. Pictures stay in --out.
-scores.py has the arithmetic, figures.py the tables and documents, pictures.py the pictures.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import csv
 import itertools
 import json
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,20 +22,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script from anywhere
-
 import train_meta
 from lora.writing import write_tensors
 from metalora import load_meta
 from metaphd import benchmark
 from run.files import atomic
 from run.models import SHIPPED
-from studies.claim.figures import BLOCKS, PLACEMENTS, Study, means, primary, write_documents
+from studies.claim.documents import BLOCKS, write_documents
 from studies.claim.pictures import draw_pictures
 from studies.claim.scores import KEY, METRICS, PLACE, read_scores
+from studies.claim.study import PLACEMENTS, Study
+from studies.claim.tables import means, primary
 from tiny.people import write_people
 
-ROOT = Path(__file__).parents[2]
 SCORES = Path(__file__).parent
 PROMPTS = Path(__file__).with_name("prompts.txt")
 STEPS = (10, 20, 30, 45, 60, 90, 120, 180)
@@ -53,7 +50,7 @@ PEOPLE = {  # how many, the seed they are drawn from, and the side of a photo in
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that one call of benchmark.py makes."""
+    """Cells that one call of the benchmark makes."""
 
     part: str
     base: str = "tiny"
@@ -128,10 +125,10 @@ def find_prior(group: Group, out: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if group.prior in SPECTRA:
         trained = find_prior(Group(group.part, group.base, "0", group.targets), out)
-        tensors, metadata = load_meta(trained)
-        generator = torch.Generator().manual_seed(0)
-        made = {name: SPECTRA[group.prior](down.float(), generator) for name, down in tensors.items()}
-        write_tensors({name: down.half().contiguous() for name, down in made.items()}, path, metadata)
+        learned, generator = load_meta(trained), torch.Generator().manual_seed(0)
+        change = SPECTRA[group.prior]
+        made = {name: change(down.float(), generator) for name, down in learned.tensors.items()}
+        write_tensors({name: down.half().contiguous() for name, down in made.items()}, path, learned.metadata)
         return path
     recipe = RECIPE | RECIPES.get(group.prior, {})
     people = recipe.pop("people")

@@ -8,8 +8,9 @@ import numpy as np
 
 from run.files import atomic
 from scoring.curves import COLOURS
-from studies.claim.figures import CONTROLS, PLACEMENTS, Study, tell_rate
 from studies.claim.scores import ADHERENT, FACESIM, LIMIT, LORA, META, SIMILAR, Sample, best_rate
+from studies.claim.study import CONTROLS, PLACEMENTS, Study
+from studies.claim.words import tell_rate
 
 TITLES = {LORA: "LoRA", META: "Meta-LoRA"}
 COLOUR = {LORA: COLOURS[1], META: COLOURS[0]} | dict(zip(CONTROLS, COLOURS[2:]))
@@ -152,10 +153,9 @@ def draw_controls(ax, sample: Sample, targets: str) -> None:
     for title, colour, curve, _ in each_method(sample, targets):
         draw_band(ax, curve, lambda scores: scores[..., SIMILAR], color=colour, label=title)
     for control in CONTROLS:
-        if curves := sample.curves(targets, META, prior=control):
+        curves = sample.curves(targets, META, prior=control)
+        if curves:
             best = best_rate(curves)
-            label = f"{control}, rate {tell_rate(best[1])}"
-            draw_band(
-                ax, curves[best], lambda scores: scores[..., SIMILAR], color=COLOUR[control], label=label
-            )
+            look = {"color": COLOUR[control], "label": f"{control}, rate {tell_rate(best[1])}"}
+            draw_band(ax, curves[best], lambda scores: scores[..., SIMILAR], **look)
     ax.set(xlabel="steps", ylabel="R-FaceSim, percent")

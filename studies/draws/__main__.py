@@ -17,7 +17,8 @@ from statistics import fmean
 from metaphd import benchmark
 from run.command import run_script
 from run.files import atomic
-from scoring.tables import interval, markdown
+from scoring.intervals import half_interval
+from scoring.tables import markdown
 from tiny.people import write_people
 
 SCORES = Path(__file__).with_name("scores.csv")
@@ -58,7 +59,7 @@ def table(rows: list[dict]) -> str:
     for metric, method, steps in product(METRICS, METHODS, STEPS):
         columns = [[100 * fmean(means[metric, method, steps, draws, x]) for x in people] for draws in DRAWS]
         gains = [spread - independent for independent, spread in zip(*columns)]
-        gain = f"{fmean(gains):+.1f} ± {interval(gains):.1f}"
+        gain = f"{fmean(gains):+.1f} ± {half_interval(gains):.1f}"
         name = {"r-facesim": "R-FaceSim", "clip-t": "prompt"}[metric]
         lines.append([f"{name}, {method}", str(steps), *(f"{fmean(x):.1f}" for x in columns), gain])
     return markdown(lines)

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from metaphd import user_study
-from scoring.tables import student
+from scoring.intervals import student
 
 SYSTEMS = ("alpha", "beta", "gamma")
 PEOPLE = ("woman_anna", "man_boris", "woman_clara", "man_dan")
@@ -416,7 +416,9 @@ def test_help_is_a_manual_page(command, capsys):
     with pytest.raises(SystemExit) as stop:
         user_study.main([*command, "--help"])
     said = capsys.readouterr().out
-    assert stop.value.code == 0 and "python study.py" in said and max(map(len, said.splitlines())) <= 120
+    assert (
+        stop.value.code == 0 and "python -m metaphd study" in said and max(map(len, said.splitlines())) <= 120
+    )
 
 
 # The page in a browser

@@ -1,4 +1,4 @@
-"""The drawn people: same seed same pictures, captions tell the view and only it, boxes hold the face."""
+"""The synthetic people: same seed same pictures, captions tell the view and only it, boxes hold the face."""
 
 import json
 import re

@@ -1,0 +1,86 @@
+"""People personalized side by side are as `personalize` makes them one by one, in float32."""
+
+import pytest
+import torch
+
+import flux
+from metalora import clip_slots, eject
+from metaphd.side_by_side import personalize_together
+from personalize import EncodedCrop, Personalization, add_adapters, draw_batches, personalize
+from run.settings import Training
+
+SETTINGS = Personalization(method="lora", rank=2, steps=6, batch=2)
+TRAINING = Training(lr=1e-2, clip_grad=0.05)  # which clips
+SHAPES = ((32, 32), (32, 64))  # in pixels, of each person's two crops
+
+
+@pytest.fixture(scope="module")
+def transformer(model) -> flux.Flux:
+    return flux.load_flux(model / "flux1-random.safetensors", dtype=torch.float32)
+
+
+def person(model: flux.Flux, seed: int):
+    """Yield the batches of a person with random crops and a random prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = model.sizes.in_channels // 4
+    crops = []
+    for height, width in SHAPES:
+        entries = [torch.randn(channels, height // 4, width // 4, generator=generator) for _ in range(4)]
+        mean, std, mirrored, other = entries
+        posterior, mirrored = {"mean": mean, "std": std.abs()}, {"mean": mirrored, "std": other.abs()}
+        crops.append(EncodedCrop((height, width), posterior, mirrored))
+    prompt = {
+        "txt": torch.randn(16, model.sizes.txt_size, generator=generator),
+        "pooled": torch.randn(model.sizes.pooled_size, generator=generator),
+    }
+    return draw_batches(crops, prompt, SETTINGS, TRAINING, seed, torch.device("cpu"), torch.float32)
+
+
+def alone(model: flux.Flux, seed: int) -> list[torch.Tensor]:
+    trained = add_adapters(model, None, SETTINGS.rank, "all", [seed])
+    personalize(model, trained, person(model, seed), SETTINGS.steps, TRAINING, torch.device("cpu"))
+    eject(model)
+    return [factor.detach()[0] for factor in trained]
+
+
+def together(model: flux.Flux, seeds: list[int], people=None) -> tuple[list[torch.Tensor], list[list[int]]]:
+    trained = add_adapters(model, None, SETTINGS.rank, "all", seeds)
+    people = people or [person(model, seed) for seed in seeds]
+    updates = personalize_together(model, trained, people, SETTINGS.steps, TRAINING, torch.device("cpu"))
+    learning = [slots for _, slots in updates]
+    eject(model)
+    return [factor.detach() for factor in trained], learning
+
+
+def test_side_by_side_is_as_alone(transformer, monkeypatch):
+    clipped = []
+
+    def watched(params, most):
+        before = params[0].grad.norm()
+        clip_slots(params, most)
+        clipped.append(params[0].grad.norm() < 0.9 * before)
+
+    monkeypatch.setattr("metaphd.side_by_side.clip_slots", watched)
+    ours, learning = together(transformer, [3, 4, 5])
+    assert learning == [[0, 1, 2]] * SETTINGS.steps and any(clipped)
+    for slot, seed in enumerate((3, 4, 5)):
+        theirs = alone(transformer, seed)
+        for factor, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(factor[slot], expected, atol=1e-5, rtol=1e-5)
+        assert max(factor.abs().max() for factor in theirs[1::2]) > 1e-2  # up, which starts at zero
+    assert not torch.allclose(ours[1][0], ours[1][1], atol=1e-3)
+
+
+def test_a_slot_whose_loss_is_not_finite_is_dropped(transformer):
+    def spoilt(batches, at: int):
+        for step, batch in enumerate(batches, 1):
+            yield batch | {"noise": batch["noise"] * (float("inf") if step == at else 1)}
+
+    people = [person(transformer, 3), spoilt(person(transformer, 4), at=3), person(transformer, 5)]
+    ours, learning = together(transformer, [3, 4, 5], people)
+    assert learning == [[0, 1, 2]] * 2 + [[0, 2]] * 4
+    for slot, seed in ((0, 3), (2, 5)):
+        for factor, expected in zip(ours, alone(transformer, seed), strict=True):
+            torch.testing.assert_close(factor[slot], expected, atol=1e-5, rtol=1e-5)
+    people = [spoilt(person(transformer, 3), at=2), spoilt(person(transformer, 4), at=1)]
+    assert together(transformer, [3, 4], people)[1] == [[0], []]
