@@ -29,7 +29,7 @@ import sample
 import train_meta
 from flux.errors import UserError
 from flux.finding import find_files, local_parts
-from lora import __main__, names, reading, writing
+from lora import __main__, fitting, reading, writing
 from metalora import export_lora, factors, inject, load_meta, save_meta
 from metaphd import admission, benchmark, user_study
 from people import crops, faces
@@ -41,7 +41,7 @@ from run.log import Log
 from run.models import choose_device
 from run.pictures import slug
 from run.terminal import Shown, printable, printable_lines
-from scoring import samples
+from scoring import inputs, samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees", "ignore:.*LoRA is zero")
 OURS = (UserError, OSError)  # what `run_script` turns into a message
@@ -244,7 +244,7 @@ def test_damaged_loras(model, files, tmp_path, capsys, data):
     empty = flux.load_flux(transformer_of(model), "meta")
     try:
         lora, metadata = reading.read_lora(path, empty)
-        assert lora and not names.misfits(lora, names.linear_shapes(empty))
+        assert lora and not fitting.misfits(lora, fitting.linear_shapes(empty))
         for pair in lora.values():
             assert all(half.isfinite().all() and half.is_floating_point() for half in pair)
         __main__.main(["info", str(path)])
@@ -525,7 +525,7 @@ def test_classes_name_no_other_folder(bench, people, tmp_path, kind):
     name = sorted(path.name for path in people.iterdir() if path.is_dir())[0]
     (tmp_path / "classes.json").write_text(json.dumps({name: kind}))
     if not kind:  # as if none were given
-        assert samples.class_of("anna", {"anna": ""}) == "person"
+        assert inputs.class_of("anna", {"anna": ""}) == "person"
         return
     with pytest.raises(ValueError, match="--classes: .* must be a word"):
         bench("--classes", tmp_path / "classes.json")
