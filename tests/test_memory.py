@@ -91,7 +91,7 @@ def plain() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("checkpoint", ["none", "all", "attention", 2])
 @pytest.mark.parametrize("stream, copy", [(0, True), (BLOCKS, True), (BLOCKS, False), (3, True), (1, True)])
-def test_every_way_gives_the_same_numbers(plain, checkpoint, stream, copy):
+def test_every_arrangement_gives_the_same_numbers(plain, checkpoint, stream, copy):
     model = arranged(adapted(), checkpoint, stream, copy=copy)
     assert error(step(model), plain) <= 1e-6
     step(model, seed=5)
@@ -189,9 +189,9 @@ def saved(model: Flux) -> tuple[int, set[tuple[int, ...]]]:
 WEIGHTS = {tuple(p.shape) for block in blocks_of(Flux(SIZES)) for p in block.parameters() if p.dim() == 2}
 
 
-@pytest.mark.parametrize("ways", [{"fp8": True}, {"stream": BLOCKS, "copy": True}])
-def test_no_copy_of_a_weight_is_kept_for_backward(ways):
-    model = arranged(adapted(), **ways)
+@pytest.mark.parametrize("options", [{"fp8": True}, {"stream": BLOCKS, "copy": True}])
+def test_no_copy_of_a_weight_is_kept_for_backward(options):
+    model = arranged(adapted(), **options)
     assert not saved(model)[1] & (WEIGHTS | {shape[::-1] for shape in WEIGHTS})
 
 
@@ -220,7 +220,7 @@ def count_calls(model: Flux, monkeypatch, name: str) -> int:
 
 
 @pytest.mark.parametrize("what, again", [("none", 0), ("all", BLOCKS), (2, 2), ("attention", BLOCKS)])
-def test_blocks_are_computed_again_as_asked(what, again, monkeypatch):
+def test_blocks_are_recomputed_as_asked(what, again, monkeypatch):
     model = arranged(adapted(), "all")
     checkpoint_blocks(model, what)  # replaces
     calls = count_calls(model, monkeypatch, "scaled_dot_product_attention")
@@ -363,15 +363,15 @@ def test_fp8_error_of_gaussian_weights_is_as_stated():
     assert (error.abs() <= (weight.float().abs() * 0.07).maximum(top * 2.0**-18.5)).all()
 
 
-@pytest.mark.parametrize("ways", [{}, {"stream": BLOCKS, "copy": True}, {"stream": 2, "copy": False}])
+@pytest.mark.parametrize("options", [{}, {"stream": BLOCKS, "copy": True}, {"stream": 2, "copy": False}])
 @pytest.mark.parametrize("checkpoint", ["none", "all"])
-def test_fp8_computes_with_the_rounded_weights(ways, checkpoint):
+def test_fp8_computes_with_the_rounded_weights(options, checkpoint):
     expected = adapted()
     for name, layer in expected.named_modules():
         if isinstance(layer, nn.Linear) and "blocks" in name:
             stored, scale = quantize_rows(layer.weight.data)
             layer.weight.data = stored.float() * scale
-    model = arranged(adapted(), checkpoint, fp8=True, **ways)
+    model = arranged(adapted(), checkpoint, fp8=True, **options)
     assert error(step(model), step(expected)) <= 1e-6
     assert error(step(model), step(adapted())) > 1e-3
 
