@@ -43,9 +43,9 @@ from people.latents import encode_picture, encode_prompt, make_batch
 from people.photos import Box, Size, read_photo
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
-from run.files import atomic, check_writable, fingerprint, sha256
+from run.files import check_writable, fingerprint, sha256
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
-from run.pictures import contact_sheet
+from run.pictures import contact_sheet, save_sheet
 from run.plan import MemoryOptions, Plan, add_memory_arguments, make_plan
 from run.seeds import generator_for
 from run.settings import Training, add_training_arguments
@@ -298,8 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         for prompt in tqdm(prompts.values(), "sampling"):
             prompt = prompt["txt"][None], prompt["pooled"][None]
             row += generate(model, autoencoder, prompt, [args.seed], size)
-        with atomic(beside(args.out, "_samples.png")) as temporary:
-            contact_sheet([row], [], ["photo", *prompts]).save(temporary)
+        save_sheet(contact_sheet([row], [], ["photo", *prompts]), beside(args.out, "_samples.png"))
         print(f"{beside(args.out, '_samples.png')}: {len(row) - 1} pictures")
 
 
@@ -326,8 +325,7 @@ def show_crops(photos: dict[Path, Image.Image], crops: list[tuple[Path, Box]], p
     pictures = [photos[photo].crop(box) for photo, box in crops]
     rows = [pictures[start : start + 5] for start in range(0, len(pictures), 5)]
     labels = [", ".join(f"{crop.width}x{crop.height}" for crop in row) for row in rows]
-    with atomic(path) as temporary:
-        contact_sheet(rows, labels).save(temporary)
+    save_sheet(contact_sheet(rows, labels), path)
     print(f"{path}: {len(pictures)} crops")
 
 
@@ -355,7 +353,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--method", choices=STEPS, default="meta-lora", help="meta-lora, or lora, which needs no --meta"
     )
-    group.add_argument("--steps", type=int, help="optimiser updates; default: 375, and 625 for lora")
+    group.add_argument("--steps", type=int, help="optimizer updates; default: 375, and 625 for lora")
     group.add_argument(
         "--rank", type=int, help="r2, the rank of the LoRA; default: 1, and 4 for several photos"
     )

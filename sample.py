@@ -25,9 +25,9 @@ from lora.reading import read_lora
 from metalora import inject_loras, split_loras
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
-from run.files import atomic, check_writable
+from run.files import check_writable
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
-from run.pictures import contact_sheet, hash_weights, parameters, save_picture, slug
+from run.pictures import contact_sheet, hash_weights, parameters, save_picture, save_sheet, slug
 from run.plan import MemoryOptions, Plan, add_memory_arguments, make_plan
 
 MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     bar.close()
     if len(prompts) * args.n > 1:
         cell = tuple(min(max(side, 192), 512) for side in size)
-        with atomic(args.out / "grid.png") as temporary:
-            contact_sheet(rows, args.prompt, [f"seed {seed}" for seed in seeds], cell).save(temporary)
+        titles = [f"seed {seed}" for seed in seeds]
+        save_sheet(contact_sheet(rows, args.prompt, titles, cell), args.out / "grid.png")
     print(f"{len(prompts) * args.n} pictures in {args.out}")
 
 

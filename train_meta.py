@@ -37,14 +37,13 @@ from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
 from run.checkpoints import check_settings
 from run.command import Stop, command_line, explain_out_of_memory, run_script
-from run.files import alone, atomic, fingerprint
+from run.files import alone, fingerprint
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
-from run.pictures import contact_sheet
+from run.pictures import contact_sheet, save_sheet
 from run.plan import MemoryOptions, Plan, add_memory_arguments, make_plan
 from run.ranks import Ranks, shard
 from run.seeds import generator_for
 from run.settings import Training, add_training_arguments
-from run.terminal import printable
 
 
 def meta_train(
@@ -121,10 +120,10 @@ class Optimizers:
         self.parts = {"mid": self.personal[::2], "up": self.personal[1::2]}
         self.people = len(self.personal[0])  # in a bucket, of all ranks
         for p in self.personal:
-            p.data = self.ranks.own(p.data)
-        settings = training.lr, training.weight_decay
-        self.shared = torch.optim.AdamW(self.meta_down, settings[0], weight_decay=settings[1], fused=True)
-        self.own = SlotAdamW(self.personal, *settings)
+            p.data = self.ranks.take_rows(p.data)
+        lr, decay = training.lr, training.weight_decay
+        self.meta_optimizer = torch.optim.AdamW(self.meta_down, lr, weight_decay=decay, fused=True)
+        self.slot_optimizer = SlotAdamW(self.personal, lr, decay)
         self.average = [p.detach().clone() for p in self.meta_down] if ema else None
 
     def backward(self, loss: Tensor, photos: int) -> dict[str, float]:
@@ -146,12 +145,12 @@ class Optimizers:
     def step_mid_and_up(self, slots: Tensor) -> None:
         """Clip the gradient of each identity in the batch on its own, and move its mid and up."""
         clip_slots(self.personal, self.training.clip_grad)
-        self.own.step(slots.unique())
+        self.slot_optimizer.step(slots.unique())
 
     def step_meta_down(self, norm: float) -> None:
         """Clip the gradient of meta_down, which has this norm, and move it and its average."""
         clip_grads_with_norm_(self.meta_down, self.training.clip_grad, torch.tensor(norm))
-        self.shared.step()
+        self.meta_optimizer.step()
         if self.average:
             torch._foreach_lerp_(self.average, [p.data for p in self.meta_down], 1 - self.ema)
 
@@ -179,30 +178,32 @@ class Optimizers:
         for mid, up in zip(self.personal[::2], self.personal[1::2]):
             everyone = torch.empty(self.people, *mid.shape[1:])
             kaiming_(everyone, generator)
-            mid.data.copy_(self.ranks.own(everyone))
+            mid.data.copy_(self.ranks.take_rows(everyone))
             up.data.zero_()
-        self.own = SlotAdamW(self.personal, self.training.lr, self.training.weight_decay)
+        self.slot_optimizer = SlotAdamW(self.personal, self.training.lr, self.training.weight_decay)
 
     def bucket_state(self) -> dict:
-        """Return mid, up and their optimiser's state, of all ranks together."""
-        own = {"factors": [p.data for p in self.personal], "optimiser": self.own.state_dict()}
-        return self.ranks.gather(own, self.people)
+        """Return mid, up and their optimizer's state, of all ranks together."""
+        factors = [p.data for p in self.personal]
+        state = {"factors": factors, "optimizer": self.slot_optimizer.state_dict()}
+        return self.ranks.gather_rows(state, self.people)
 
     def load_bucket_state(self, state: dict) -> None:
-        state = self.ranks.own(state)
+        state = self.ranks.take_rows(state)
         for p, stored in zip(self.personal, state["factors"], strict=True):
             p.data.copy_(stored)
-        self.own.load_state_dict(state["optimiser"])
+        self.slot_optimizer.load_state_dict(state["optimizer"])
 
     def state_dict(self) -> dict:
-        """Return meta_down, its optimiser's state and its average."""
+        """Return meta_down, its optimizer's state and its average."""
         meta_down = [p.data for p in self.meta_down]
-        return {"meta_down": meta_down, "optimiser": self.shared.state_dict(), "average": self.average}
+        optimizer = self.meta_optimizer.state_dict()
+        return {"meta_down": meta_down, "optimizer": optimizer, "average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
         for p, stored in zip(self.meta_down, state["meta_down"], strict=True):
             p.data.copy_(stored)
-        self.shared.load_state_dict(state["optimiser"])
+        self.meta_optimizer.load_state_dict(state["optimizer"])
         for average, stored in zip(self.average or (), state["average"] or (), strict=True):
             average.copy_(stored)
 
@@ -289,29 +290,36 @@ def train(
     optimizers = Optimizers(model, training, args.seed, args.ema, ranks)
     stop.resident = resident(model, optimizers, ranks.size if args.shard else 1)
 
-    run = BucketRun(
-        args.out, optimizers, q_buckets, args.steps, args.bucket_warmup, args.seed, ranks, stop, device
-    )
-    run.save_every, run.sample_every, run.keep_buckets = args.save_every, args.sample_every, args.keep_buckets
-    run.resume()
     prompts = dataset.load_sample_prompts()
 
     def draw() -> None:
         """Draw the bucket's first people as the model knows them; where weights are spread, all ranks do."""
-        if not (ranks.leads or args.shard):
-            return
-        shown = ranks.mine(buckets[run.bucket])[: min(2, len(buckets[run.bucket]) // ranks.size)]
-        photos = [people[pid] for pid in shown]
-        with optimizers.averaged():
-            sheet = sample_grid(model, files.autoencoder, photos, prompts, resolution, device, dtype)
-        if ranks.leads:
-            (args.out / "samples").mkdir(exist_ok=True)
-            with atomic(args.out / "samples" / f"{run.step:06d}.png") as temporary:
-                sheet.save(temporary)
+        if ranks.leads or args.shard:
+            shown = ranks.mine(buckets[run.bucket])[: min(2, len(buckets[run.bucket]) // ranks.size)]
+            photos = [people[pid] for pid in shown]
+            with optimizers.averaged():
+                sheet = sample_grid(model, files.autoencoder, photos, prompts, resolution, device, dtype)
+            if ranks.leads:
+                save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
 
-    run.draw = draw
+    run = BucketRun(
+        args.out,
+        optimizers,
+        q_buckets,
+        args.steps,
+        args.bucket_warmup,
+        args.seed,
+        ranks,
+        stop,
+        device,
+        args.save_every,
+        args.sample_every,
+        draw,
+        args.keep_buckets,
+    )
+    run.resume()
+    part = [ranks.mine(bucket) for bucket in buckets]
     with run:
-        part = [ranks.mine(bucket) for bucket in buckets]
         meta_train(model, optimizers, dataset, part, run, args.batch, args.uses_per_image, training)
 
     about = {"method": "meta-lora stage 1", "class": args.class_word, "base_model": files.transformer.name}
@@ -367,7 +375,7 @@ def sample_grid(
             for seed in (0, 1):
                 rows[-1] += generate(model, decoder, prompt, [seed], size)
     titles = ["photo", *(f"{text}, seed {seed}" for text in prompts for seed in (0, 1))]
-    return contact_sheet(rows, [printable(person.name) for person in people], titles)
+    return contact_sheet(rows, [person.name for person in people], titles)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -402,7 +410,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--r1", type=int, default=128, help="rows of meta_down")
     group.add_argument("--r2", type=int, default=1, help="rank of an identity's update")
     group.add_argument("--targets", choices=TARGETS, default="all", help="which layers are adapted")
-    group.add_argument("--steps", type=int, default=50_000, help="optimiser updates in all")
+    group.add_argument("--steps", type=int, default=50_000, help="optimizer updates in all")
     group.add_argument("--bucket-ids", type=int, default=50, help="people trained together")
     group.add_argument("--uses-per-image", type=int, default=10, help="times a bucket shows each photo")
     group.add_argument(

@@ -90,7 +90,7 @@ def measure_training(folder: Path, steps: int) -> list[tuple[float, float]]:
 
 
 def full_size(slots: int) -> tuple[list[torch.nn.Parameter], SlotAdamW]:
-    """Return FLUX.1-dev's mid and up for so many identities, filled with noise, and their optimiser."""
+    """Return FLUX.1-dev's mid and up for so many identities, filled with noise, and their optimizer."""
     with torch.device("meta"):
         model = inject(Flux(FLUX_DEV), 128, 1, slots)
     shapes = [factor.shape for factor in factors(model, "mid", "up")]
@@ -100,10 +100,10 @@ def full_size(slots: int) -> tuple[list[torch.nn.Parameter], SlotAdamW]:
 
 def time_of_change(folder: Path, slots: int) -> None:
     """Store a bucket, read the next one in the thread, and copy it in; print the seconds of each."""
-    personal, optimiser = full_size(slots)
+    personal, optimizer = full_size(slots)
     each = sum(p.numel() for p in personal) / slots
     store, clock = BucketStore(folder / "buckets", buckets=2), time.perf_counter
-    state = {"factors": [p.data for p in personal], "optimiser": optimiser.state_dict()}
+    state = {"factors": [p.data for p in personal], "optimizer": optimizer.state_dict()}
     store.put(0, state)
     began = clock()
     store.put(1, state)
@@ -116,7 +116,7 @@ def time_of_change(folder: Path, slots: int) -> None:
     state = store.fetch(2)
     for p, stored_factor in zip(personal, state["factors"], strict=True):
         p.data.copy_(stored_factor)
-    optimiser.load_state_dict(state["optimiser"])
+    optimizer.load_state_dict(state["optimizer"])
     opened = clock() - began
     size = store.file(1).stat().st_size / 2**30
     print(f"{slots} identities x {each / 1e6:.2f} M parameters with AdamW's state: {size:.2f} GiB a file")

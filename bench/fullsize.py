@@ -113,9 +113,9 @@ def train(args: argparse.Namespace, model: Flux) -> Tensor:
     slots = torch.arange(batch) % identities
     use_slots(model, slots)
     if stage1:
-        slot_optimiser, optimiser = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
+        slot_optimizer, optimizer = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
     else:
-        slot_optimiser, optimiser = None, torch.optim.AdamW(personal, 1e-4)
+        slot_optimizer, optimizer = None, torch.optim.AdamW(personal, 1e-4)
         for p in meta_down:
             p.requires_grad_(False)
     for _ in range(args.steps):
@@ -124,10 +124,10 @@ def train(args: argparse.Namespace, model: Flux) -> Tensor:
         loss = flow_loss(model, latents, noise, t, txt, pooled, guidance=1.0)
         loss.backward()
         clip_slots(personal, 1.0)
-        if slot_optimiser:
-            slot_optimiser.step(slots.unique())
+        if slot_optimizer:
+            slot_optimizer.step(slots.unique())
             torch.nn.utils.clip_grad_norm_(meta_down, 1.0)
-        optimiser.step()
+        optimizer.step()
         for p in (*meta_down, *personal):
             p.grad = None
     return loss.detach()

@@ -147,19 +147,19 @@ def train(model: Flux, work: Workload, tracker: Tracker) -> None:
     slots = torch.zeros(work.batch if work.kind == "stage1" else 1, dtype=torch.long)
     use_slots(model, slots)
     if work.kind == "stage1":
-        slot_optimiser, optimiser = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
+        slot_optimizer, optimizer = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
     else:
-        slot_optimiser, optimiser = None, torch.optim.AdamW(personal, 1e-4)
+        slot_optimizer, optimizer = None, torch.optim.AdamW(personal, 1e-4)
         for p in meta_down:
             p.requires_grad_(False)
     for _ in range(2):
         tracker.peak = tracker.now
         flow_loss(model, latents, noise, t, txt, pooled, guidance=1.0).backward()
         clip_slots(personal, 1.0)
-        if slot_optimiser:
-            slot_optimiser.step(slots)
+        if slot_optimizer:
+            slot_optimizer.step(slots)
             torch.nn.utils.clip_grad_norm_(meta_down, 1.0)
-        optimiser.step()
+        optimizer.step()
         for p in (*meta_down, *personal):
             p.grad = None
 

@@ -40,7 +40,7 @@ class State(Protocol):
 class BucketRun:
     """The position of a run, and all that is done at its steps except training.
 
-    step: optimiser updates so far; visit: turns of buckets so far, which come in a fixed order, again and
+    step: optimizer updates so far; visit: turns of buckets so far, which come in a fixed order, again and
     again; bucket_step: updates so far within the turn.
     """
 
@@ -55,19 +55,27 @@ class BucketRun:
         ranks: Ranks,
         stop: Stop,
         device: torch.device,
+        save_every: int = 500,
+        sample_every: int = 0,
+        draw: Callable[[], None] = lambda: None,
+        keep_buckets: bool = False,
     ):
-        """q_buckets: the steps of each bucket's turn; bucket_warmup: the fraction of them that is warm-up."""
+        """q_buckets: the steps of each bucket's turn; bucket_warmup: the fraction of them that is warm-up.
+
+        draw: called every sample_every steps, 0 for never. keep_buckets: store a bucket also when its turn
+        does not come again before q_total.
+        """
         self.out, self.state, self.q_buckets, self.q_total = out, state, q_buckets, q_total
         self.bucket_warmup, self.seed = bucket_warmup, seed
         self.ranks, self.stop, self.device = ranks, stop, device
+        self.save_every, self.sample_every, self.draw = save_every, sample_every, draw
+        self.keep_buckets = keep_buckets
         self.checkpoints = Checkpoints(out / "checkpoints", ranks.leads)
         self.store = BucketStore(out / "buckets", len(q_buckets), ranks.leads)
         self.step = self.visit = self.bucket_step = 0
         self.skipped = 0  # how many of the last steps, without a gap, were skipped
         self.saved_visit = 0  # the visit of the last checkpoint
         self.interrupted = None  # the open bucket's state, from the checkpoint that the run continues from
-        self.save_every, self.sample_every, self.keep_buckets = 500, 0, False
-        self.draw: Callable[[], None] = lambda: None
 
     @property
     def bucket(self) -> int:

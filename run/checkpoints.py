@@ -101,7 +101,7 @@ class Checkpoints:
 
 
 class BucketStore:
-    """The buckets that are not in training: mid, up and optimiser state of each in a file, read ahead.
+    """The buckets that are not in training: mid, up and optimizer state of each in a file, read ahead.
 
     A file is named by its bucket and by the visit, the turn, after which it was written. An older file of the
     same bucket stays as long as a checkpoint from its time: the run must be able to continue from that.

@@ -54,6 +54,13 @@ def contact_sheet(
     return sheet
 
 
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a picture, and the folder that it belongs to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        sheet.save(temporary)
+
+
 def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
     """Write a PNG file with a text chunk for each setting."""
     chunks = PngInfo()

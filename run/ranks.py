@@ -1,7 +1,7 @@
 """Ranks: the processes that torchrun starts, which train as one through torch.distributed.
 
 A bucket's people are dealt to the ranks: rank r takes every size-th person, from the r-th on, and keeps their
-mid, up and optimiser state in its slots. All ranks have the same meta_down and sum its gradient. What lies on
+mid, up and optimizer state in its slots. All ranks have the same meta_down and sum its gradient. What lies on
 disk does not depend on the number of ranks: rank 0 gathers it and writes it. All ranks, also those on other
 nodes, must see the same folders.
 """
@@ -153,7 +153,7 @@ class Ranks:
         """Return this rank's people of a bucket."""
         return self.parts(people)[self.rank]
 
-    def own(self, state: Any) -> Any:
+    def take_rows(self, state: Any) -> Any:
         """Return this rank's rows of a bucket's tensors (people, ...), in nested dictionaries and lists.
 
         All ranks get equally many rows; where people are missing the rows are zero.
@@ -161,20 +161,20 @@ class Ranks:
         if self.size == 1:
             return state
         if isinstance(state, dict):
-            return {key: self.own(value) for key, value in state.items()}
+            return {key: self.take_rows(value) for key, value in state.items()}
         if isinstance(state, list):
-            return [self.own(value) for value in state]
+            return [self.take_rows(value) for value in state]
         missing = state.new_zeros(-len(state) % self.size, *state.shape[1:])
         return torch.cat([state, missing])[self.rank :: self.size].clone()
 
-    def gather(self, state: Any, people: int) -> Any:
-        """Undo `own`: return on rank 0 the rows of all ranks, in host memory; on other ranks only None."""
+    def gather_rows(self, state: Any, people: int) -> Any:
+        """Undo `take_rows`: return on rank 0 the rows of all ranks, in host memory; on other ranks only None."""
         if self.size == 1:
             return state
         if isinstance(state, dict):
-            return {key: self.gather(value, people) for key, value in state.items()}
+            return {key: self.gather_rows(value, people) for key, value in state.items()}
         if isinstance(state, list):
-            return [self.gather(value, people) for value in state]
+            return [self.gather_rows(value, people) for value in state]
         rows = state.detach().cpu().contiguous()
         parts = [torch.empty_like(rows) for _ in range(self.size)] if self.leads else None
         self._call(dist.gather, rows, parts, dst=0, group=self.hosts)

@@ -7,7 +7,7 @@ from typing import Self
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of the optimiser and of what it learns from; docs/choices.md explains the defaults."""
+    """Settings of the optimizer and of what it learns from; docs/choices.md explains the defaults."""
 
     lr: float = 4e-4  # AdamW's learning rate, the paper's
     weight_decay: float = 0.01

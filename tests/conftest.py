@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import DATA, randomize
-from helpers import SETTINGS, STEPS
+from helpers import SETTINGS, STEPS, copy_cache
 from safetensors.torch import load_file, save_file
 
 import metalora
@@ -136,15 +136,33 @@ def vocabularies(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train(model, people) -> Callable[..., dict]:
-    """Call train_meta.py: train(out, flag, value, ...); returns the tensors of meta.safetensors."""
+def train(model, people, tmp_path_factory) -> Callable[..., dict]:
+    """Call train_meta.py: train(out, flag, value, ...); returns the tensors of meta.safetensors.
 
-    def call(out: Path, *flags: object, steps: int = STEPS, data: Path = people) -> dict:
+    encodes: whether it has to encode the photos and captions itself, as the first run has.
+    """
+    cache = tmp_path_factory.mktemp("encoded") / "cache"
+
+    def call(
+        out: Path, *flags: object, steps: int = STEPS, data: Path = people, encodes: bool = False
+    ) -> dict:
+        if cache.exists() and not encodes:
+            copy_cache(cache, out)
         argv = ["--data", data, "--model", model, "--out", out, "--steps", steps, *SETTINGS, *flags]
         train_meta.main([str(word) for word in argv])
+        if not cache.exists():
+            shutil.copytree(out / "cache", cache)
         return load_file(out / "meta.safetensors")
 
     return call
+
+
+@pytest.fixture(scope="session")
+def undisturbed(train, tmp_path_factory) -> Path:
+    """The folder of a run of stage 1 that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(out)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Functions that several test files use: to stop a run, to compare what two runs left, and unusual names."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import train_meta
 from run.bucket_run import BucketRun
+from run.checkpoints import Checkpoints, read_state
 
 # Names of people's folders: of many scripts, with characters that mean something to a shell or a terminal.
 NAMES = ("アンナ", "Ольга", "أمل", "Zoë", "a..\\..", "a b'c\"d;$(rm -rf x)", "line\nbreak", "esc\x1b[31m")
@@ -73,3 +76,25 @@ def pictures(folder: Path) -> dict[str, np.ndarray]:
     """Return the pixels of every picture of a benchmark by its place."""
     files = sorted((folder / "pictures").rglob("*.png"))
     return {str(file.relative_to(folder)): np.asarray(Image.open(file)).astype(int) for file in files}
+
+
+def state_of(out: Path) -> dict:
+    """Return all that a run has left to go on from: its newest checkpoint, and the buckets by file name."""
+    newest = Checkpoints(out / "checkpoints").files()[0]
+    return {file.name: read_state(file) for file in (newest, *sorted((out / "buckets").iterdir()))}
+
+
+def assert_equals_undisturbed(ours: dict, out: Path, undisturbed: Path) -> None:
+    assert_same(ours, load_file(undisturbed / "meta.safetensors"))
+    states = state_of(out), state_of(undisturbed)
+    assert_same(*states)
+    assert len(states[0]) >= 3
+    vary = ("time", "memory", "images_per_second")
+    logs = [[{**line, **dict.fromkeys(vary, 0)} for line in log_of(folder)] for folder in (out, undisturbed)]
+    assert logs[0] == logs[1]  # each step once
+
+
+def copy_cache(cache: Path, out: Path) -> None:
+    """Let a run begin with a cache, which saves it a third of its time."""
+    if not (out / "cache").exists():
+        shutil.copytree(cache, out / "cache")

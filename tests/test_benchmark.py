@@ -9,12 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import flux
 import metalora
 import personalize
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
-from metalora import save_meta
 from metaphd import benchmark
 from run.files import alone
 
@@ -23,50 +21,19 @@ JUDGES = Path(__file__).parents[1] / "tiny" / "weights" / "judges"
 SYSTEMS = [f"{method}_r1_lr0.01_s{steps}" for method in ("meta-lora", "lora-noaug") for steps in (1, 3)]
 
 
-@pytest.fixture(scope="module")
-def judged_model(model, tmp_path_factory) -> Path:
-    """The random model with the toy model's judges and a stage-1 file of its own."""
-    folder = tmp_path_factory.mktemp("judged") / "model"
-    shutil.copytree(model, folder)
-    shutil.copytree(JUDGES, folder / "judges")
-    transformer = flux.load_flux(folder / "flux1-random.safetensors")
-    metalora.inject(transformer, 4, 1, 1, "all", torch.Generator().manual_seed(0))
-    save_meta(transformer, folder / "meta.safetensors", {"r1": 4, "targets": "all"})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def people(people, tmp_path_factory) -> Path:
-    """Two men and a woman: enough for two groups of --at-once 2."""
-    folder = tmp_path_factory.mktemp("three")
-    for name in ("man_001", "man_002", "woman_000"):
-        shutil.copytree(people / name, folder / name)
-    return folder
-
-
 @pytest.fixture
-def run(judged_model, people, tmp_path):
-    """Call the script: two systems, two step counts, two prompts, two seeds."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a photo of a [man/woman] at the beach\na sketch of a [man/woman]\n")
+def run(bench):
+    return bench
 
-    def call(*argv: object, out: str = "out") -> Path:
-        defaults = [
-            "--model",
-            judged_model,
-            "--people",
-            people,
-            "--prompts",
-            prompts,
-            "--out",
-            tmp_path / out,
-        ]
-        defaults += ["--method", "meta-lora", "lora-noaug", "--steps", 1, 3, "--lr", 0.01]
-        defaults += ["--seeds", 2, "--sample-steps", 1, "--at-once", 2]
-        benchmark.main([str(word) for word in [*defaults, *argv]])
-        return tmp_path / out
 
-    return call
+@pytest.fixture(scope="module")
+def people(three_people):
+    return three_people
+
+
+@pytest.fixture(scope="module")
+def judged_model(world):
+    return world
 
 
 def pictures(folder: Path) -> dict[str, np.ndarray]:
@@ -131,7 +98,7 @@ def test_step_counts_come_from_one_training(run, monkeypatch):
 
 
 def test_side_by_side_is_as_alone(run):
-    """Each person's noise, clipping and optimiser are those of a training of its own."""
+    """Each person's noise, clipping and optimizer are those of a training of its own."""
     options = ["--batch", 2, "--seeds", 1]
     together, alone = run(*options, "--at-once", 3), run(*options, "--at-once", 1, out="alone")
     assert same_loras(together, alone) == 12

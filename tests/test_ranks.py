@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_train_meta import around_updates, assert_same, copy_cache, log_of, state_of
+from helpers import around_updates, assert_same, copy_cache, log_of, state_of
 
 import train_meta
 from flux.errors import UserError
@@ -292,7 +292,7 @@ def differences(a: Path, b: Path) -> list[float]:
 
 
 def test_two_ranks_are_one_process_with_both_batches(pair, as_one, tmp_path):
-    """meta_down, and all else that is written: everybody's mid, up and optimiser, and the position."""
+    """meta_down, and all else that is written: everybody's mid, up and optimizer, and the position."""
     as_one(tmp_path / "one", pair)
     assert max(differences(pair, tmp_path / "one")) < 1e-5
     assert_close(state_of(pair), state_of(tmp_path / "one"))
@@ -351,7 +351,7 @@ def test_every_identity_belongs_to_one_rank(people, size):
     mine = [member.mine(range(people)) for member in all_ranks]
     assert sorted(sum(map(list, mine), [])) == list(range(people))
     for member, pids in zip(all_ranks, mine):
-        part = member.own({"a": [rows]})["a"][0]
+        part = member.take_rows({"a": [rows]})["a"][0]
         assert len(part) == -(-people // size)
         assert torch.equal(part[: len(pids)], rows[list(pids)]) and not part[len(pids) :].any()
     with pytest.raises(UserError, match=f"{size - 1} people is too small for {size} ranks"):
@@ -364,7 +364,7 @@ def test_unequal_shares(launch, people, tmp_path):
     log = log_of(tmp_path / "out")
     assert [line["bucket"] for line in log] == [0] * 8 + [1] * 4 + [0] * 8
     (file,) = (tmp_path / "out" / "buckets").glob("bucket0000*")
-    counts = read_state(file)["optimiser"]["count"]
+    counts = read_state(file)["optimizer"]["count"]
     assert len(counts) == 3 and counts.all()
     # Where there is nobody for a rank, all say so, and at once.
     assert launch(tmp_path / "few", "--bucket-ids", 1, data=people) == [1, 1]
@@ -440,7 +440,7 @@ def test_broken_numbers_of_one_are_skipped_by_all(launch, tmp_path):
         skipped[0]["t"]
     ) == 4
     state = next(iter(state_of(tmp_path / "out").values()))
-    steps = {entry["step"].item() for entry in state["shared"]["optimiser"]["state"].values()}
+    steps = {entry["step"].item() for entry in state["shared"]["optimizer"]["state"].values()}
     assert steps == {3}  # of the four after the warm-up
 
 

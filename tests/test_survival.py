@@ -17,13 +17,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import conftest
 import pytest
-import test_train_meta
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
-from test_train_meta import (
+from helpers import (
     around_updates,
     assert_equals_undisturbed,
     assert_same,
@@ -32,8 +29,9 @@ from test_train_meta import (
     log_of,
     state_of,
 )
-from test_train_meta import run as run_fixture
-from test_train_meta import undisturbed as undisturbed_fixture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import train_meta
 from flux.errors import UserError
@@ -42,7 +40,11 @@ from run.checkpoints import BucketStore, Checkpoints, read_state
 from run.log import draw_curve
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")
-run, undisturbed = run_fixture, undisturbed_fixture
+
+
+@pytest.fixture(scope="module")
+def run(train):
+    return train
 
 
 # --- Killed ------------------------------------------------------------------------------------------------
@@ -258,8 +260,8 @@ def test_lost_settings(run, tmp_path):
 
 
 def test_buckets_that_do_not_come_back_are_not_stored(run, tmp_path, monkeypatch):
-    words = [word for word in test_train_meta.SETTINGS if word != "--keep-buckets"]
-    monkeypatch.setattr(test_train_meta, "SETTINGS", words)
+    words = [word for word in conftest.SETTINGS if word != "--keep-buckets"]
+    monkeypatch.setattr(conftest, "SETTINGS", words)
     names = lambda out: sorted(file.name for file in (out / "buckets").iterdir())
     run(tmp_path / "once", steps=20)  # 12 of bucket 0, 8 of bucket 1
     assert names(tmp_path / "once") == []

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,6 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import randomize
+from helpers import (
+    STEPS,
+    Killed,
+    around_updates,
+    assert_equals_undisturbed,
+    assert_same,
+    kill_at,
+    log_of,
+    state_of,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -29,108 +38,20 @@ from people import dataset
 from people.buckets import deal_batches
 from people.dataset import Batch
 from run.bucket_run import BucketRun
-from run.checkpoints import Checkpoints, read_state
 from run.plan import Plan
 from run.seeds import generator_for
 from run.settings import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
 
-# Five people of four photos in two buckets, of 3 and 2: q_bucket is 12 * 2 / 2 = 12 and 8, q_warmup 5 and 3.
-SETTINGS = ["--r1", "4", "--bucket-ids", "3", "--uses-per-image", "2", "--batch", "2", "--lr", "1e-2"]
-SETTINGS += ["--save-every", "5", "--sample-every", "0", "--resolution", "32"]
-SETTINGS += ["--keep-buckets"]
+# Of the SETTINGS.
 BUCKETS = [0] * 12 + [1] * 8 + [0] * 12 + [1] * 2
 WARM_UP = [True] * 5 + [False] * 7 + [True] * 3 + [False] * 5 + [True] * 5 + [False] * 7 + [True] * 2
-STEPS = len(BUCKETS)
-
-
-class Killed(Exception):
-    pass
-
-
-def copy_cache(cache: Path, out: Path) -> None:
-    """Let a run begin with a cache, which saves it a third of its time."""
-    if not (out / "cache").exists():
-        shutil.copytree(cache, out / "cache")
 
 
 @pytest.fixture(scope="module")
-def run(model, people, tmp_path_factory):
-    """Call the script: run(out, flag, value, ...); returns the tensors of meta.safetensors.
-
-    encodes: whether it has to encode the photos and captions itself, as the first run has.
-    """
-    cache = tmp_path_factory.mktemp("encoded") / "cache"
-
-    def call(
-        out: Path, *flags: object, steps: int = STEPS, data: Path = people, encodes: bool = False
-    ) -> dict:
-        if cache.exists() and not encodes:
-            copy_cache(cache, out)
-        argv = ["--data", data, "--model", model, "--out", out, "--steps", steps, *SETTINGS, *flags]
-        train_meta.main([str(word) for word in argv])
-        if not cache.exists():
-            shutil.copytree(out / "cache", cache)
-        return load_file(out / "meta.safetensors")
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def undisturbed(run, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed")
-    run(out)
-    return out
-
-
-def around_updates(patch: pytest.MonkeyPatch, around: Callable[..., dict[str, float]]) -> None:
-    """Call around(run, update, *arguments) in place of update(*arguments); run is the BucketRun."""
-    runs, enter, update = [], BucketRun.__enter__, train_meta.update
-    patch.setattr(BucketRun, "__enter__", lambda self: runs.append(self) or enter(self))
-    patch.setattr(train_meta, "update", lambda *arguments: around(runs[-1], update, *arguments))
-
-
-def kill_at(
-    run, out: Path, monkeypatch: pytest.MonkeyPatch, step: int, *flags: object, steps: int = STEPS
-) -> None:
-    """Start a run that dies after so many steps."""
-
-    def dies(position, update, *arguments):
-        if position.step == step:
-            raise Killed
-        return update(*arguments)
-
-    with monkeypatch.context() as patch:
-        around_updates(patch, dies)
-        with pytest.raises(Killed):
-            run(out, *flags, steps=steps)
-
-
-def log_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def state_of(out: Path) -> dict:
-    """Return all that a run has left to go on from: its newest checkpoint, and the buckets by file name."""
-    newest = Checkpoints(out / "checkpoints").files()[0]
-    return {file.name: read_state(file) for file in (newest, *sorted((out / "buckets").iterdir()))}
-
-
-def assert_same(a, b) -> None:
-    """Compare dictionaries and lists of tensors bit by bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
+def run(train):
+    return train
 
 
 # --- The algorithm -----------------------------------------------------------------------------------------
@@ -182,13 +103,13 @@ def test_a_bucket_goes_on_where_it_was(run, tmp_path, monkeypatch):
     states, turns, close, open_bucket = {}, [], BucketRun.close_bucket, BucketRun.open_bucket
 
     def closed(self):
-        personal, count = self.state.personal, self.state.own.count
+        personal, count = self.state.personal, self.state.slot_optimizer.count
         states[self.bucket] = [p.detach().clone() for p in personal], count.clone()
         close(self)
 
     def opened(self):
         bucket = open_bucket(self)
-        personal, count = self.state.personal, self.state.own.count
+        personal, count = self.state.personal, self.state.slot_optimizer.count
         if bucket in states:
             turns.append(bucket)
             assert_same(states[bucket][0], [p.detach() for p in personal])
@@ -458,16 +379,6 @@ def test_more_steps_later(run, undisturbed, tmp_path, first):
     assert len(log_of(tmp_path)) == first
     assert read_tensors(tmp_path / "meta.safetensors")[1]["steps"] == str(first)
     assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
-
-
-def assert_equals_undisturbed(ours: dict, out: Path, undisturbed: Path) -> None:
-    assert_same(ours, load_file(undisturbed / "meta.safetensors"))
-    states = state_of(out), state_of(undisturbed)
-    assert_same(*states)
-    assert len(states[0]) >= 3
-    vary = ("time", "memory", "images_per_second")
-    logs = [[{**line, **dict.fromkeys(vary, 0)} for line in log_of(folder)] for folder in (out, undisturbed)]
-    assert logs[0] == logs[1]  # each step once
 
 
 def test_a_finished_run_changes_nothing(run, undisturbed):

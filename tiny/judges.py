@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
 from tiny.people import IDENTITY, SCENES, SHIRTS, STYLES, VIEW, draw_identities, draw_views, render
-from tiny.pretrain import Optimiser, export, write_json
+from tiny.pretrain import Optimizer, export, write_json
 from vision.small import SIZE, IdentityNet, PromptNet, load_judges
 
 VIEWS = 8  # pictures per person
@@ -126,13 +126,13 @@ def main() -> None:
     for name, network, loss, steps in (identity, prompt):
         network.to(memory_format=torch.channels_last)  # three times faster in bfloat16
         is_matrix = lambda name, p: "blocks" in name and p.dim() == 4
-        optimiser = Optimiser(network.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=steps)
+        optimizer = Optimizer(network.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=steps)
         generator = torch.Generator().manual_seed(args.seed)
         bar = tqdm(range(steps), name, mininterval=5)
         for step in bar:
             value = loss(network, *data, generator)
             value.backward()
-            optimiser.step(step)
+            optimizer.step(step)
             bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
         words = {"vocabulary": json.dumps(network.vocabulary)} if name == "prompt" else {}
         export(network, args.out / f"{name}.safetensors", **words)

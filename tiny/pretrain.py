@@ -55,7 +55,7 @@ TXT_LENGTH, CLIP_LENGTH, VOCABULARY = 16, 24, 320
 THETA = 100  # the usual 10,000 leaves three useful frequencies on an 8x8 grid
 
 
-# --- Optimiser ---------------------------------------------------------------------------------------------
+# --- Optimizer ---------------------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
@@ -87,7 +87,7 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).type_as(matrix)
 
 
-class Optimiser:
+class Optimizer:
     """Muon on the matrices that `is_matrix` picks, AdamW on the rest; the rates fall linearly at the end."""
 
     def __init__(
@@ -126,7 +126,7 @@ def train(
     name: str,
     steps: int,
     loss: Callable[[int, torch.Generator], Tensor],
-    optimiser: Optimiser,
+    optimizer: Optimizer,
     kept: dict[str, nn.Module],
     args: argparse.Namespace,
     saved: Callable[[int], None] | None = None,
@@ -139,7 +139,7 @@ def train(
     if file.exists():
         state = torch.load(file, weights_only=True)
         start = state["step"]
-        optimiser.load_state_dict(state["optimiser"])
+        optimizer.load_state_dict(state["optimizer"])
         for key, module in kept.items():
             module.load_state_dict(state[key])
     began, average = time.time(), None
@@ -147,7 +147,7 @@ def train(
     for step in bar:
         value = loss(step, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
         value.backward()
-        optimiser.step(step)
+        optimizer.step(step)
         if "ema" in kept:
             beta = min(0.999, (step + 1) / (step + 10))
             averaged, live = kept["ema"].state_dict().values(), kept["live"].state_dict().values()
@@ -157,7 +157,7 @@ def train(
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             states = {key: module.state_dict() for key, module in kept.items()}
             with atomic(file) as temporary:
-                torch.save({"step": step + 1, "optimiser": optimiser.state_dict(), **states}, temporary)
+                torch.save({"step": step + 1, "optimizer": optimizer.state_dict(), **states}, temporary)
             line = {
                 "stage": name,
                 "step": step + 1,
@@ -321,8 +321,8 @@ def train_autoencoder(pictures: np.ndarray, args: argparse.Namespace) -> AutoEnc
         return F.l1_loss(decoded, image) + edges + 1e-3 * divergence
 
     is_matrix = lambda name, p: p.dim() == 4 and "conv_out" not in name and "conv_in" not in name
-    optimiser = Optimiser(ae.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=args.ae_steps)
-    train("autoencoder", args.ae_steps, loss, optimiser, {"model": ae}, args)
+    optimizer = Optimizer(ae.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=args.ae_steps)
+    train("autoencoder", args.ae_steps, loss, optimizer, {"model": ae}, args)
     return ae.requires_grad_(False).eval()
 
 
@@ -499,7 +499,7 @@ def train_transformer(
 
     def run(name: str, steps: int, loss: Callable, muon: float) -> None:
         is_matrix = lambda name, p: "_blocks" in name and p.dim() == 2 and "mod" not in name
-        optimiser = Optimiser(parts.named_parameters(), is_matrix, muon=muon, adamw=muon / 6, steps=steps)
+        optimizer = Optimizer(parts.named_parameters(), is_matrix, muon=muon, adamw=muon / 6, steps=steps)
 
         def saved(step: int) -> None:
             sample_sheet(ema, ae, args, guidance=3.5).save(args.work / f"{name}.png")
@@ -507,7 +507,7 @@ def train_transformer(
                 with atomic(weak_file) as temporary:
                     torch.save(ema.state_dict(), temporary)
 
-        train(name, steps, loss, optimiser, {"live": parts, "ema": ema}, args, saved)
+        train(name, steps, loss, optimizer, {"live": parts, "ema": ema}, args, saved)
 
     weak_file = args.work / "weak.pt"
     teacher, weak = copy.deepcopy(ema), copy.deepcopy(ema)
