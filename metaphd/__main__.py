@@ -17,7 +17,7 @@ The benchmark of the Meta-LoRA paper. docs/benchmark.md describes it.
 examples:
   python -m metaphd run --people people --out out/benchmark
   python -m metaphd check people
-  python -m metaphd study make --systems lora=out/lora meta-lora=out/meta --people people --prompts prompts
+  python -m metaphd study make --systems lora=out/a meta=out/b --people people --prompts metaphd/prompts
 
 Each has a --help of its own.
 """

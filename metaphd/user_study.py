@@ -322,7 +322,7 @@ MAKE = """
 Write a page of blinded questions of four kinds, a quarter each. docs/benchmark.md describes them.
 
 example:
-  python -m metaphd study make --systems lora=out/lora meta-lora=out/meta --people photos --prompts prompts
+  python -m metaphd study make --systems lora=out/a meta=out/b --people photos --prompts metaphd/prompts
 """
 TALLY = """
 Count the answers and print the paper's tables 1 and 2: how often each system was chosen, in percent, with the

@@ -29,6 +29,7 @@ def run(monkeypatch, *options) -> None:
     ]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(pretrain, "AE", replace(pretrain.AE, ch=32))  # a quarter of the work
+    monkeypatch.setattr(pretrain, "PROMPTS", pretrain.PROMPTS[:1])  # an eighth of the samples
     monkeypatch.setattr(pretrain.layers, "attention", pretrain.layers.attention)  # it replaces this one
     pretrain.main()
 
