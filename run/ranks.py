@@ -168,7 +168,7 @@ class Ranks:
         return torch.cat([state, missing])[self.rank :: self.size].clone()
 
     def gather_rows(self, state: Any, people: int) -> Any:
-        """Undo `take_rows`: return on rank 0 the rows of all ranks, in host memory; on other ranks only None."""
+        """Undo `take_rows`: return on rank 0 the rows of all ranks, in host memory; elsewhere only None."""
         if self.size == 1:
             return state
         if isinstance(state, dict):
