@@ -67,7 +67,7 @@ class Personalization:
     steps: int = STEPS["meta-lora"]
     batch: int = 1  # crops in an update
     augment: bool = True  # crops and flips, or the photo as it is
-    draws: str = "spread"  # or "independent"; see `draw_batches`
+    draws: str = "independent"  # or "spread", which is ours; see `draw_batches`
 
 
 @dataclass(frozen=True)
@@ -406,9 +406,9 @@ def add_personal_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draws",
         choices=["independent", "spread"],
-        default="spread",
-        help="times spread evenly and every second noise the negative of the one before, which makes the "
-        "average gradient less random; or times and noise of each update by chance, as in the paper",
+        default=Personalization.draws,
+        help="independent: times and noise at random; spread, which is ours: times spread evenly, and every "
+        "second noise of a shape is the negative of the one before",
     )
 
 

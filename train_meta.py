@@ -217,8 +217,8 @@ MAY_CHANGE += ("device", "vram", "stream", "checkpoint", "base_dtype", "compile"
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    ranks = Ranks()  # one, unless torchrun has started more; first, so that each keeps to its own card
     device, dtype = choose_device(args)
-    ranks = Ranks()  # one, unless torchrun has started more
     if args.plan:
         plan(args, device, dtype, files_to_plan(args), ranks.size)
         return

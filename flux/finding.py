@@ -57,6 +57,10 @@ T5_TOKENIZERS = ("tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model")  # on
 HUB_WEIGHTS = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json"
 
 
+class UnknownModel(FileNotFoundError):
+    """A name is no file, no folder, no known model and no repository."""
+
+
 class NotOnHub(FileNotFoundError):
     """A part of a model is neither on this machine nor to be downloaded; the message says what to do."""
 
@@ -114,7 +118,7 @@ def find_named(name: str) -> tuple[Path | None, str | None]:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix not in (".safetensors", ".sft"):
         return None, name
     known = ", ".join(HUB_MODELS)
-    raise FileNotFoundError(f"{name}: neither a folder nor a file nor one of the known models ({known})")
+    raise UnknownModel(f"{name}: neither a folder nor a file nor one of the known models ({known})")
 
 
 def existing(path: Path, origin: str) -> Path:

@@ -92,7 +92,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show an option's default, unless there is none or the help text says it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        no_default = action.default in (None, "", False)
+        no_default = action.default is None or action.default is False or action.default == ""
         if no_default or "default:" in action.help:
             return action.help
         return super()._get_help_string(action)

@@ -88,7 +88,9 @@ class BucketRun:
 
     @property
     def q_warmup(self) -> int:
-        return round(self.bucket_warmup * self.q_bucket)
+        return min(
+            round(self.bucket_warmup * self.q_bucket), self.q_bucket - 1
+        )  # meta_down moves in each turn
 
     @property
     def steps_left(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from flux.errors import UserError
-from flux.finding import HUB_MODELS, NotOnHub, find_files, find_named, local_parts
+from flux.finding import HUB_MODELS, NotOnHub, UnknownModel, find_files, find_named, local_parts
 from flux.loading import ModelFiles
 
 SHIPPED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
@@ -50,7 +50,10 @@ def add_device_argument(group: argparse._ArgumentGroup) -> None:
 
 def named_model(name: str) -> tuple[Path | None, str | None]:
     """Return the file or folder that --model names, or else the repository on the hub."""
-    return (SHIPPED[name], None) if name in SHIPPED else find_named(name)
+    try:
+        return (SHIPPED[name], None) if name in SHIPPED else find_named(name)
+    except UnknownModel as error:
+        raise UnknownModel(f"--model {error}, nor {', '.join(SHIPPED)}") from error
 
 
 def find_model(args: argparse.Namespace) -> ModelFiles:
@@ -63,6 +66,7 @@ def find_model(args: argparse.Namespace) -> ModelFiles:
     for part, path in given.items():
         if not path.exists():
             raise FileNotFoundError(f"{OPTIONS[part]} {path}: no such file or folder")
+    named_model(args.model)  # is there such a model?
     try:
         return find_files(str(SHIPPED.get(args.model, args.model)), given)
     except NotOnHub as error:

@@ -27,11 +27,6 @@ def run(bench):
 
 
 @pytest.fixture(scope="module")
-def people(three_people):
-    return three_people
-
-
-@pytest.fixture(scope="module")
 def judged_model(world):
     return world
 
@@ -47,9 +42,9 @@ def alike(ours: np.ndarray, theirs: np.ndarray) -> bool:
     return abs(ours - theirs).max() <= 2
 
 
-def test_everything_that_is_promised_is_there(run, people, capsys):
+def test_everything_that_is_promised_is_there(run, three_people, capsys):
     out = run()
-    names = sorted(folder.name for folder in people.iterdir() if folder.is_dir())
+    names = sorted(folder.name for folder in three_people.iterdir() if folder.is_dir())
     for system in SYSTEMS:
         assert sorted(path.stem for path in (out / "loras" / system).iterdir()) == names
         made = {
@@ -192,7 +187,7 @@ def test_other_settings_are_refused(run):
     run("--method", "lora-noaug", "--steps", 1, 2, "--seeds", 1)  # a larger grid adds to it
 
 
-def test_wrong_input_stops_before_anything_is_loaded(run, people, tmp_path, monkeypatch):
+def test_wrong_input_stops_before_anything_is_loaded(run, three_people, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("weights were read before all input was checked")
 
@@ -205,11 +200,11 @@ def test_wrong_input_stops_before_anything_is_loaded(run, people, tmp_path, monk
         run("--meta", tmp_path / "other.safetensors")
     alone = tmp_path / "alone" / "woman_1"
     alone.mkdir(parents=True)
-    shutil.copy(next(people.glob("*/000.png")), alone)
+    shutil.copy(next(three_people.glob("*/000.png")), alone)
     with pytest.raises(ValueError, match="woman_1 must have at least 2 photos"):
         run("--people", alone.parent)
     with pytest.raises(ValueError, match="has no photo 99.png"):
-        names = [folder.name for folder in people.iterdir() if folder.is_dir()]
+        names = [folder.name for folder in three_people.iterdir() if folder.is_dir()]
         (tmp_path / "refs.json").write_text(json.dumps({names[0]: "99.png"}))
         run("--references", tmp_path / "refs.json")
     with pytest.raises(SystemExit):
@@ -252,11 +247,11 @@ def test_defaults_are_the_papers():
     assert len(grid) == 8 and grid[0].steps == (5, 9)
 
 
-def test_people_of_one_photo_each_as_in_ffhq(run, people, tmp_path):
+def test_people_of_one_photo_each_as_in_ffhq(run, three_people, tmp_path):
     """A folder of man and woman: every photo is a person, scored without R-FaceSim, which is said."""
     for kind in ("man", "woman"):
         (tmp_path / "ffhq" / kind).mkdir(parents=True)
-        for k, photo in enumerate(sorted(people.glob(f"{kind}_*/*.png"))[:2]):
+        for k, photo in enumerate(sorted(three_people.glob(f"{kind}_*/*.png"))[:2]):
             shutil.copy(photo, tmp_path / "ffhq" / kind / f"{k}.png")
     out = run("--people", tmp_path / "ffhq", "--method", "lora-noaug", "--steps", 1, "--seeds", 1)
     scores = json.loads((out / "scores" / "lora-noaug_r1_lr0.01_s1.json").read_text())
@@ -266,7 +261,7 @@ def test_people_of_one_photo_each_as_in_ffhq(run, people, tmp_path):
     assert len(scores["remarks"]["no photo besides the reference, so no R-FaceSim"]) == 4
 
 
-def test_everybody_learns_from_their_own_photo_and_caption(run, people, monkeypatch):
+def test_everybody_learns_from_their_own_photo_and_caption(run, three_people, monkeypatch):
     """Crops and prompt that go into each training, against the photo's own, encoded here."""
     asked, draw = [], personalize.draw_batches
 
@@ -279,14 +274,14 @@ def test_everybody_learns_from_their_own_photo_and_caption(run, people, monkeypa
     assert len({seed for *_, seed in asked}) == len(asked) == 3  # not one draw of noise for all
     latents = [crops[0].posterior["mean"] for crops, *_ in asked]
     prompts = [prompt["txt"] for _, prompt, _ in asked]
-    captions = [(folder / "000.txt").read_text() for folder in sorted(people.iterdir())]
+    captions = [(folder / "000.txt").read_text() for folder in sorted(three_people.iterdir())]
     for a in range(3):
         for b in range(a):
             assert not torch.equal(latents[a], latents[b])
             assert torch.equal(prompts[a], prompts[b]) == (captions[a] == captions[b])
 
 
-def test_each_prompt_seed_and_setting_reaches_the_sampler(run, people, monkeypatch):
+def test_each_prompt_seed_and_setting_reaches_the_sampler(run, three_people, monkeypatch):
     asked, draw = [], benchmark.generate
 
     def watched(model, autoencoder, prompt, seeds, size, **settings):
@@ -341,13 +336,13 @@ def test_what_does_not_matter_may_change(run, tmp_path):
         run(*same)
 
 
-def test_photos_and_prompts_are_judged_before_anything_is_learned(run, people, tmp_path, monkeypatch):
+def test_photos_and_prompts_are_judged_before_anything_is_learned(run, three_people, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("the work began")
 
     monkeypatch.setattr(benchmark.flux, "load_autoencoder", refuse)
     copy = tmp_path / "copy"
-    shutil.copytree(people, copy)
+    shutil.copytree(three_people, copy)
     (next(copy.glob("*_*")) / "002.png").write_text("no picture")
     with pytest.raises(ValueError, match="002.png is no photo"):
         run("--people", copy)
@@ -356,12 +351,12 @@ def test_photos_and_prompts_are_judged_before_anything_is_learned(run, people, t
         run()
 
 
-def test_with_crops_checkpointing_and_16_bit(run, people, tmp_path, monkeypatch):
+def test_with_crops_checkpointing_and_16_bit(run, three_people, tmp_path, monkeypatch):
     """The defaults of a GPU, with five crops; and s1 of a longer training is s1 of a shorter one."""
     list_all = benchmark.crop_boxes
     monkeypatch.setattr(benchmark, "crop_boxes", lambda size, face: list_all(size, face)[:5])
     for name in ("man_001", "woman_000"):
-        shutil.copytree(people / name, tmp_path / "two" / name)
+        shutil.copytree(three_people / name, tmp_path / "two" / name)
     argv = ["--method", "meta-lora", "--dtype", "bf16", "--batch", 2, "--seeds", 1]
     argv += ["--people", tmp_path / "two", "--checkpoint", "all"]
     short, long = run(*argv, "--steps", 1, out="short"), run(*argv, "--steps", 1, 3, out="long")

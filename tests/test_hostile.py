@@ -427,7 +427,7 @@ def test_nothing_is_read_again_and_the_cache_of_other_settings_is_not_used(
     monkeypatch.setattr(
         TensorCache, "put", lambda self, key, value: put.append(key) or store(self, key, value)
     )
-    once = train(tmp_path / "out", steps=2)
+    once = train(tmp_path / "out", steps=2, encodes=True)
     assert len(set(opened)) == 20 and len(put) == len(set(put)) > 20
     first = set(put)
     opened.clear(), put.clear()
@@ -515,7 +515,7 @@ def test_the_benchmark_asks_to_rename(bench, people, tmp_path, name):
     next(path for path in (tmp_path / "odd").iterdir() if path.is_dir()).rename(
         tmp_path / "odd" / f"man_{name}"
     )
-    with pytest.raises(ValueError, match="rename what has control characters") as error:
+    with pytest.raises(ValueError, match="these names have control characters, rename them") as error:
         bench("--people", tmp_path / "odd")
     assert is_plain(str(error.value))
 
@@ -700,7 +700,7 @@ PARSERS = {
     "sample": (sample.parse_arguments, ["--prompt", "a"]),
     "benchmark": (benchmark.parse_arguments, ["--people", "ids"]),
     "metrics": (metrics.parse_arguments, ["report", "--images", "a", "--people", "ids"]),
-    "metaphd": (admission.parse_arguments, ["check", "ids"]),
+    "metaphd": (admission.parse_arguments, ["ids"]),
     "study": (user_study.parse_arguments, ["make", "--systems", "a=b", "--people", "ids", "--prompts", "x"]),
 }
 NONSENSE = ["0", "-1", "nan", "inf", "-inf", "1e999", "", "x", "1" * 5000, "٣x", "\x1b[2J", "a\nb", "\udcff"]

@@ -141,7 +141,7 @@ def test_lora_trains_its_own_down(run, photo, monkeypatch):
 def test_defaults_are_the_papers():
     one, plain = (personalize.parse_arguments(["a/ref.jpg", *more]) for more in ([], ["--method", "lora"]))
     several = personalize.parse_arguments(["a.jpg", "b.jpg", "--caption", "a man at night"])
-    assert (one.steps, one.rank, one.batch, one.lr) == (375, 1, 1, 4e-4)
+    assert (one.steps, one.rank, one.batch, one.lr, one.draws) == (375, 1, 1, 4e-4, "independent")
     assert (plain.steps, several.rank) == (625, 4)
     assert (one.out, several.out) == (Path("ref.safetensors"), Path("a.safetensors"))
     assert (one.caption, several.caption) == ("a photo of a person", "a man at night")
@@ -491,14 +491,14 @@ def test_spread_draws_pair_the_noise_and_spread_the_times(run, photo, monkeypatc
         return loss(model, **batch)
 
     monkeypatch.setattr(personalize, "flow_loss", watched)
-    run(photo, *FACE, "--no-augment", "--steps", 5)
+    run(photo, *FACE, "--no-augment", "--steps", 5, "--draws", "spread")
     times, noises = map(torch.cat, zip(*seen))
     torch.testing.assert_close(noises[1::2], -noises[:4:2])
     assert not torch.equal(noises[2], noises[0])
     quantiles = torch.special.ndtr(times.logit())
     torch.testing.assert_close(quantiles.diff() % 1, torch.full((4,), 0.618034), atol=1e-4, rtol=0)
     seen.clear()
-    run(photo, *FACE, "--no-augment", "--steps", 2, "--draws", "independent")
+    run(photo, *FACE, "--no-augment", "--steps", 2)
     assert not torch.equal(seen[1][1], -seen[0][1])
 
 
@@ -516,7 +516,7 @@ def test_noise_is_antithetic_among_crops_of_many_shapes(batch):
     """In the order of training two neighbours seldom have the same shape."""
     crops = some_crops([(16, 16), (16, 24), (24, 16), (16, 24), (32, 16), (16, 16), (24, 16)])
     shapes = {(crop.shape[0] // 4, crop.shape[1] // 4) for crop in crops}
-    spread = [*some_batches(crops, steps=60, batch=batch)]
+    spread = [*some_batches(crops, steps=60, batch=batch, draws="spread")]
     pairs = antithetic(spread, shapes)
     assert len(pairs) >= 26 and all(pairs)
     neighbours = [a["noise"].shape == b["noise"].shape for a, b in zip(spread[::2], spread[1::2])]

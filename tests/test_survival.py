@@ -226,7 +226,7 @@ def test_the_checkpoint_before(run, undisturbed, tmp_path, monkeypatch, capsys, 
     capsys.readouterr()
     ours = run(tmp_path)
     text = capsys.readouterr().out
-    assert f"going on from step {int(files[1].stem)}" in text and files[0].name in text
+    assert f"of step {int(files[1].stem)}" in text and files[0].name in text
     assert (files[0].with_suffix(".damaged")).exists()  # nothing is thrown away
     assert_equals_undisturbed(ours, tmp_path, undisturbed)
 

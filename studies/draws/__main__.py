@@ -1,7 +1,7 @@
 """Measure --draws spread against independent, learning from crops, in the toy model.
 
-    python -m studies.draws            # trains and scores what is missing; about half an hour on two cores
-    python -m studies.draws --table    # the table again, from the committed scores
+    python -m studies.draws            # trains and scores what is missing; about 40 minutes on one busy core
+    python -m studies.draws --table    # the table in docs/findings.md again, from the committed scores
 
 Twelve synthetic people in photos of 160 pixels, three seeds, both methods. scores.csv has a line per person.
 """
@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
+from bench.documents import write
 from metaphd import benchmark
 from run.command import run_script
 from run.files import atomic
@@ -22,6 +23,7 @@ from scoring.tables import markdown
 from tiny.people import write_people
 
 SCORES = Path(__file__).with_name("scores.csv")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "findings.md"
 PROMPTS = Path(__file__).parents[2] / "tiny" / "prompts.txt"
 METHODS, DRAWS, SEEDS, STEPS = ("lora", "meta-lora"), ("independent", "spread"), (0, 1, 2), (30, 90)
 METRICS = ("r-facesim", "clip-t")
@@ -80,6 +82,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
     print(table(rows))
+    write(DOCUMENT, {"draws": lambda: table(rows)})
 
 
 if __name__ == "__main__":
