@@ -73,28 +73,26 @@ class MetaLoRALinear(nn.Module):
         slot = slice(1) if self.slot is None else self.slot
         if self.slot is not None and slot.shape not in ((1,), x.shape[:1]):
             raise ValueError(f"slots are {tuple(slot.shape)}, must be ({len(x)},), or (1,) for all samples")
-        # Multiply the small matrices first, so that no token ever has r1 channels. s: b, or 1 slot for all.
-        down = self.down(slot).flatten(1, 2).to(x.dtype)  # (s, parts * r2, d_in)
+        # Multiply the small matrices first, so that no token ever has r1 channels.
+        # s: the number of slots, b, or 1 that serves all samples
+        down = self.down(slot).flatten(1, 2).to(x.dtype)  # mid meta_down: (s, parts * r2, d_in)
         # Block-diagonal, so that each part's rows of the output see only its own r2 channels.
         ups = [torch.block_diag(*up.split(self.parts, dim=1)) for up in self.up[slot].mT]
-        up = torch.stack(ups)  # (s, parts * r2, d_out)
+        up = torch.stack(ups).to(x.dtype)  # (s, parts * r2, d_out)
         tokens = x.reshape(len(down), -1, x.shape[-1])  # (s, l, d_in)
-        h = self.base(tokens.flatten(0, 1))  # (s * l, d_out)
-        add = add_update if torch.compiler.is_compiling() else _AddUpdate.apply
-        return add(h, tokens, down, up.to(x.dtype)).view(*x.shape[:-1], -1)
+        h = self.base(tokens.flatten(0, 1))  # W0 x: (s * l, d_out)
+        return add_update(h, tokens, down, up).view(*x.shape[:-1], -1)  # W0 x + up (mid meta_down) x
 
 
 def add_update(h: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return h + x down^T up, slot by slot; h: (s * l, d_out), x: (s, l, d_in), up: (s, r, d_out).
-
-    This is `_AddUpdate` for torch.compile, which does not support `mark_dirty` and finds out by itself what
-    can be done in place.
-    """
-    return torch.baddbmm(h.view(*x.shape[:2], -1), x @ down.mT, up).flatten(0, 1)
+    """Return h + x down^T up, slot by slot; h: (s * l, d_out), x: (s, l, d_in), up: (s, r, d_out)."""
+    if torch.compiler.is_compiling():  # it does not support mark_dirty, and fuses this by itself
+        return torch.baddbmm(h.view(*x.shape[:2], -1), x @ down.mT, up).flatten(0, 1)
+    return _AddUpdate.apply(h, x, down, up)
 
 
 class _AddUpdate(torch.autograd.Function):
-    """Compute `add_update` in place of h. Autograd alone would keep copies of h; no second derivatives."""
+    """Compute `add_update` in place; autograd alone would keep copies of h. It has no second derivative."""
 
     @staticmethod
     def forward(ctx, h: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ torchrun --nproc-per-node 8 train_meta.py ...
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -48,50 +48,48 @@ from run.settings import Training, add_training_arguments
 
 def meta_train(
     model: Flux,
-    optimizers: "Optimizers",
-    dataset: LatentDataset,
+    learner: "MetaLearner",
     buckets: Sequence[Sequence[int]],
+    dataloader: Callable[[Sequence[int]], Iterator[Batch]],
     run: BucketRun,
-    batch_size: int,
-    uses_per_image: int,
     training: Training,
 ) -> None:
-    """Run Algorithm 1, or go on with it: meta-learn meta_down over buckets of identities (their pids).
+    """Run Algorithm 1, or continue it: meta-learn meta_down over buckets of identities (their pids).
 
-    run: where it is, and everything that is not training; it raises `Stopped` when the user asks for it.
+    run: the counters i_curr and i_cb, and saving, logging and stopping, for which it raises `Stopped`.
     """
     while run.step < run.q_total:  # i_curr < q_total
-        bucket = buckets[run.open_bucket()]  # the next one; a LoM and a LoU for each of its identities
-        for batch in batches(dataset, bucket, run, batch_size, uses_per_image, training):  # i_cb < q_bucket
+        number = run.open_bucket()  # for bucket in buckets: loads its LoM and LoU; i_cb <- 0
+        for batch in dataloader(buckets[number]):  # for batch in data and i_cb < q_bucket
             warm_up = run.bucket_step < run.q_warmup  # i_cb < q_warm-up
-            found = update(model, optimizers, batch, warm_up, training)
-            run.advance(found, batch.photos, batch.t)  # i_cb and i_curr + 1
+            numbers = update(model, learner, batch, warm_up, training)
+            run.advance(numbers, batch.photos, batch.t)  # i_cb <- i_cb + 1, and i_curr likewise
         run.close_bucket()
 
 
 def update(
-    model: Flux, optimizers: "Optimizers", batch: Batch, warm_up: bool, training: Training
+    model: Flux, learner: "MetaLearner", batch: Batch, warm_up: bool, training: Training
 ) -> dict[str, float]:
     """Move mid and up of the identities in the batch and, after the warm-up, meta_down as well.
 
     Returns the loss and the norms of the gradients. If one of them is not finite, nothing moves.
     """
-    for meta_down in optimizers.meta_down:
+    for meta_down in learner.meta_down:
         meta_down.requires_grad_(not warm_up)
     use_slots(model, batch.slots)  # they stay set until backward has returned
     loss = flow_loss(model, **batch.inputs, guidance=training.train_guidance)  # L_diff
-    found = optimizers.backward(loss, len(batch.slots))
-    if all(map(math.isfinite, found.values())):
-        optimizers.step_mid_and_up(batch.slots)  # update-mid-and-up-layers
+    numbers = learner.backward(loss, len(batch.slots))
+    if all(map(math.isfinite, numbers.values())):
+        learner.step_mid_and_up(batch.slots)  # update-mid-and-up-layers
         if not warm_up:
-            optimizers.step_meta_down(found["grad_meta_down"])  # both together: update-model
-    optimizers.zero_grad()
-    return found
+            learner.step_meta_down(numbers["grad_meta_down"])  # both together: update-model
+    learner.zero_grad()
+    return numbers
 
 
 def batches(
-    dataset: LatentDataset,
     bucket: Sequence[int],
+    dataset: LatentDataset,
     run: BucketRun,
     batch_size: int,
     uses_per_image: int,
@@ -101,14 +99,15 @@ def batches(
     data, order, generator = dataset.load(bucket), [], run.generator("order", run.visit)
     while len(order) < run.q_bucket:  # once, unless another rank has more batches
         order += deal_batches(data.shapes, uses_per_image, batch_size, generator)
-    for chosen in order[run.bucket_step :][: run.steps_left]:
+    first = run.bucket_step  # not 0 if the run was stopped within this turn
+    for chosen in order[first : first + run.steps_left]:
         yield dataset.batch(data, chosen, run.generator("noise", run.step), training)
 
 
-class Optimizers:
-    """What is trained: meta_down by AdamW, mid and up as if each identity had an AdamW of its own.
+class MetaLearner:
+    """What stage 1 trains: meta_down by AdamW, mid and up as if each identity had an AdamW of its own.
 
-    Every rank has the same meta_down, and mid and up of its own people.
+    Every rank has the same meta_down, and mid and up of its own identities.
     """
 
     def __init__(
@@ -117,8 +116,7 @@ class Optimizers:
         """ema: decay of an average of meta_down; 0: none."""
         self.training, self.seed, self.ema, self.ranks = training, seed, ema, ranks or Ranks()
         self.meta_down, self.personal = factors(model, "meta_down"), factors(model, "mid", "up")
-        self.parts = {"mid": self.personal[::2], "up": self.personal[1::2]}
-        self.people = len(self.personal[0])  # in a bucket, of all ranks
+        self.slots = len(self.personal[0])  # of the largest bucket, before they are divided among the ranks
         for p in self.personal:
             p.data = self.ranks.take_rows(p.data)
         lr, decay = training.lr, training.weight_decay
@@ -127,20 +125,20 @@ class Optimizers:
         self.average = [p.detach().clone() for p in self.meta_down] if ema else None
 
     def backward(self, loss: Tensor, photos: int) -> dict[str, float]:
-        """Compute the gradients of a batch's loss; return it and their norms before clipping.
+        """Compute the gradients; return the loss, and the norms of the gradients before clipping.
 
-        photos: in the batch. On several ranks all of this is of their batches taken as one.
+        photos: the size of this rank's batch. With several ranks all numbers are those of the joined batches.
         """
         share = photos / self.ranks.sum(photos)
         (loss * share).backward()
         moving = [p for p in self.meta_down if p.requires_grad]
         self.ranks.sum_gradients(moving)
-        norms = {f"grad_{name}": get_total_norm([p.grad for p in part]) for name, part in self.parts.items()}
-        found = {"loss": self.ranks.sum(loss.detach() * share)}
-        found |= {name: self.ranks.norm(norm) for name, norm in norms.items()}
+        numbers = {"loss": self.ranks.sum(loss.detach() * share)}
+        for name, factor in {"mid": self.personal[::2], "up": self.personal[1::2]}.items():
+            numbers[f"grad_{name}"] = self.ranks.norm(get_total_norm([p.grad for p in factor]))
         if moving:
-            found["grad_meta_down"] = get_total_norm([p.grad for p in moving])
-        return {name: value.item() for name, value in found.items()}
+            numbers["grad_meta_down"] = get_total_norm([p.grad for p in moving])
+        return {name: value.item() for name, value in numbers.items()}
 
     def step_mid_and_up(self, slots: Tensor) -> None:
         """Clip the gradient of each identity in the batch on its own, and move its mid and up."""
@@ -176,7 +174,7 @@ class Optimizers:
         """Draw mid as LoRA does, the same for any number of ranks; up is zero."""
         generator = generator_for("bucket", self.seed, bucket)
         for mid, up in zip(self.personal[::2], self.personal[1::2]):
-            everyone = torch.empty(self.people, *mid.shape[1:])
+            everyone = torch.empty(self.slots, *mid.shape[1:])
             kaiming_(everyone, generator)
             mid.data.copy_(self.ranks.take_rows(everyone))
             up.data.zero_()
@@ -186,7 +184,7 @@ class Optimizers:
         """Return mid, up and their optimizer's state, of all ranks together."""
         factors = [p.data for p in self.personal]
         state = {"factors": factors, "optimizer": self.slot_optimizer.state_dict()}
-        return self.ranks.gather_rows(state, self.people)
+        return self.ranks.gather_rows(state, self.slots)
 
     def load_bucket_state(self, state: dict) -> None:
         state = self.ranks.take_rows(state)
@@ -225,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.shard and ranks.size == 1:
         raise UserError("--shard spreads weights over several processes: start them with torchrun")
     device = ranks.device(device)
-    list_folders(args.data)
+    list_folders(args.data)  # fails early
     with ranks.together(device):
         with ranks.lead_first():  # it may have to be downloaded
             files = find_model(args)
@@ -251,11 +249,89 @@ def train(
     stop: Stop,
     ranks: Ranks,
 ) -> Path:
-    """Look at the photos, encode them, train, and return the file that is written."""
-    resolution = args.resolution or native_size(files.folder)
-    min_side = resolution // 8 if args.min_side is None else args.min_side
-    training = Training.of(args)
+    """Prepare the data and the model, run Algorithm 1, and return the file that is written."""
+    resolution, training = args.resolution or native_size(files.folder), Training.of(args)
     chosen = ranks.once(lambda: plan(args, device, dtype, vars(files), ranks.size))
+    dataset = prepare_data(args, files, resolution, chosen, device, dtype, ranks)
+    people, pids = dataset.people, range(len(dataset.people))
+    buckets = deal_buckets(pids, args.bucket_ids, generator_for("buckets", args.seed))
+    # With several ranks a turn has as many steps as the rank with most photos needs.
+    q_buckets = []
+    for bucket in buckets:
+        shapes = [dataset.shapes(share) for share in ranks.parts(bucket)]
+        q_buckets.append(max(count_batches(x, args.uses_per_image, args.batch) for x in shapes))
+    if sum(q_buckets) > args.steps:
+        print(f"--steps {args.steps} is too few to train every bucket once ({sum(q_buckets)} steps)")
+
+    model = load_model(args, files, chosen, max(map(len, buckets)), device, dtype, ranks)
+    learner = MetaLearner(model, training, args.seed, args.ema, ranks)
+    stop.resident = resident(model, learner, ranks.size if args.shard else 1)
+    prompts = dataset.load_sample_prompts()
+
+    def draw() -> None:
+        """Write pictures of two people of the bucket. With --shard all ranks hold a part of the weights."""
+        if ranks.leads or args.shard:
+            shown = ranks.mine(buckets[run.bucket])[: min(2, len(buckets[run.bucket]) // ranks.size)]
+            with learner.averaged():
+                sheet = sample_grid(
+                    model,
+                    files.autoencoder,
+                    [people[pid] for pid in shown],
+                    prompts,
+                    resolution,
+                    device,
+                    dtype,
+                )
+            if ranks.leads:
+                save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
+
+    run = BucketRun(
+        args.out,
+        learner,
+        q_buckets=q_buckets,
+        q_total=args.steps,
+        bucket_warmup=args.bucket_warmup,
+        seed=args.seed,
+        ranks=ranks,
+        stop=stop,
+        device=device,
+        save_every=args.save_every,
+        sample_every=args.sample_every,
+        draw=draw,
+        keep_buckets=args.keep_buckets,
+    )
+    run.resume()
+    dataloader = partial(
+        batches,
+        dataset=dataset,
+        run=run,
+        batch_size=args.batch,
+        uses_per_image=args.uses_per_image,
+        training=training,
+    )
+    with run:
+        meta_train(model, learner, [ranks.mine(bucket) for bucket in buckets], dataloader, run, training)
+
+    about = {"method": "meta-lora stage 1", "class": args.class_word, "base_model": files.transformer.name}
+    about |= {"base_fingerprint": fingerprint(files.transformer), "steps": run.step}
+    about |= {name: getattr(args, name) for name in ("r1", "r2", "targets", "lr", "seed")}
+    result = args.out / "meta.safetensors"
+    if ranks.leads:
+        save_meta(model, result, about, learner.average)
+    return result
+
+
+def prepare_data(
+    args: argparse.Namespace,
+    files: ModelFiles,
+    resolution: int,
+    chosen: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> LatentDataset:
+    """Look at all photos, check that a run in --out can go on with these settings, and encode the photos."""
+    min_side = resolution // 8 if args.min_side is None else args.min_side
     multiple = flux.load_autoencoder(files.autoencoder, "meta").sizes.token_pixels
     shape = partial(common_shape, resolution=resolution, multiple=multiple)
 
@@ -265,70 +341,32 @@ def train(
         return people
 
     people = ranks.once(look)
-    base_fingerprint = fingerprint(files.transformer)
     settings = {**vars(args), "resolution": resolution, "min_side": min_side, "dtype": str(dtype)}
-    settings |= {"base": base_fingerprint, "fp8": chosen.fp8, "world": ranks.size, **people.contents()}
-    ranks.once(lambda: check_settings(args.out, settings, MAY_CHANGE))
+    settings |= {"base": fingerprint(files.transformer), "fp8": chosen.fp8, "world": ranks.size}
+    ranks.once(lambda: check_settings(args.out, settings | people.contents(), MAY_CHANGE))
 
     cache = TensorCache(args.out / "cache")
     dataset = LatentDataset(people, cache, files, shape, args.class_word, args.t5_length, device, dtype)
     dataset.encode(ranks, args.vram)
-    buckets = deal_buckets(range(len(people)), args.bucket_ids, generator_for("buckets", args.seed))
-    # On several ranks a turn lasts as long as that of the rank with most photos.
-    count = lambda part: count_batches(dataset.shapes(part), args.uses_per_image, args.batch)
-    q_buckets = [max(map(count, ranks.parts(bucket))) for bucket in buckets]
-    if sum(q_buckets) > args.steps:
-        print(f"--steps {args.steps} end before everybody had a turn, which takes {sum(q_buckets)}")
+    return dataset
 
+
+def load_model(
+    args: argparse.Namespace,
+    files: ModelFiles,
+    chosen: Plan,
+    slots: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> Flux:
+    """Load the transformer as planned, with adapters for so many identities (the paper's initialize)."""
     whole = chosen.resident and not args.shard
     model = flux.load_flux(files.transformer, device if whole else "cpu", dtype)
     if args.shard:
         shard(model, ranks, device)
-    slots = max(map(len, buckets))
     inject(model, args.r1, args.r2, slots, args.targets, generator_for("meta_down", args.seed))
-    chosen.apply(model, device)
-    optimizers = Optimizers(model, training, args.seed, args.ema, ranks)
-    stop.resident = resident(model, optimizers, ranks.size if args.shard else 1)
-
-    prompts = dataset.load_sample_prompts()
-
-    def draw() -> None:
-        """Draw the bucket's first people as the model knows them; where weights are spread, all ranks do."""
-        if ranks.leads or args.shard:
-            shown = ranks.mine(buckets[run.bucket])[: min(2, len(buckets[run.bucket]) // ranks.size)]
-            photos = [people[pid] for pid in shown]
-            with optimizers.averaged():
-                sheet = sample_grid(model, files.autoencoder, photos, prompts, resolution, device, dtype)
-            if ranks.leads:
-                save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
-
-    run = BucketRun(
-        args.out,
-        optimizers,
-        q_buckets,
-        args.steps,
-        args.bucket_warmup,
-        args.seed,
-        ranks,
-        stop,
-        device,
-        args.save_every,
-        args.sample_every,
-        draw,
-        args.keep_buckets,
-    )
-    run.resume()
-    part = [ranks.mine(bucket) for bucket in buckets]
-    with run:
-        meta_train(model, optimizers, dataset, part, run, args.batch, args.uses_per_image, training)
-
-    about = {"method": "meta-lora stage 1", "class": args.class_word, "base_model": files.transformer.name}
-    about |= {"base_fingerprint": base_fingerprint, "steps": run.step}
-    about |= {name: getattr(args, name) for name in ("r1", "r2", "targets", "lr", "seed")}
-    result = args.out / "meta.safetensors"
-    if ranks.leads:
-        save_meta(model, result, about, optimizers.average)
-    return result
+    return chosen.apply(model, device)
 
 
 def plan(
@@ -338,7 +376,9 @@ def plan(
     if args.shard:
         blocks = "all" if args.checkpoint == "auto" else args.checkpoint
         chosen = Plan(int(blocks) if blocks.isdecimal() else blocks)
-        checkpoint_blocks(flux.load_flux(parts["transformer"], "meta"), chosen.checkpoint)  # so many?
+        checkpoint_blocks(
+            flux.load_flux(parts["transformer"], "meta"), chosen.checkpoint
+        )  # raises if there are fewer
         return chosen
     identities = -(-args.bucket_ids // ranks)
     settings = {"r1": args.r1, "r2": args.r2, "batch": args.batch, "average": bool(args.ema)}
@@ -346,12 +386,12 @@ def plan(
     return make_plan("stage1", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **settings)
 
 
-def resident(model: Flux, optimizers: Optimizers, ranks: int) -> dict[str, int]:
+def resident(model: Flux, learner: MetaLearner, ranks: int) -> dict[str, int]:
     """Return what lies in memory, in bytes by name; ranks: over how many the base is spread."""
-    meta_down, personal = (sum(p.nbytes for p in x) for x in (optimizers.meta_down, optimizers.personal))
+    meta_down, personal = (sum(p.nbytes for p in x) for x in (learner.meta_down, learner.personal))
     return {
         "the frozen base": (weight_bytes(model) - meta_down - personal) // ranks,
-        "meta_down, gradient, AdamW's state": (4 + bool(optimizers.average)) * meta_down,
+        "meta_down, gradient, AdamW's state": (4 + bool(learner.average)) * meta_down,
         "mid and up of a bucket, gradient, AdamW's state": 4 * personal,
     }
 

@@ -38,7 +38,7 @@ class State(Protocol):
 
 
 class BucketRun:
-    """The position of a run, and all that is done at its steps except training.
+    """The counters of a run, and all that is done at its steps except training.
 
     step: optimizer updates so far; visit: turns of buckets so far, which come in a fixed order, again and
     again; bucket_step: updates so far within the turn.
@@ -48,6 +48,7 @@ class BucketRun:
         self,
         out: Path,
         state: State,
+        *,
         q_buckets: Sequence[int],
         q_total: int,
         bucket_warmup: float,
@@ -73,7 +74,7 @@ class BucketRun:
         self.checkpoints = Checkpoints(out / "checkpoints", ranks.leads)
         self.store = BucketStore(out / "buckets", len(q_buckets), ranks.leads)
         self.step = self.visit = self.bucket_step = 0
-        self.skipped = 0  # how many of the last steps, without a gap, were skipped
+        self.skipped = 0  # consecutive steps that were skipped
         self.saved_visit = 0  # the visit of the last checkpoint
         self.interrupted = None  # the open bucket's state, from the checkpoint that the run continues from
 

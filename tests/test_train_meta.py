@@ -80,13 +80,13 @@ def test_what_moves_in_a_step(run, tmp_path, monkeypatch):
     """In a warm-up meta_down rests, then it moves; mid and up move for the people in the batch alone."""
     moves = []
 
-    def watched(position, update, model, optimizers, batch, *rest):
-        meta_down = [p.detach().clone() for p in optimizers.meta_down]
-        personal = [p.detach().clone() for p in optimizers.personal]
-        numbers = update(model, optimizers, batch, *rest)
-        moved = {not torch.equal(old, new) for old, new in zip(meta_down, optimizers.meta_down)}
+    def watched(position, update, model, learner, batch, *rest):
+        meta_down = [p.detach().clone() for p in learner.meta_down]
+        personal = [p.detach().clone() for p in learner.personal]
+        numbers = update(model, learner, batch, *rest)
+        moved = {not torch.equal(old, new) for old, new in zip(meta_down, learner.meta_down)}
         people = [
-            any(not torch.equal(old[slot], new[slot]) for old, new in zip(personal, optimizers.personal))
+            any(not torch.equal(old[slot], new[slot]) for old, new in zip(personal, learner.personal))
             for slot in range(3)
         ]
         moves.append((moved, people, [slot in batch.slots for slot in range(3)]))
@@ -221,9 +221,9 @@ def double_batches(identities: list[list[int]] = SLOTS, spike: float = 0.0) -> l
 def train_ours(batches: list[Batch]) -> dict[str, list[torch.Tensor]]:
     """Return meta_down, mid and up of all layers after a step with each batch."""
     model = double_model()
-    optimizers = train_meta.Optimizers(model, TRAINING)
+    learner = train_meta.MetaLearner(model, TRAINING)
     for step, batch in enumerate(batches):
-        train_meta.update(model, optimizers, batch, step < WARM_UP_STEPS, TRAINING)
+        train_meta.update(model, learner, batch, step < WARM_UP_STEPS, TRAINING)
     names = ("meta_down", "mid", "up")
     return {name: [p.detach() for p in metalora.factors(model, name)] for name in names}
 
