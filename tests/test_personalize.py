@@ -20,7 +20,7 @@ from flux.memory import Stream
 from flux.sampling import flow_loss
 from lora.reading import read_lora
 from lora.writing import write_tensors
-from metalora import load_meta
+from metalora import factors, load_meta
 from run.settings import Training
 from vision.detector import find_faces
 
@@ -70,13 +70,20 @@ def nothing_expensive(monkeypatch):
 
 def spy_on_training(monkeypatch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Record every parameter of the transformer, by name, before and after the training."""
-    seen, train = {}, personalize.personalize
+    seen, add, train = {}, personalize.add_adapters, personalize.personalize
+    state = lambda model: {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = {}
+
+    def started(model, *rest):
+        trained = add(model, *rest)
+        before.update(state(model))
+        return trained
 
     def watched(model, *rest):
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
         train(model, *rest)
-        seen.update({name: (before[name], p.detach().clone()) for name, p in model.named_parameters()})
+        seen.update({name: (before[name], after) for name, after in state(model).items()})
 
+    monkeypatch.setattr(personalize, "add_adapters", started)
     monkeypatch.setattr(personalize, "personalize", watched)
     return seen
 
@@ -441,26 +448,30 @@ def some_crops(shapes: list[tuple[int, int]], seed: int = 0) -> list[personalize
 
 
 def some_batches(crops: list[personalize.EncodedCrop], seed: int = 3, **settings: object) -> Iterator[dict]:
-    generator = torch.Generator().manual_seed(seed)
-    prompt = {
+    settings = personalize.Personalization(**settings)
+    return personalize.draw_batches(crops, some_prompt(), settings, Training(), seed, CPU, torch.float32)
+
+
+def some_prompt() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
         "txt": torch.randn((7, 32), generator=generator),
         "pooled": torch.randn(32, generator=generator),
     }
-    settings = personalize.Personalization(**settings)
-    return personalize.draw_batches(crops, prompt, settings, Training(), seed, CPU, torch.float32)
 
 
 def test_the_loop_equals_autograd_and_adamw_written_out(model, meta):
-    crops = some_crops([(16, 24), (24, 16), (16, 16)])
-    training, prior = Training(lr=1e-2), load_meta(meta)
+    crops, prior = some_crops([(16, 24), (24, 16), (16, 16)]), load_meta(meta)
+    load = lambda: flux.load_flux(model / "flux1-random.safetensors", dtype=torch.float32)
+    settings, training = personalize.Personalization(steps=3, batch=2), Training(lr=1e-2)
 
-    def load() -> tuple[flux.Flux, list[torch.Tensor]]:
-        transformer = flux.load_flux(model / "flux1-random.safetensors", dtype=torch.float32)
-        return transformer, personalize.add_adapters(transformer, prior, 1, "all", [5])
-
-    transformer, ours = load()
-    personalize.personalize(transformer, ours, some_batches(crops, steps=3, batch=2), 3, training, CPU)
-    transformer, theirs = load()
+    transformer = load()
+    personalize.personalize(
+        transformer, prior, crops, some_prompt(), settings, training, 3, CPU, torch.float32
+    )
+    ours = factors(transformer, "mid", "up")
+    transformer = load()
+    theirs = personalize.add_adapters(transformer, prior, 1, "all", [3])
     optimizer = torch.optim.AdamW(theirs, 1e-2, weight_decay=0.01)
     for batch in some_batches(crops, steps=3, batch=2):
         loss = flow_loss(transformer, **batch, guidance=1.0)

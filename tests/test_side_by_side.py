@@ -1,15 +1,18 @@
 """People personalized side by side are as `personalize` makes them one by one, in float32."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 import flux
-from metalora import clip_slots, eject
+from metalora import clip_slots, eject, factors
 from metaphd.side_by_side import personalize_together
 from personalize import EncodedCrop, Personalization, add_adapters, draw_batches, personalize
 from run.settings import Training
 
 SETTINGS = Personalization(method="lora", rank=2, steps=6, batch=2)
+CPU = torch.device("cpu")
 TRAINING = Training(lr=1e-2, clip_grad=0.05)  # which clips
 SHAPES = ((32, 32), (32, 64))  # in pixels, of each person's two crops
 
@@ -19,8 +22,8 @@ def transformer(model) -> flux.Flux:
     return flux.load_flux(model / "flux1-random.safetensors", dtype=torch.float32)
 
 
-def person(model: flux.Flux, seed: int):
-    """Yield the batches of a person with random crops and a random prompt."""
+def person(model: flux.Flux, seed: int) -> tuple[list[EncodedCrop], dict[str, torch.Tensor]]:
+    """Return random crops of a person and a random prompt."""
     generator = torch.Generator().manual_seed(seed)
     channels = model.sizes.in_channels // 4
     crops = []
@@ -33,20 +36,24 @@ def person(model: flux.Flux, seed: int):
         "txt": torch.randn(16, model.sizes.txt_size, generator=generator),
         "pooled": torch.randn(model.sizes.pooled_size, generator=generator),
     }
-    return draw_batches(crops, prompt, SETTINGS, TRAINING, seed, torch.device("cpu"), torch.float32)
+    return crops, prompt
+
+
+def batches(model: flux.Flux, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    return draw_batches(*person(model, seed), SETTINGS, TRAINING, seed, CPU, torch.float32)
 
 
 def alone(model: flux.Flux, seed: int) -> list[torch.Tensor]:
-    trained = add_adapters(model, None, SETTINGS.rank, "all", [seed])
-    personalize(model, trained, person(model, seed), SETTINGS.steps, TRAINING, torch.device("cpu"))
+    personalize(model, None, *person(model, seed), SETTINGS, TRAINING, seed, CPU, torch.float32)
+    trained = factors(model, "mid", "up")
     eject(model)
     return [factor.detach()[0] for factor in trained]
 
 
 def together(model: flux.Flux, seeds: list[int], people=None) -> tuple[list[torch.Tensor], list[list[int]]]:
     trained = add_adapters(model, None, SETTINGS.rank, "all", seeds)
-    people = people or [person(model, seed) for seed in seeds]
-    updates = personalize_together(model, trained, people, SETTINGS.steps, TRAINING, torch.device("cpu"))
+    people = people or [batches(model, seed) for seed in seeds]
+    updates = personalize_together(model, trained, people, SETTINGS.steps, TRAINING, CPU)
     learning = [slots for _, slots in updates]
     eject(model)
     return [factor.detach() for factor in trained], learning
@@ -76,11 +83,11 @@ def test_a_slot_whose_loss_is_not_finite_is_dropped(transformer):
         for step, batch in enumerate(batches, 1):
             yield batch | {"noise": batch["noise"] * (float("inf") if step == at else 1)}
 
-    people = [person(transformer, 3), spoilt(person(transformer, 4), at=3), person(transformer, 5)]
+    people = [batches(transformer, 3), spoilt(batches(transformer, 4), at=3), batches(transformer, 5)]
     ours, learning = together(transformer, [3, 4, 5], people)
     assert learning == [[0, 1, 2]] * 2 + [[0, 2]] * 4
     for slot, seed in ((0, 3), (2, 5)):
         for factor, expected in zip(ours, alone(transformer, seed), strict=True):
             torch.testing.assert_close(factor[slot], expected, atol=1e-5, rtol=1e-5)
-    people = [spoilt(person(transformer, 3), at=2), spoilt(person(transformer, 4), at=1)]
+    people = [spoilt(batches(transformer, 3), at=2), spoilt(batches(transformer, 4), at=1)]
     assert together(transformer, [3, 4], people)[1] == [[0], []]

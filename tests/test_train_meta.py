@@ -318,7 +318,7 @@ def test_a_second_deal_has_another_order():
     """A rank with fewer photos deals them again, until it has as many batches as the others."""
     position = SimpleNamespace(q_bucket=9, bucket_step=0, steps_left=9, step=0, visit=0)
     position.generator = lambda purpose, number: generator_for(purpose, 0, number)
-    deal = lambda data: [*train_meta.batches(data, [0], position, 2, 3, TRAINING)]
+    deal = lambda data: [*train_meta.batches([0], data, position, 2, 3, TRAINING)]
 
     def data(photos: int) -> SimpleNamespace:
         bucket = SimpleNamespace(shapes=[(8, 8)] * photos)
