@@ -33,7 +33,7 @@ NEEDS = {"clip-t": "prompts", "clip-i": "base", "facesim": "people", "r-facesim"
 
 
 def clip_t(image: Tensor, prompt: Tensor) -> Tensor:
-    """Compare a picture with its prompt; CLIP's embeddings have length 1."""
+    """Compare a picture with its prompt by the dot product; CLIP's embeddings have length 1."""
     return (image * prompt).sum(dim=-1)
 
 
@@ -242,7 +242,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--cache", default=Path("out/judged"), **folder, help="keeps embeddings")
     parser.set_defaults(dtype="fp32")
     args = parser.parse_args(argv)
-    given = vars(args)
+    given = dict(vars(args))
     if args.command == "report":
         args.metrics = [metric for metric in TITLES if given[NEEDS[metric]]]
     else:
@@ -254,7 +254,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if not given[name]:
             parser.error(f"{args.command} needs --{name}")
     for name in {*NEEDS.values()} - needed:
-        given[name] = None
+        setattr(args, name, None)
     args.out = args.out or Path("out") / f"{'scores' if args.command == 'report' else args.command}.json"
     return args
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     check_size(size, autoencoder.sizes.token_pixels)
     chosen = plan(args, loras, device, dtype, vars(files))
 
-    # The text encoders come first and go before the transformer is there: together they would not fit 24 GB.
+    # The text encoders go before the transformer comes: together they would not fit 24 GB.
     conditioner = flux.load_conditioner(files, device, dtype, args.t5_length, args.vram)
     prompts = [conditioner.encode([prompt]) for prompt in args.prompt]
     negative = conditioner.encode([args.negative]) if args.cfg > 1 else None
@@ -125,7 +125,7 @@ def plan(
 
 
 def check_size(size: tuple[int, int], multiple: int) -> None:
-    """Raise ValueError when the model cannot make pictures of this (height, width)."""
+    """Raise UserError when the model cannot make pictures of this (height, width)."""
     if any(side not in range(multiple, MAX_SIDE + 1, multiple) for side in size):
         near = "x".join(
             str(min(max(1, round(side / multiple)), MAX_SIDE // multiple) * multiple) for side in size[::-1]
@@ -181,14 +181,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--negative does nothing at --cfg {args.cfg}: give --cfg above 1, such as 2")
     try:
         args.lora = pair_strengths(args.lora, args.strength) if args.lora else []
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     return args
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """Read "768" or "1024x768" (width x height) as (height, width)."""
-    if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024 or 1024x768")
     return int(match[2] or match[1]), int(match[1])
 
