@@ -89,9 +89,13 @@ def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, fl
     }
     if loras:
         values["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, _, digest in loras)
-    quoted = lambda text: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
-    lines.append(", ".join(f"{key}: {quoted(str(value))}" for key, value in values.items()))
+    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items()))
     return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """Return a value as A1111 writes it: as JSON if it holds what separates the values."""
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
 
 
 def hash_weights(path: Path) -> str:
