@@ -29,7 +29,8 @@ def contact_sheet(
     """
     height, width = cell
     gap, font = 4, ImageFont.load_default(size=max(10, min(cell) // 16))
-    letters, line = max(1, int(width / font.getlength("n"))), math.ceil(sum(font.getmetrics()) * 1.1)
+    letters = max(1, int(width / font.getlength("n")))
+    line = math.ceil(sum(font.getmetrics()) * 1.1)
 
     def wrap(text: str, letters: int) -> list[str]:
         text = printable(" ".join(text.split()))

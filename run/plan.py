@@ -249,7 +249,8 @@ def sampling_peak(work: Workload, fp8: bool) -> float:
     forward = WORK_SAMPLE * work.state
     if fp8:
         forward = max(forward, WORK_SAMPLE_FP8 * work.state + last_weight(work, "single"))
-    pixels, (pair, each) = work.resolution**2, DECODE_ATTENTION
+    pixels = work.resolution**2
+    pair, each = DECODE_ATTENTION
     decode = max(DECODE * pixels, pair * (pixels / 64) ** 2 + each * pixels)
     return max(forward, decode * work.width)
 
@@ -261,7 +262,8 @@ def step_flops(work: Workload, checkpoint: str | int) -> float:
     A linear layer's backward pass costs as much as its forward pass, since the weight is frozen; attention's
     costs 2.5 times as much.
     """
-    (img, txt), sizes, blocks = work.tokens, work.sizes, kinds(work.sizes)
+    img, txt = work.tokens
+    sizes, blocks = work.sizes, kinds(work.sizes)
     total = 0.0
     attention = 4 * (img + txt) ** 2 * sizes.hidden_size
     for k, kind in enumerate(blocks):
