@@ -377,7 +377,7 @@ def load_meta(path: Path) -> Prior:
         if not fits or not tensor.float().isfinite().all():
             given = f"{tuple(tensor.shape)} of {tensor.dtype}"
             problems.append(f"{name} is {given}, must be (parts, {r1}, inputs) of finite floats")
-    refuse(path, problems)
+    refuse(path, problems, "is damaged")
     return Prior(path, tensors, metadata)
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import flux
 from flux.checkpoint import read_header
 from flux.errors import UserError
+from flux.hashes import fingerprint, sha256
 from flux.loading import folder_around, native_size
 from flux.memory import peak_memory, release
 from flux.sampling import flow_loss, generate, spread_times
@@ -38,12 +39,12 @@ from metalora import (
 )
 from people.buckets import deal_batches
 from people.crops import crop_boxes, fit_shape, to_tensor
+from people.encoding import encode_picture, encode_prompt, make_batch
 from people.faces import find_face
-from people.latents import encode_picture, encode_prompt, make_batch
 from people.photos import Box, Size, read_photo
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
-from run.files import check_writable, fingerprint, sha256
+from run.files import check_writable
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import contact_sheet, save_sheet
 from run.plan import MemoryOptions, Plan, add_memory_arguments, make_plan

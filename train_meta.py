@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import flux
 from flux.errors import UserError
+from flux.hashes import fingerprint
 from flux.loading import ModelFiles, native_size
 from flux.memory import checkpoint_blocks, weight_bytes
 from flux.model import Flux
@@ -37,7 +38,7 @@ from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
 from run.checkpoints import check_settings
 from run.command import Stop, command_line, explain_out_of_memory, run_script
-from run.files import alone, fingerprint
+from run.files import alone
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import contact_sheet, save_sheet
 from run.plan import MemoryOptions, Plan, add_memory_arguments, make_plan

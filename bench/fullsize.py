@@ -154,7 +154,8 @@ def watch(command: list[object]) -> tuple[str, dict[str, float]]:
     try:
         while process.poll() is None:
             for line in status.read_text().splitlines():
-                if (name := line.partition(":")[0]) in MEMORY.values():
+                name, _, _ = line.partition(":")
+                if name in MEMORY.values():
                     peaks[name] = max(peaks[name], int(line.split()[1]))  # kB
             time.sleep(0.01)
     finally:

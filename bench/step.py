@@ -69,7 +69,10 @@ def their_model(args: argparse.Namespace, rank: int = 0) -> FluxTransformer2DMod
 def inputs(args: argparse.Namespace) -> dict[str, Tensor]:
     """Return what both models take, under our names: square pictures of `args.tokens` tokens."""
     b, side = args.batch, round(args.tokens**0.5)
-    draw = lambda *shape: torch.randn(shape, device=args.device, dtype=args.dtype)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=args.device, dtype=args.dtype)
+
     img_ids, txt_ids = position_ids(b, 2 * side, 2 * side, args.txt_tokens, args.device)
     given = {"img": draw(b, side**2, 64), "img_ids": img_ids, "txt": draw(b, args.txt_tokens, args.txt_size)}
     given |= {"txt_ids": txt_ids, "t": torch.rand(b, device=args.device), "pooled": draw(b, 768)}

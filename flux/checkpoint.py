@@ -1,7 +1,7 @@
 """Load weights exactly: read the header, map the file to memory, assign every tensor, strictly.
 
 A checkpoint is a safetensors file, a folder of shards, or (for frozen evaluators) what `torch.save` wrote.
-Tensors that are stored in another way are made: diffusers' q, k and v are joined, other dtypes converted.
+Tensors stored differently are converted: diffusers' q, k and v are joined, other dtypes cast.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flux.errors import UserError
+from flux.errors import UserError, first_line
 from flux.formats import FLOATS, Header, Shape, Source, is_config_of, translate
 from flux.memory import drop_pages, file_ranges
 
@@ -29,7 +29,7 @@ WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # beside v
 MAGIC = {
     b"PK\x03\x04": "it is a zip, as torch.save writes; safetensors of the same weights are needed",
     b"GGUF": "it is a GGUF file; safetensors in 8 bits or more are needed",
-    b"version https://git-lfs": "it only says where git-lfs keeps the file: run `git lfs pull`",
+    b"version https://git-lfs": "it is a git-lfs pointer, not the file: run `git lfs pull`",
     b"<": "it is a web page, perhaps one that asks to log in",
 }
 LARGE = 2**24  # bytes from which a tensor is made in a file, not in memory
@@ -66,7 +66,8 @@ def _damage(file: Path) -> str:
         # No JSON, or JSON of another shape.
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return ""
-    return f"it has {size} bytes, its header tells of {8 + length + end}" if size != 8 + length + end else ""
+    described = 8 + length + end
+    return "" if size == described else f"it has {size} bytes, its header describes {described} bytes"
 
 
 def unpickle(file: Path) -> dict[str, Tensor]:
@@ -78,8 +79,7 @@ def unpickle(file: Path) -> dict[str, Tensor]:
     # zipfile, pickle, struct and torch raise a dozen types for a file that is damaged, cut short, of another
     # kind, or with code in it: RuntimeError, UnpicklingError, EOFError, BadZipFile, KeyError ...
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{file} is not a whole PyTorch file of weights ({reason})") from error
+        raise UserError(f"{file} is not a whole PyTorch file of weights ({first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{file} holds something else than a dictionary of tensors")
     return state
@@ -273,10 +273,9 @@ def fit(
         sizes = sizes_kind.from_shapes(shapes, config if is_config_of(kind, config) else {})
         with torch.device("meta"):
             model = kind(sizes)
-    except (UserError, KeyError) as error:  # KeyError: a tensor that tells a size is missing
-        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else error
+    except UserError as error:
         first = ", ".join(sorted(checkpoint.header)[:3]) or "no tensor"
-        message = f"{path} is not a {kind.__name__} checkpoint: {reason}; it begins with {first}"
+        message = f"{path} is not a {kind.__name__} checkpoint: {error}; it begins with {first}"
         raise UserError(message) from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}

@@ -113,7 +113,11 @@ def t5_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
     if file.name == "tokenizer.json":
         with damage_named(folder):
             tokenizer = Tokenizer.from_file(str(file))
-        encode, decode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.decode
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        decode = tokenizer.decode
     else:
         encode, decode = sentencepiece(file)
     return PromptTokenizer("T5", encode, decode, length or max_length(folder, "T5"), start=[], end=1, pad=0)

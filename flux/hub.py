@@ -1,6 +1,5 @@
 """Files from the Hugging Face hub: from its cache, or downloaded and checked by their hash."""
 
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-from flux.errors import UserError
+from flux.errors import UserError, first_line
+from flux.hashes import sha256
 
 TIMEOUT = 10  # seconds for the hub's first answer
 
@@ -53,13 +53,12 @@ def requests_to_hub() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError):
             raise
-        raise OSError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def check_sha256(file: Path, pinned: str) -> Path:
     """Return a downloaded file; UserError when it is not the one whose hash we know."""
-    with file.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    digest = sha256(file)
     if digest != pinned:
         raise UserError(f"{file} has SHA-256 {digest}, not {pinned}: delete it and try again")
     return file

@@ -61,17 +61,17 @@ def recomputed_blocks(what: str | int, total: int) -> int:
     return {"none": 0, "all": total, "attention": total}.get(what, what)
 
 
-def keep_attention() -> tuple["_Keep", "_Answer"]:
+def keep_attention() -> tuple["_RecordAttention", "_ReplayAttention"]:
     """Return a context for a block's forward pass, which keeps what attention returns, and one to recompute.
 
     torch's own contexts for this (`create_selective_checkpoint_contexts`) fail unless both passes do the same
     operations. Those of a streamed block differ: only one of them may have to copy weights.
     """
     kept = []
-    return _Keep(kept), _Answer(kept)
+    return _RecordAttention(kept), _ReplayAttention(kept)
 
 
-class _Keep(TorchDispatchMode):
+class _RecordAttention(TorchDispatchMode):
     """Keeps what attention returns."""
 
     def __init__(self, kept: list):
@@ -81,12 +81,12 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **kwargs or {})
         if "scaled_dot_product" in op.name():
-            # Detached: the kept tensor would else hold the graph, which holds the kept tensor.
+            # Detached, to avoid a reference cycle with the graph.
             self.kept.append([part.detach() if isinstance(part, Tensor) else part for part in result])
         return result
 
 
-class _Answer(_Keep):
+class _ReplayAttention(_RecordAttention):
     """Returns what was kept instead of computing attention; a block may be recomputed more than once."""
 
     def __enter__(self):
@@ -104,26 +104,26 @@ class _Answer(_Keep):
 SHAPES = 64  # shapes for which a block is compiled at most; torch's 8 are too few for up to 25 crops
 
 
-def compile_blocks(model: Flux, **options) -> None:
+def compile_blocks(model: Flux) -> None:
     """Compile every block with torch.compile, once for each shape; blocks of the same kind share the result.
 
-    Call it after `checkpoint_blocks`, which would undo it; recomputation is then compiled as well. options:
-    further arguments of torch.compile. Raises UserError for streamed blocks, whose weights move, and for
-    blocks that keep their attention, within whose contexts torch would compile nothing.
+    Call it after `checkpoint_blocks`, which would undo it; recomputation is then compiled as well. Raises
+    UserError for streamed blocks, whose weights move, and for blocks that keep their attention, within whose
+    contexts torch would compile nothing.
     """
     if any(getattr(layer, "stream", None) for layer in model.modules()):
-        raise UserError("streamed blocks cannot be compiled: choose --compile or --stream, not both")
+        raise UserError("streamed blocks cannot be compiled: compile or stream them, not both")
     forwards = [block.forward for block in blocks_of(model)]
     if any(isinstance(forward, partial) and "context_fn" in forward.keywords for forward in forwards):
-        raise UserError("blocks that keep their attention cannot be compiled: take another --checkpoint")
+        raise UserError("blocks that keep their attention cannot be compiled: recompute attention too")
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, SHAPES)  # recompile_limit, from torch 2.7 on
     for block, forward in zip(blocks_of(model), forwards):
         if isinstance(forward, partial):  # checkpointed
-            compiled = torch.compile(*forward.args, dynamic=False, **options)
+            compiled = torch.compile(*forward.args, dynamic=False)
             block.forward = partial(forward.func, compiled, **forward.keywords)
         else:
-            block.forward = torch.compile(forward, dynamic=False, **options)
+            block.forward = torch.compile(forward, dynamic=False)
 
 
 # --- Weights that are whole on the device only while they are used ------------------------------------------
@@ -224,10 +224,10 @@ class Stream:
     """Copies the weights of blocks to the device one block ahead of their use, forward and backward.
 
     Two buffers on the device hold the block in use and the next one; a second CUDA stream fills one buffer
-    while the GPU computes with the other. Each layer asks for its block when it runs. So a block may be used
-    in any order, which only matters for what is copied ahead, and recomputation and backward pass of a block,
-    which follow each other, share one copy. On a CPU weights are used where they are, and the pages of a
-    memory-mapped file are dropped after use.
+    while the GPU computes with the other. Each layer asks for its block when it runs. Blocks may run in any
+    order; it only changes which block is prefetched. A block's recomputation and backward pass share one
+    copy. On a CPU weights are used where they are, and the pages of a memory-mapped file are dropped after
+    use.
     """
 
     COPY = False  # whether to copy on a CPU as well: for tests
@@ -237,10 +237,10 @@ class Stream:
         self.copy = self.COPY or self.device.type != "cpu"
         self.blocks = [freeze(block) for block in blocks]
         self.files = file_ranges()
-        self.held: list[int | None] = [None, None]  # the block in each buffer
-        self.ready = [None, None]  # CUDA events: the copy to the buffer is complete
-        self.now: int | None = None  # the block in use
-        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.held_blocks: list[int | None] = [None, None]  # the block in each buffer
+        self.copied_events = [None, None]  # CUDA events: the copy to the buffer is complete
+        self.current_block: int | None = None  # the block in use
+        self.copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.buffers = []
         if self.copy:
             largest = max(sum(whole_lines(layer.stored) for layer in block) for block in self.blocks)
@@ -260,7 +260,7 @@ class Stream:
         # PyTorch pins memory in powers of two.
         needed = sum(1 << (layer.stored.nbytes - 1).bit_length() for layer in layers)
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's ranks on this host pin as much each
-        pin = self.side and ranks * needed < 0.7 * available_memory()
+        pin = self.copy_stream and ranks * needed < 0.7 * available_memory()
         for layer in layers:
             layer.stored = layer.stored.cpu()
             if pin:
@@ -270,44 +270,45 @@ class Stream:
 
     def use(self, number: int) -> int:
         """Return which buffer holds the block, ready for the current stream; begin to copy the next block."""
-        if number != self.now:
-            last, forward = len(self.blocks) - 1, self.now is None or number > self.now
+        if number != self.current_block:
+            last, forward = len(self.blocks) - 1, self.current_block is None or number > self.current_block
             if number == last:  # the backward pass comes next, or the next forward pass
                 ahead = last - 1 if torch.is_grad_enabled() else 0
             else:
                 ahead = number + 1 if forward or number == 0 else number - 1
-            if not self.copy and self.now is not None:
-                for layer in self.blocks[self.now]:
+            if not self.copy and self.current_block is not None:
+                for layer in self.blocks[self.current_block]:
                     drop_pages(layer.stored, self.files)
-            self.now = number
+            self.current_block = number
             self._bring(number, beside=None)  # does nothing if it was copied ahead
-            if self.side:
-                torch.cuda.current_stream(self.device).wait_event(self.ready[self.held.index(number)])
+            if self.copy_stream:
+                copied = self.copied_events[self.held_blocks.index(number)]
+                torch.cuda.current_stream(self.device).wait_event(copied)
             self._bring(max(ahead, 0), beside=number)
-        return self.held.index(number)
+        return self.held_blocks.index(number)
 
     @torch.no_grad()
     def _bring(self, number: int, beside: int | None) -> None:
         """Copy a block to the buffer that does not hold the block `beside`."""
-        if number in self.held:
+        if number in self.held_blocks:
             return
-        buffer = int(beside is not None and self.held[0] == beside)
-        self.held[buffer] = number
+        buffer = int(beside is not None and self.held_blocks[0] == beside)
+        self.held_blocks[buffer] = number
         if not self.copy:
             for layer in self.blocks[number]:
                 advise(layer.stored, "MADV_WILLNEED", self.files)
             return
-        if self.side:
+        if self.copy_stream:
             # What is queued may still read the buffer.
-            self.side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.side) if self.side else nullcontext():
+            self.copy_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
             for layer in self.blocks[number]:
                 # A copy is asynchronous only from pinned memory, which torch's allocator uses again.
-                source = layer.stored.pin_memory() if self.side else layer.stored
+                source = layer.stored.pin_memory() if self.copy_stream else layer.stored
                 layer.places[buffer].copy_(source, non_blocking=True)
                 drop_pages(layer.stored, self.files)
-            if self.side:
-                self.ready[buffer] = self.side.record_event()
+            if self.copy_stream:
+                self.copied_events[buffer] = self.copy_stream.record_event()
 
 
 def whole_lines(tensor: Tensor) -> int:

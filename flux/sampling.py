@@ -129,15 +129,14 @@ def denoise(
     guidance: float = 3.5,
     cfg: float = 1.0,
     negative: tuple[Tensor, Tensor] | None = None,
-    shifted: bool | None = None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """Integrate from noise (b, c, h, w) to latents of the same shape, float32, on the model's device.
 
     txt (b, l, d), pooled (b, d). With cfg > 1 every step also runs the `negative` (txt, pooled) and the
-    velocity becomes negative + cfg * (positive - negative); UserError when there is no negative. shifted:
-    as in `schedule`; None takes it from the model: shifted if it has a guidance input (dev), else even
-    (schnell). `progress` is called with the number of steps done.
+    velocity becomes negative + cfg * (positive - negative); UserError when there is no negative. The times
+    are shifted if the model has a guidance input (dev), else even (schnell). `progress` is called with
+    the number of steps done.
     """
     if cfg > 1 and negative is None:
         raise UserError(f"cfg {cfg} needs a negative prompt; 1 turns it off")
@@ -149,7 +148,7 @@ def denoise(
     prompts = [(txt, pooled), negative] if cfg > 1 else [(txt, pooled)]
     prompts = [(txt.to(device, dtype), pooled.to(device, dtype)) for txt, pooled in prompts]
 
-    times = schedule(steps, img.shape[1], model.sizes.guidance if shifted is None else shifted)
+    times = schedule(steps, img.shape[1], shifted=model.sizes.guidance)
     for step, (t, t_next) in enumerate(zip(times, times[1:]), 1):
         t_batch = torch.full((batch,), t, device=device)
         velocities = [

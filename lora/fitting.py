@@ -33,14 +33,14 @@ def misfits(lora: Lora, shapes: Shapes) -> list[str]:
     return problems
 
 
-def refuse(path: Path, problems: list[str]) -> None:
-    """Raise UserError if there are problems with a file; it lists the first twenty."""
+def refuse(path: Path, problems: list[str], fault: str = "does not fit this model") -> None:
+    """Raise UserError if there are problems with a file: it says the fault and lists the first twenty."""
     if not problems:
         return
     lines = problems[:20]
     if len(problems) > 20:
         lines.append(f"... and {len(problems) - 20} more")
-    raise UserError(f"{path} does not fit this model:\n  " + "\n  ".join(map(clean, lines)))
+    raise UserError(f"{path} {fault}:\n  " + "\n  ".join(map(clean, lines)))
 
 
 def clean(text: object, length: int = 300) -> str:

@@ -52,11 +52,13 @@ def read_lora(path: Path, model: nn.Module | None = None) -> tuple[Lora, dict[st
         parts = read_layer(name, entry, alphas, problems)
         problems += [f"{part} is there twice, alone and fused" for part in sorted(parts.keys() & lora.keys())]
         lora |= parts
+    problems = wrong + problems  # first what it is instead of a LoRA
+    if not lora and not problems:
+        problems = ["it holds no tensors of the transformer"]
+    fault = "cannot be read as a LoRA" if problems else "does not fit this model"
     if model is not None:
         problems += misfits(lora, linear_shapes(model))
-    if not lora and not wrong and not problems:
-        problems = ["it holds no tensors of the transformer"]
-    refuse(path, wrong + problems)  # first what it is instead of a LoRA
+    refuse(path, problems, fault)
     if texts:
         warnings.warn(
             f"{path}: {len(texts)} tensors for text encoders are left out; "
@@ -81,7 +83,7 @@ def sort_tensors(tensors: dict[str, Tensor]) -> tuple[Entries, list[str]]:
         name, number = place
         entry = entries[name.replace("#", number)]
         if match.lastgroup in entry:
-            wrong.append(f"{key} is what another tensor is already, perhaps of a second adapter")
+            wrong.append(f"{key} duplicates another tensor of this layer; does the file hold two adapters?")
         else:
             entry[match.lastgroup] = tensor
     return {name: entries[name] for name in sorted(entries, key=model_order)}, wrong
@@ -102,7 +104,7 @@ def model_order(name: str) -> tuple[int, int]:
 
 
 class Alphas:
-    """What a file's updates are multiplied by: alpha / rank, for rsLoRA alpha / its root, without alpha 1."""
+    """The scale of a file's updates: alpha / rank, alpha / sqrt(rank) for rsLoRA, 1 without alpha."""
 
     def __init__(self, path: Path, metadata: dict[str, str]):
         # diffusers keeps PEFT's settings in the header; PEFT in a file beside its adapter_model.safetensors.

@@ -27,7 +27,7 @@ def in_diffusers_names(lora: Lora) -> dict[str, Tensor]:
     """Name every projection's lora_A and lora_B as diffusers does."""
     tensors = {}
     for part, (a, b) in lora.items():
-        # Copies, for parts that were fused may share lora_A, and a file takes every tensor once.
+        # Copies: parts of a fused layer may share one lora_A, and safetensors does not save shared memory.
         tensors[f"transformer.{part}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
         tensors[f"transformer.{part}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
     return tensors

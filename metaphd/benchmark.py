@@ -18,6 +18,7 @@ import flux
 import metrics
 import personalize
 from flux.errors import UserError
+from flux.hashes import fingerprint, sha256
 from flux.loading import native_size
 from flux.memory import release
 from flux.sampling import generate
@@ -26,13 +27,13 @@ from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slo
 from metaphd.side_by_side import personalize_together
 from people.cache import TensorCache
 from people.crops import crop_boxes
+from people.encoding import encode_prompt
 from people.faces import find_face, known_face
 from people.folders import scan_people
-from people.latents import encode_prompt
 from people.photos import Box, read_photo
 from run.arguments import Manual, Parser
 from run.command import command_line
-from run.files import alone, atomic, fingerprint, sha256
+from run.files import alone, atomic
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import save_picture
 from run.plan import MemoryOptions, Plan, Workload, add_memory_arguments, estimate, make_plan

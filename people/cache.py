@@ -46,7 +46,7 @@ class TensorCache:
                 return tensors
         except (SafetensorError, KeyError):
             pass
-        self.file(key).unlink(missing_ok=True)  # `in` must not promise it any more
+        self.file(key).unlink(missing_ok=True)  # so that `key in cache` becomes False
         return None
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ def fit_shape(size: Size, resolution: int, multiple: int) -> Size:
     Both sides are multiples of `multiple`, the area is at most resolution ** 2, and nothing is enlarged. Of
     the possible shapes the one with the nearest aspect ratio is taken.
     multiple: 16 for FLUX.1, whose autoencoder divides sides by 8 and whose packing divides them by 2.
-    Raises UserError when the picture is too small or too narrow.
+    Raises UserError, which gives the size but not the path, when the picture is too small or too narrow.
     """
     height, width = size
     blocks = resolution**2 // multiple**2
@@ -89,7 +89,7 @@ def crop_boxes(size: Size, face: Sequence[float]) -> list[Box]:
     For each of ASPECT_RATIOS and SHORT_SIDES there is a crop whose short side is that many times f_long, the
     longer side of the face. It is centred on the face and shifted, never padded, to lie inside the photo.
     Crops that are too large for the photo are replaced by the largest of their aspect ratio, which is listed
-    once. That can still cut the face, such as 16:9 in an upright portrait; it is then centred on it.
+    once. Such a crop can cut off part of the face (16:9 in an upright portrait); it is centred on the face.
 
     size: the photo's (height, width). Raises UserError when the face is not inside the photo.
     """

@@ -11,15 +11,15 @@ from tqdm import tqdm
 
 import flux
 from flux.errors import UserError
+from flux.hashes import fingerprint
 from flux.loading import ModelFiles
 from flux.memory import release
 from people.cache import TensorCache, content_key
 from people.crops import to_tensor
+from people.encoding import encode_picture, encode_prompt, make_batch
 from people.folders import Photo
-from people.latents import encode_picture, encode_prompt, make_batch
 from people.manifest import Manifest
 from people.photos import Size, read_photo
-from run.files import fingerprint
 from run.ranks import Ranks
 from run.settings import Training
 
@@ -72,11 +72,11 @@ class LatentDataset:
         self.people, self.cache, self.files, self.shape = people, cache, files, shape
         self.t5_length, self.device, self.dtype = t5_length, device, dtype
         sizes = flux.load_autoencoder(files.autoencoder, "meta").sizes  # from the header alone
-        self.autoencoder = f"{fingerprint(files.autoencoder)} {sizes} {dtype}"
+        self.autoencoder_key = f"{fingerprint(files.autoencoder)} {sizes} {dtype}"
         sizes = flux.load_clip(files.clip, "meta").sizes, flux.load_t5(files.t5, "meta").sizes
         folders = [files.tokenizers / name for name in ("tokenizer", "tokenizer_2")]
         vocabularies = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-        self.encoders = f"{fingerprint(files.clip, files.t5, *vocabularies)} {sizes} {t5_length} {dtype}"
+        self.encoders_key = f"{fingerprint(files.clip, files.t5, *vocabularies)} {sizes} {t5_length} {dtype}"
         self.default_caption = f"a photo of a {class_word}"
         # For the sample grids that training writes.
         self.sample_prompts = [self.default_caption, f"{self.default_caption} smiling at the beach"]
@@ -85,11 +85,11 @@ class LatentDataset:
         return photo.caption or self.default_caption
 
     def prompt_key(self, text: str) -> str:
-        return content_key(text, self.encoders)
+        return content_key(text, self.encoders_key)
 
     def keys(self, photo: Photo) -> tuple[str, str]:
         """Return the keys of a photo's latents and of its caption."""
-        latents = content_key(VERSION, photo.digest, self.shape(photo.size), self.autoencoder)
+        latents = content_key(VERSION, photo.digest, self.shape(photo.size), self.autoencoder_key)
         return latents, self.prompt_key(self.caption(photo))
 
     def encode(self, ranks: Ranks, vram: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Find the face of the person in a photo: in a faces.json beside it, or with the detector."""
+"""The face of the person in a photo: `known_face` reads it from a faces.json, `find_face` detects it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def known_face(path: Path) -> Box | None:
-    """Return the box that a photo has in the faces.json of its folder, {"01.jpg": [x0, y0, x1, y1]}."""
+    """Return the box that a photo has in the faces.json of its folder, {"01.jpg": [x0, y0, x1, y1]}.
+
+    None when there is no such file, or the photo is not in it; UserError when what stands there is no box.
+    """
     file = path.with_name("faces.json")
     known = read_json(file) if file.is_file() else {}
     if path.name not in known:
@@ -32,7 +35,7 @@ def find_face(
     detector: "cv2.FaceDetectorYN",
     advice: str = "say where it is: --face x0,y0,x1,y1; or train on the whole photo: --no-augment",
 ) -> Box:
-    """Return the box of the only large face in a photo.
+    """Return the box of the only large face that the detector finds in a photo; faces.json is not read.
 
     advice: what else the user can do, for the UserError that is raised when there is no face, or several.
     """

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flux.errors import UserError
+from flux.hashes import sha256
 from people.folders import Person, Photo, list_folders, photo_paths, read_caption
 from people.photos import (
     DAMAGED,
@@ -35,11 +36,12 @@ from run.terminal import printable
 VERSION = 1  # raise it whenever `examine` returns something else, so that all photos are examined anew
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".jfif", ".jxl")
 THREADS = 4
+EXAMPLES = 3  # of each finding in the table
 
 
 @dataclass
 class Report:
-    """What a scan found: how many people and photos are used, and which are not, or not as they are."""
+    """What a scan found: how many people and photos are used, which were skipped and which were converted."""
 
     people: int = 0
     photos: int = 0
@@ -50,13 +52,13 @@ class Report:
         """Add a finding; verdict: "converted", "noted", "skipped", or of a whole person "left out"."""
         self.findings[verdict, reason].append(printable(f"{where}: {detail}" if detail else where))
 
-    def table(self, examples: int = 3) -> str:
+    def table(self) -> str:
         """Return a text with a line for each reason and a few examples below it; "" without findings."""
         lines = []
         for (verdict, reason), cases in sorted(self.findings.items()):
-            more = f", and {len(cases) - examples} more" if len(cases) > examples else ""
+            more = f", and {len(cases) - EXAMPLES} more" if len(cases) > EXAMPLES else ""
             lines.append(
-                f"  {verdict:<9} {len(cases):>6}  {reason}\n{'':19} {'; '.join(cases[:examples])}{more}"
+                f"  {verdict:<9} {len(cases):>6}  {reason}\n{'':19} {'; '.join(cases[:EXAMPLES])}{more}"
             )
         return "\n".join(lines)
 
@@ -100,12 +102,12 @@ class Manifest:
             entry = _unpack(lines.readline())
         if entry is None:
             raise UserError(f"{self.file} is damaged or has been changed; start the command again")
-        photos = tuple(
-            Photo(self.folder / entry["name"] / name, caption, tuple(known["size"]), known["digest"])
-            for name, caption in entry["photos"].items()
-            for known in [entry["files"][name]]
-        )
-        return Person(pid, entry["name"], photos)
+        photos = []
+        for name, caption in entry["photos"].items():
+            known = entry["files"][name]
+            path = self.folder / entry["name"] / name
+            photos.append(Photo(path, caption, tuple(known["size"]), known["digest"]))
+        return Person(pid, entry["name"], tuple(photos))
 
     def __iter__(self) -> Iterator[Person]:
         return (self[pid] for pid in range(len(self)))
@@ -226,7 +228,10 @@ def _examine_all(folder: Path, known: dict, pool: ThreadPoolExecutor, report: Re
 
 
 def _state(path: Path) -> list[int] | None:
-    """Return numbers that change whenever the file does; the change time also notices a copy's old date."""
+    """Return numbers that change whenever the file does.
+
+    ctime also reveals a replacement that kept its old modification time.
+    """
     try:
         status = path.stat()
     except OSError:  # a link to nothing, or to itself
@@ -239,8 +244,7 @@ def examine(path: Path) -> dict:
     if not path.is_file():  # a folder, a link to nothing, or a pipe, which would block when opened
         return {"refused": "no file" if path.exists() else "a link to nothing"}
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(path)
         image = decode_photo(path)
         return {"digest": digest, "size": [image.height, image.width], "changes": _changes(path)}
     except (OSError, UserError) as error:
@@ -303,7 +307,7 @@ def _choose(
 
 
 def _person_with_the_same(digests: set[str], name: str, owners: dict[int, str], report: Report) -> str | None:
-    """Return who already has all these photos, if anybody; else note in `owners` whose they are.
+    """Return the earlier person with all these photos, or None; otherwise record this person as their owner.
 
     Sharing only some photos is allowed, as two people may be on one photo; the report mentions it.
     """

@@ -44,7 +44,8 @@ class Parser(argparse.ArgumentParser):
 
     def check_limits(self, name: str, value: float) -> None:
         """End with an error when an option's value is outside of its LIMITS."""
-        (least, most), is_open = LIMITS[name], name in OPEN
+        least, most = LIMITS[name]
+        is_open = name in OPEN
         if least < value <= most or value == least and not is_open:
             return
         bounds = f"above {least}" if is_open else f"at least {least}"

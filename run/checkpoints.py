@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flux.errors import UserError
+from flux.errors import UserError, first_line
 from run.files import atomic
 from run.terminal import printable
 
@@ -37,8 +37,7 @@ def read_state(file: Path) -> dict:
     # A damaged directory or pickle can raise nearly anything: BadZipFile, zlib.error, EOFError, struct.error,
     # NotImplementedError, UnpicklingError, OSError, KeyError, AttributeError, RuntimeError and more.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{file} is damaged ({reason})") from error
+        raise UserError(f"{file} is damaged ({first_line(error)})") from error
     raise UserError(f"{file} is damaged (checksum of {damaged})")
 
 
@@ -94,7 +93,8 @@ class Checkpoints:
             if reasons:
                 print(f"{'; '.join(reasons)}: going on from the checkpoint before, of step {int(file.stem)}")
             return state
-        if damaged := sorted(self.folder.glob("*.damaged")):
+        damaged = sorted(self.folder.glob("*.damaged"))
+        if damaged:
             names = ", ".join(file.name for file in damaged)
             raise UserError(f"{self.folder}: no checkpoint is whole ({names}); take another --out")
         return None
@@ -103,8 +103,8 @@ class Checkpoints:
 class BucketStore:
     """The buckets that are not in training: mid, up and optimizer state of each in a file, read ahead.
 
-    A file is named by its bucket and by the visit, the turn, after which it was written. An older file of the
-    same bucket stays as long as a checkpoint from its time: the run must be able to continue from that.
+    A file is named by its bucket and by the visit, the turn, after which it was written. An older file of a
+    bucket is kept while a checkpoint needs it: the run must be able to continue from that.
     writes: False only reads, for the ranks other than 0.
     """
 
@@ -135,8 +135,8 @@ class BucketStore:
         file = self.file(visit - self.buckets)
         if not file.exists():
             raise UserError(
-                f"{file} does not exist: the run had fewer --steps before, in which this bucket had no other "
-                "turn, so it was not stored (--keep-buckets stores all). Start again in another --out"
+                f"{file} does not exist: the earlier run was to end before this bucket's next turn, so it "
+                "was not stored. Start again in another --out; --keep-buckets stores all"
             )
         return read_state(file)
 
@@ -160,8 +160,8 @@ def check_settings(out: Path, settings: dict, may_change: tuple[str, ...]) -> No
             before = dict(json.loads(file.read_text()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file}, the settings of the run in this folder, cannot be read") from error
-        differs = lambda key: before.get(key) != settings.get(key)
-        changed = [key for key in before | settings if key not in may_change and differs(key)]
+        fixed = [key for key in before | settings if key not in may_change]
+        changed = [key for key in fixed if before.get(key) != settings.get(key)]
         if changed:
             # Keys hold names of folders, in which line ends are possible.
             lines = [printable(f"  {key}: {before.get(key)} -> {settings.get(key)}") for key in changed[:20]]

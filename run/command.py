@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from flux.errors import UserError
+from flux.errors import UserError, first_line
 from run.terminal import Shown, printable_lines
 
 
@@ -33,13 +33,11 @@ def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
     except (UserError, OSError) as error:
         sys.exit(printable_lines(f"{name}: {error}"))
     except (MemoryError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         # On a CPU torch raises a plain RuntimeError when memory runs out.
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", reason):
             raise
-        sys.exit(
-            printable_lines(f"{name}: out of memory ({reason}); a lower --vram makes a plan that needs less")
-        )
+        sys.exit(printable_lines(f"{name}: out of memory ({reason})"))
     except KeyboardInterrupt:
         sys.exit(f"\n{stopped}")
 
@@ -68,7 +66,8 @@ class Stop:
         if not self.patient or self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not reentrant
+        # Not by print, which is not reentrant.
+        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
 
     @contextmanager
     def patiently(self) -> Iterator[None]:
@@ -97,7 +96,10 @@ def explain_out_of_memory(error: Exception, device: torch.device, resident: dict
 
     resident: bytes by name.
     """
-    line = lambda size, what: f"  {size / 2**30:7.2f} GiB  {what}"
+
+    def line(size: int, what: str) -> str:
+        return f"  {size / 2**30:7.2f} GiB  {what}"
+
     lines = [line(size, what) for what, size in resident.items()]
     if device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
@@ -106,7 +108,7 @@ def explain_out_of_memory(error: Exception, device: torch.device, resident: dict
         lines.append(line(total, "is what the card has"))
     return "\n".join(
         [
-            f"out of memory on {device} ({str(error).strip().partition(chr(10))[0]}). In memory were:",
+            f"out of memory on {device} ({first_line(error)}). In memory were:",
             *lines,
             "To need less: --vram, below what the card has if other programs use it too; "
             "--batch 1, --resolution 512, --checkpoint all (activations); --bucket-ids 25 (mid and up); "

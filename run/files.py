@@ -1,6 +1,5 @@
-"""Files: written whole or not at all, told apart by their content, in folders that one run has to itself."""
+"""Write files whole or not at all, in folders that one run has to itself."""
 
-import hashlib
 import os
 import re
 import secrets
@@ -10,8 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
-
-from flux.checkpoint import shards
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")  # the temporary names that `atomic` gives
 
@@ -43,29 +40,6 @@ def check_writable(folder: Path, option: str) -> None:
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"{option}: cannot write to {folder} ({error.strerror})") from error
-
-
-def fingerprint(*paths: Path) -> str:
-    """Return what tells weights apart, without reading gigabytes: a hash of sizes, and first and last MiBs.
-
-    Two files that differ only in between have the same fingerprint.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        for file in shards(path):
-            with file.open("rb") as f:
-                size = f.seek(0, os.SEEK_END)
-                f.seek(0)
-                digest.update(f"{size} ".encode() + f.read(2**20))
-                f.seek(max(0, size - 2**20))
-                digest.update(f.read())
-    return digest.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

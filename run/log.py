@@ -78,7 +78,7 @@ def finite(value: object) -> object:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def draw_curve(log: Path, path: Path, height: int = 400, width: int = 1000) -> None:
+def draw_curve(log: Path, path: Path) -> None:
     """Draw the loss over the steps: a grey point for each, and a running mean over 5 % of them."""
     losses = np.fromiter(_losses(log), np.float32)
     if not len(losses):
@@ -87,8 +87,10 @@ def draw_curve(log: Path, path: Path, height: int = 400, width: int = 1000) -> N
     sums = np.concatenate([[0], losses.cumsum(dtype=np.float64)])
     means = (sums[window:] - sums[:-window]) / window
     low, high = np.quantile(losses, [0.0, 0.995])
+    span = max(high - low, 1e-9)
+    height, width = 400, 1000
     image = Image.new("RGB", (width, height), "white")
-    draw, span = ImageDraw.Draw(image), max(high - low, 1e-9)
+    draw = ImageDraw.Draw(image)
 
     def place(steps: np.ndarray, values: np.ndarray) -> list[tuple[float, float]]:
         """Return at most 20,000 points of the picture."""

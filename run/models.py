@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from flux.errors import UserError
+from flux.errors import UserError, first_line
 from flux.finding import HUB_MODELS, NotOnHub, UnknownModel, find_files, find_named, local_parts
 from flux.loading import ModelFiles
 
@@ -92,8 +92,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         device = torch.device(args.device or default)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--device {args.device}: {reason}; this machine has {default}") from error
+        raise UserError(f"--device {args.device}: {first_line(error)}; this machine has {default}") from error
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype)
     plans_for_a_gpu = getattr(args, "plan", False) and args.vram  # of another machine, perhaps
     on_cpu = device.type == "cpu" and not plans_for_a_gpu

@@ -29,7 +29,8 @@ def contact_sheet(
     """
     height, width = cell
     gap, font = 4, ImageFont.load_default(size=max(10, min(cell) // 16))
-    letters, line = max(1, int(width / font.getlength("n"))), math.ceil(sum(font.getmetrics()) * 1.1)
+    letters = max(1, int(width / font.getlength("n")))
+    line = math.ceil(sum(font.getmetrics()) * 1.1)
 
     def wrap(text: str, letters: int) -> list[str]:
         text = printable(" ".join(text.split()))
@@ -89,9 +90,13 @@ def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, fl
     }
     if loras:
         values["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, _, digest in loras)
-    quoted = lambda text: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
-    lines.append(", ".join(f"{key}: {quoted(str(value))}" for key, value in values.items()))
+    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items()))
     return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """Return a value as A1111 writes it: as JSON if it holds what separates the values."""
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
 
 
 def hash_weights(path: Path) -> str:

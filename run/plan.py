@@ -28,22 +28,27 @@ SHARE = 0.6  # fraction of its peak that a GPU reaches in large matrix products
 PEAKS = {"A6000": 155e12, "4090": 165e12, "A100": 312e12, "H100": 989e12}  # dense bf16 FLOP/s
 
 # Activations, counted with bench/memory.py. The unit is one hidden state of all tokens, (b, l, d); an MLP is
-# 4 d wide. KEPT is what a block keeps for its backward pass, WORK what is there in all at the moment of the
-# backward pass with most. With 8-bit weights that may be another moment, with a whole weight on top.
+# 4 d wide.
+
+# What a block's forward pass stores for its backward pass.
 KEPT = {"double": 25.07, "single": 23.06}
-KEPT_ATTENTION = 1.02  # the output, and the logarithm of the softmax's sum
+# The same of attention alone: its output, and the logarithm of the softmax's sum.
+KEPT_ATTENTION = 1.02
+# The peak within a block's backward pass, KEPT included.
 WORK = {"double": 33.1, "single": 32.16}
+# With 8-bit weights the peak may be where a whole weight is in memory as well: without that weight.
 WORK_FP8 = {"double": 33.0, "single": 28.15}
+# The peak while sampling, with exact and with 8-bit weights.
 WORK_SAMPLE, WORK_SAMPLE_FP8 = 19.4, 16.5
-SPLIT = 1.0  # more in a double block for several samples: its two streams are not contiguous, and are copied
-PRODUCTS = 0.8  # fraction that is there at once of the bytes of a sample's products of mid, up and meta_down
+# Added to WORK of a double block with several samples: its two streams are not contiguous, and are copied.
+SPLIT = 1.0
+# The products of mid, up and meta_down of each sample: the fraction of their bytes that is in memory at once.
+PRODUCTS = 0.8
 # The autoencoder is on the device while sampling, and decodes one picture at a time, after the transformer.
 AUTOENCODER = 83_819_683  # parameters of FLUX.1's
 DECODE = 769  # numbers for each pixel of the picture, in the last convolutions
-DECODE_ATTENTION = (
-    4,
-    113,
-)  # numbers for each pair of latent pixels, without a fused kernel, and for each pixel
+# Numbers for each pair of latent pixels, without a fused kernel, and for each pixel of the picture.
+DECODE_ATTENTION = (4, 113)
 
 
 @dataclass(frozen=True)
@@ -209,10 +214,8 @@ def training_peak(work: Workload, checkpoint: str | int, fp8: bool) -> float:
     the gradients so far. A recomputed block keeps its input only, and perhaps what attention returned.
     """
     blocks, unit = kinds(work.sizes), work.state
-    count, attention = (
-        recomputed_blocks(checkpoint, len(blocks)),
-        KEPT_ATTENTION * (checkpoint == "attention"),
-    )
+    count = recomputed_blocks(checkpoint, len(blocks))
+    attention = KEPT_ATTENTION if checkpoint == "attention" else 0.0
     kept = [1 + attention if k < count else KEPT[kind] for k, kind in enumerate(blocks)]
     before, worst, gradients = sum(kept), 0.0, 0
     for k in reversed(range(len(blocks))):
@@ -246,7 +249,8 @@ def sampling_peak(work: Workload, fp8: bool) -> float:
     forward = WORK_SAMPLE * work.state
     if fp8:
         forward = max(forward, WORK_SAMPLE_FP8 * work.state + last_weight(work, "single"))
-    pixels, (pair, each) = work.resolution**2, DECODE_ATTENTION
+    pixels = work.resolution**2
+    pair, each = DECODE_ATTENTION
     decode = max(DECODE * pixels, pair * (pixels / 64) ** 2 + each * pixels)
     return max(forward, decode * work.width)
 
@@ -258,7 +262,9 @@ def step_flops(work: Workload, checkpoint: str | int) -> float:
     A linear layer's backward pass costs as much as its forward pass, since the weight is frozen; attention's
     costs 2.5 times as much.
     """
-    (img, txt), sizes, blocks, total = work.tokens, work.sizes, kinds(work.sizes), 0.0
+    img, txt = work.tokens
+    sizes, blocks = work.sizes, kinds(work.sizes)
+    total = 0.0
     attention = 4 * (img + txt) ** 2 * sizes.hidden_size
     for k, kind in enumerate(blocks):
         # Modulation layers, the first of each stream, see one vector instead of tokens.
@@ -306,10 +312,17 @@ def choose(
     """Return the fastest plan that fits the budget in GiB, and its cost.
 
     Of the plans that are at most 3 % slower it is the one that streams least. Weights are rounded to 8 bits
-    only if the user asks for it, or if no exact plan fits even without the user's other options. Raises
-    UserError with both numbers when nothing fits.
+    only if the user asks for it, or if no plan with exact weights fits, not even with all other options on
+    auto. Raises UserError with both numbers when nothing fits.
     """
-    fits = lambda cost: cost.peak / GIB + RESERVE <= budget
+
+    def fits(cost: Cost) -> bool:
+        return cost.peak / GIB + RESERVE <= budget
+
+    def preference(pair: tuple[Plan, Cost]) -> tuple[int, float, int]:
+        plan, cost = pair
+        return plan.stream, cost.seconds, cost.peak
+
     peaks = []
     for fp8 in {"auto": [False, True], "bf16": [False], "fp8": [True]}[options.base_dtype]:
         costs = {plan: estimate(work, plan, peak_flops) for plan in plans(work, options, fp8)}
@@ -317,7 +330,7 @@ def choose(
         if fitting:
             enough = 1.03 * min(cost.seconds for cost in fitting.values())
             fast = [(plan, cost) for plan, cost in fitting.items() if cost.seconds <= enough]
-            return min(fast, key=lambda pair: (pair[0].stream, pair[1].seconds, pair[1].peak))
+            return min(fast, key=preference)
         peaks += [cost.peak for cost in costs.values()]
         exact = (estimate(work, plan) for plan in plans(work, MemoryOptions(), fp8=False))
         if options.base_dtype == "auto" and any(map(fits, exact)):
@@ -337,21 +350,24 @@ def table(
     images = f"batch {work.batch}, {work.resolution}x{work.resolution} pixels, {work.tokens[1]} text tokens"
     recomputed = {"none": "no block", "all": "all blocks", "attention": "all blocks but their attention"}
     rounded = f"rounded to 8 bits: {'as asked' if fp8_asked else 'nothing exact fits'}"
-    gib = lambda size: f"{size / GIB:8.3f} GiB"
     time = f", {cost.seconds:.2f} s at {SHARE:.0%} of an {card}'s peak" if card else ""
     rows = {
         "plan": f"{work.kind}, {images}; {budget:.4g} GiB",
         "weights": rounded if plan.fp8 else "exact, as they are in the file",
         "recomputed": recomputed.get(plan.checkpoint, f"the first {plan.checkpoint} of {total} blocks"),
         "streamed": f"{plan.stream} of {total} blocks",
-        "resident": gib(cost.resident),
-        "adapters, AdamW": gib(cost.adapters),
-        "activations": gib(cost.activations) + ", with gradients" * (work.kind != "sample"),
-        "peak": f"{gib(cost.peak)}, and up to {RESERVE} for the device's own",
+        "resident": _gib(cost.resident),
+        "adapters, AdamW": _gib(cost.adapters),
+        "activations": _gib(cost.activations) + ", with gradients" * (work.kind != "sample"),
+        "peak": f"{_gib(cost.peak)}, and up to {RESERVE} for the device's own",
         "a step": f"{cost.flops / 1e12:8.3g} TFLOP{time}",
     }
     hidden = ["recomputed"] * (work.kind == "sample") + ["adapters, AdamW"] * (not cost.adapters)
     return "\n".join(f"{name:16}{text}" for name, text in rows.items() if name not in hidden)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:8.3f} GiB"
 
 
 def make_plan(

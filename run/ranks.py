@@ -1,9 +1,9 @@
 """Ranks: the processes that torchrun starts, which train as one through torch.distributed.
 
-A bucket's people are dealt to the ranks: rank r takes every size-th person, from the r-th on, and keeps their
-mid, up and optimizer state in its slots. All ranks have the same meta_down and sum its gradient. What lies on
-disk does not depend on the number of ranks: rank 0 gathers it and writes it. All ranks, also those on other
-nodes, must see the same folders.
+A bucket's people are divided among the ranks: with N ranks, rank r takes persons r, r+N, r+2N, ... and keeps
+their mid, up and optimizer state in its slots. All ranks have the same meta_down and sum its gradient. What
+lies on disk does not depend on the number of ranks: rank 0 gathers it and writes it. All ranks, also those on
+other nodes, must see the same folders.
 """
 
 import os
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from flux.errors import UserError
+from flux.errors import UserError, first_line
 from flux.memory import blocks_of
 from flux.model import Flux
 
@@ -82,10 +82,9 @@ class Ranks:
         try:
             return collective(*args, **kwargs)
         except RuntimeError as error:  # gloo has no narrower type for a lost connection
-            reason = str(error).strip().partition("\n")[0]
             raise ConnectionError(
                 f"rank {self.rank} of {self.size} cannot reach another rank, which has probably failed: see "
-                f"the message of that rank ({reason})"
+                f"the message of that rank ({first_line(error)})"
             ) from error
 
     # Agreement
@@ -117,7 +116,10 @@ class Ranks:
         if self.size == 1:
             return function()
         answer = [None, False]  # the result, and whether there is one
-        broadcast = lambda: self._call(dist.broadcast_object_list, answer, 0, self.hosts)
+
+        def broadcast() -> None:
+            self._call(dist.broadcast_object_list, answer, 0, self.hosts)
+
         if self.leads:
             try:
                 answer[:] = function(), True
@@ -156,7 +158,7 @@ class Ranks:
     def take_rows(self, state: Any) -> Any:
         """Return this rank's rows of a bucket's tensors (people, ...), in nested dictionaries and lists.
 
-        All ranks get equally many rows; where people are missing the rows are zero.
+        All ranks get equally many rows; the last rows are zero if the people do not divide evenly.
         """
         if self.size == 1:
             return state
@@ -189,7 +191,7 @@ class Ranks:
         return [item for part in lists for item in part]
 
     def makes(self, key: str) -> bool:
-        """Say whether this rank makes a cache entry; its key, a hash, deals the entries to the ranks."""
+        """Return whether this rank has to make this cache entry; the hash decides."""
         return int(key[:8], 16) % self.size == self.rank
 
     # The gradient

@@ -1,4 +1,4 @@
-"""Escaping: names and texts from files are shown by a terminal, never obeyed.
+"""Escape names and texts from files, so that control characters in them have no effect on the terminal.
 
 `run_script` escapes all that a command prints. `printable` is for a name that must not break the line that it
 stands in, and for what goes into pictures.
@@ -22,9 +22,10 @@ def printable(text: object) -> str:
 def printable_lines(text: object) -> str:
     """Escape a text of several lines; also line ends that come from file names in the command's arguments."""
     text = str(text)
-    for part in {part for word in sys.argv[1:] for part in re.split("[/.]", word)}:
-        if "\n" in part and part.strip():
-            text = text.replace(part, printable(part))
+    for word in sys.argv[1:]:
+        for part in re.split("[/.]", word):
+            if "\n" in part and part.strip():
+                text = text.replace(part, printable(part))
     return "\n".join(map(printable, text.split("\n")))
 
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from flux.conditioner import clip_tokenizer
 from flux.errors import UserError
+from flux.hashes import fingerprint
 from flux.loading import folder_around
 from people.cache import TensorCache, content_key
 from people.photos import read_photo
-from run.files import fingerprint
 from run.models import named_model
 from vision import detector as yunet
 from vision import inception_resnet, small

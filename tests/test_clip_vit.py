@@ -1,5 +1,7 @@
 """CLIP ViT-B/32 against transformers: both towers on random weights, preprocessing, the published header."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -179,6 +181,32 @@ def test_a_pickled_file_gives_the_same(folder, theirs):
     (folder / "model.safetensors").unlink()
     torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
     assert torch.equal(load_clip_vit(folder).embed_images(IMAGES), expected)
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("vision_model.embeddings.patch_embedding.weight", None, "it lacks vision_model.*patch_embedding"),
+        ("vision_model.embeddings.position_embedding.weight", torch.ones(10), "must have 2 axes"),
+        ("vision_model.encoder.layers.0.mlp.fc1.weight", torch.ones(0, 40), "none of them empty"),
+        ("visual_projection.weight", torch.ones(()), "must have 2 axes"),
+    ],
+)
+def test_damaged_sizes_are_named(name, tensor, message, folder, theirs):
+    tensors = {key: stored for key, stored in theirs.state_dict().items() if key != name}
+    save_file(tensors if tensor is None else tensors | {name: tensor}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"not a CLIPViT checkpoint: .*{message}"):
+        load_clip_vit(folder)
+
+
+@pytest.mark.parametrize("vision", [None, "ViT", {"num_attention_heads": "5"}, {"num_attention_heads": 3}])
+def test_damaged_configs_are_named(vision, folder, theirs):
+    config = theirs.config.to_dict() | {"vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(
+        ValueError, match="not a CLIPViT checkpoint: .*(vision_config|num_attention_heads|3 att)"
+    ):
+        load_clip_vit(folder)
 
 
 def test_without_weights_the_message_says_what_to_do(tmp_path):

@@ -140,9 +140,8 @@ def test_crop_boxes_properties():
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
             aspect = min(((16, 9), (4, 3), (1, 1), (3, 4), (9, 16)), key=lambda a: abs(w / h - a[0] / a[1]))
             assert abs(w - h * aspect[0] / aspect[1]) <= 1 or abs(h - w * aspect[1] / aspect[0]) <= 1
-            assert (
-                abs(w - other[0]) <= 2 and abs(h - other[1]) <= 2
-            )  # the slow way rounds the short side first
+            # The slow way rounds the short side first.
+            assert abs(w - other[0]) <= 2 and abs(h - other[1]) <= 2
             # Centred up to half a pixel, unless the photo's border is in the way.
             for low, high, a, b, end in ((left, right, x0, x1, width), (top, bottom, y0, y1, height)):
                 off = (low + high) / 2 - (a + b) / 2

@@ -203,6 +203,7 @@ class Trap:
     "content, message",
     [
         ({"last_linear.weight": torch.ones(64, 1792)}, "in 64 numbers, known are 128 and 512"),
+        ({"last_linear.weight": torch.ones(512)}, "last_linear.weight is .512,., must have 2 axes"),
         ({"fc.weight": torch.ones(2)}, "not a InceptionResnet checkpoint: it lacks last_linear.weight"),
         ({"state_dict": {"a": torch.ones(2)}}, "something else than a dictionary of tensors"),
         ([torch.ones(2)], "something else than a dictionary of tensors"),

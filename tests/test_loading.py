@@ -163,14 +163,14 @@ def not_json(path: Path):
 
 
 DAMAGES = {
-    truncated: r"it has (\d+) bytes, its header tells of (\d+)",
+    truncated: r"it has (\d+) bytes, its header describes (\d+) bytes",
     cut_in_the_header: r"it has 100 bytes, and begins as if its header alone had \d+",
     header_longer_than_the_file: r"it has 10 bytes, and begins as if its header alone had 1000",
-    longer_than_the_header_tells: r"it has (\d+) bytes, its header tells of (\d+)",
+    longer_than_the_header_tells: r"it has (\d+) bytes, its header describes (\d+) bytes",
     zipped: "it is a zip",
     gguf: "it is a GGUF file",
     text: "it is a web page",
-    pointer: "it only says where .* run `git lfs pull`",
+    pointer: "it is a git-lfs pointer, not the file: run `git lfs pull`",
     empty: "it has 0 bytes",
     not_json: ".",
 }

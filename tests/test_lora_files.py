@@ -417,7 +417,7 @@ def test_broken_files_each_get_a_clear_error(path, tmp_path):
         "0.attn.to_q has lora_A .96,., must be|0.attn.to_q has lora_A .96,. and", **{key: tensors[key][0]}
     )
     refused(
-        "to_q.lora_A.weight is what another tensor is already, perhaps of a second",
+        "to_q.lora_A.weight duplicates another tensor of this layer",
         **{f"{short}.lora_A.other.weight": tensors[key].clone()},
     )
     refused(
@@ -443,7 +443,7 @@ def test_broken_files_each_get_a_clear_error(path, tmp_path):
 def test_another_method_is_named_first(path):
     lokr = {f"lycoris_{name}.{odd}": torch.ones(1) for name in fused(1) for odd in ("lokr_w1", "alpha")}
     save_file(lokr, path)
-    with pytest.raises(ValueError, match=r"(?s)this model:\n  lycoris_double.*lokr_w1 is LoKr, not LoRA"):
+    with pytest.raises(ValueError, match=r"(?s)read as a LoRA:\n  lycoris_double.*w1 is LoKr, not LoRA"):
         read_lora(path)
 
 

@@ -425,7 +425,7 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_error(tmp_path):
     with pytest.raises(ValueError) as error:
         load_lora(model, path)
     assert str(error.value).splitlines() == [
-        f"{path} does not fit this model:",
+        f"{path} cannot be read as a LoRA:",
         f"  {first}ff.net.7.lora_A.weight is for no layer of FLUX.1",
         "  single_blocks.0.linear1 lacks lora_A and lora_B",
         "  transformer_blocks.0.attn.to_q lacks lora_A",

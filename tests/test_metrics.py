@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 import metrics
 from flux.clip import CLIPSizes
 from flux.conditioner import clip_tokenizer
+from flux.hashes import fingerprint
 from people.cache import TensorCache
-from run.files import fingerprint
 from run.models import SHIPPED
 from run.pictures import save_picture
 from scoring import evaluators, samples, tables

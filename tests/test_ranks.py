@@ -480,9 +480,10 @@ def test_torchrun(words, tmp_path, as_one):
 # --- Shared weights ----------------------------------------------------------------------------------------
 
 
+# torch 2.6; also https://github.com/pytorch/pytorch/issues/132014
 @pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="in this torch FSDP2 works on GPUs only"
-)  # torch 2.6; also https://github.com/pytorch/pytorch/issues/132014
+)
 @pytest.mark.parametrize("blocks", ["none", "all", "attention"])
 def test_sharded_weights_train_alike(launch, pair, tmp_path, blocks):
     """Loss, gradients and all that is written are as with whole weights; pictures change nothing."""

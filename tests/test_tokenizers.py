@@ -161,7 +161,6 @@ def test_conditioner(folder):
     assert txt.shape == (2, 20, 16) and pooled.shape == (2, 8)
     tokens = torch.tensor([[3, 9, 1202, 13, 3, 9, 2335, 1] + [0] * 12])
     assert torch.allclose(txt[:1], t5(tokens), atol=1e-6)
-    tokens = torch.tensor(
-        [[49406, 320, 1125, 539, 320, 2308, 49407]]
-    )  # without padding: nothing follows the end
+    # Without padding: nothing follows the end.
+    tokens = torch.tensor([[49406, 320, 1125, 539, 320, 2308, 49407]])
     assert torch.allclose(pooled[:1], clip(tokens), atol=1e-6)

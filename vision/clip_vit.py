@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from flux.checkpoint import load
 from flux.clip import CLIPSizes, Layer, TextModel
+from flux.errors import UserError
 from flux.hub import check_sha256, hub_file
+from flux.sizes import Shapes, config_count, count_names, shape_of
 
 REPOSITORY = "openai/clip-vit-base-patch32"
 # The repository's main branch has the pickled file only; the other is its conversion by the hub, refs/pr/15.
@@ -52,20 +54,25 @@ class CLIPViTSizes:
     embedding_size: int
 
     @classmethod
-    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
+    def from_shapes(cls, shapes: Shapes, config: dict) -> Self:
         """Read the sizes from a checkpoint's header; heads are 64 wide if `config` does not say."""
-        hidden_size, _, patch_size, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
-        patches = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
-        layers = {name.split(".")[3] for name in shapes if name.startswith("vision_model.encoder.layers.")}
+        hidden_size, _, patch_size, _ = shape_of(shapes, "vision_model.embeddings.patch_embedding.weight", 4)
+        patches = shape_of(shapes, "vision_model.embeddings.position_embedding.weight", 2)[0] - 1
+        vision = config.get("vision_config", {})
+        if not isinstance(vision, dict):
+            raise UserError(f"its config.json has vision_config {vision!r}, must be an object")
+        num_heads = config_count(vision, "num_attention_heads", max(1, hidden_size // 64))
+        if hidden_size % num_heads:
+            raise UserError(f"its width {hidden_size} is no multiple of {num_heads} attention heads")
         return cls(
             text=CLIPSizes.from_shapes(shapes, config),
             hidden_size=hidden_size,
-            num_heads=config.get("vision_config", {}).get("num_attention_heads", hidden_size // 64),
-            mlp_size=shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
-            depth=len(layers),
+            num_heads=num_heads,
+            mlp_size=shape_of(shapes, "vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+            depth=count_names(shapes, "vision_model.encoder.layers."),
             patch_size=patch_size,
             image_size=round(patches**0.5) * patch_size,
-            embedding_size=shapes["visual_projection.weight"][0],
+            embedding_size=shape_of(shapes, "visual_projection.weight", 2)[0],
         )
 
 

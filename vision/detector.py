@@ -86,8 +86,8 @@ def find_faces(image: Image.Image, detector: "cv2.FaceDetectorYN") -> list[Face]
     """Find the faces of an upright photo, largest first.
 
     YuNet misses large faces. So it looks at the photo with the long side at 640 pixels and, for faces that
-    fill more than half of it, smaller still: always, as a stranger found in the background must not hide the
-    portrait before him. A photo without any face so far gets one more look at 1280, for small ones.
+    fill more than half of it, smaller still: also when a face was found, because that may be a small one in
+    the background. A photo without any face so far gets one more look at 1280, for small ones.
     """
     image = image.convert("RGB")
     faces = _detect(image, detector, SIDE)

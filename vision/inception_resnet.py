@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flux.checkpoint import load
 from flux.errors import UserError
 from flux.hub import check_sha256
+from flux.sizes import Shapes, shape_of
 
 Box = tuple[int, int, int, int]
 
@@ -42,9 +43,9 @@ class InceptionResnetSizes:
     embedding_size: int
 
     @classmethod
-    def from_shapes(cls, shapes: dict[str, tuple[int, ...]], config: dict) -> Self:
+    def from_shapes(cls, shapes: Shapes, config: dict) -> Self:
         """Read the width from a checkpoint's header; UserError unless it is 128 or 512."""
-        embedding_size = shapes["last_linear.weight"][0]
+        embedding_size, _ = shape_of(shapes, "last_linear.weight", 2)
         if embedding_size not in (128, 512):
             raise UserError(f"it embeds a face in {embedding_size} numbers, known are 128 and 512")
         return cls(embedding_size)
