@@ -47,7 +47,7 @@ def draw_pictures(study: Study) -> None:
 
 @contextmanager
 def page(path: Path, rows: int, panels: dict[str, object], legend: str) -> Iterator[np.ndarray]:
-    """Give axes (rows, panels) to draw in, with the panels' names on top, and save them."""
+    """Give axes (rows, panels) to plot in, with the panels' names on top, and save them."""
     import matplotlib  # takes a second, and only pictures need it
     from matplotlib.figure import Figure
 

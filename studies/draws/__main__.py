@@ -30,7 +30,7 @@ METRICS = ("r-facesim", "clip-t")
 
 
 def measure(out: Path) -> list[dict]:
-    """Train, draw and score everybody, and return a row per person."""
+    """Train, generate and score everyone, and return a row per person."""
     people = out / "people"
     if not people.exists():
         write_people(people, people=12, photos=8, seed=200, photo_share=1.0, size=160)
