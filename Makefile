@@ -6,6 +6,7 @@ demo: .venv/ready  ## meta-train, personalize, sample and score with the toy mod
 
 test: .venv/ready-dev  ## parity with independent implementations, and everything else
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
 
 .venv/ready: requirements.txt

@@ -8,16 +8,15 @@ from run.command import run_script
 COMMANDS = {"run": benchmark.main, "check": admission.main, "study": user_study.main}
 HELP = """usage: python -m metaphd run|check|study ...
 
-The benchmark of the Meta-LoRA paper. docs/benchmark.md describes it.
+The benchmark of the Meta-LoRA paper; see docs/benchmark.md.
 
-  run     personalize every person, draw every prompt with every seed, score (section 4)
+  run     personalize every person, generate all pictures, score them (section 4)
   check   check which photos and prompts follow the rules of Meta-PHD (section 4.1)
   study   the user study: make a blinded page of questions, count the answers (appendix C)
 
 examples:
   python -m metaphd run --people people --out out/benchmark
   python -m metaphd check people
-  python -m metaphd study make --systems lora=out/a meta=out/b --people people --prompts metaphd/prompts
 
 Each has a --help of its own.
 """

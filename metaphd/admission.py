@@ -99,7 +99,9 @@ def check_photos(
     max_yaw, min_photos: None for the part's own limit. Of two equal files the first is admitted.
     """
     rows, few, first_by_digest = [], [], {}
-    total = sum(len(paths) for people in parts.values() for paths in people.values())
+    total = 0
+    for people in parts.values():
+        total += sum(map(len, people.values()))
     bar = tqdm(total=total, unit="photo", disable=total < 50)
     for part, people in parts.items():
         turn, least = max_yaw, min_photos
@@ -155,9 +157,9 @@ def check_list(file: Path) -> Iterator[str]:
 
 
 def find_fault(prompt: str, kind: str) -> str | None:
-    """Say what is wrong with a prompt, its slots filled in, for a class; None when nothing is."""
+    """Say what is wrong with a prompt, its placeholders filled in, for a class; None when nothing is."""
     if re.search(r"[][]", prompt):
-        return "a slot should read like [man/woman] or [his/her]"
+        return "a placeholder should read like [man/woman] or [his/her]"
     if not re.search(rf"\b{kind}\b", prompt):
         return f"it does not say {kind}"
     other = re.search(OTHER_WORDS[kind], prompt)
@@ -168,19 +170,23 @@ def find_fault(prompt: str, kind: str) -> str | None:
 
 HELP = """
 Check photos and prompts by the rules of Meta-PHD that can be measured (paper, section 4.1 and appendix M).
-Every rejected photo is printed with the reason. The exit status is 1 if there is any, as a linter's.
+See docs/benchmark.md.
 
-DIR holds unsplash/<person>/*.jpg, ffhq/<man|woman>/*.jpg and prompts/*.txt, or some of them; or else people,
-<person>/*.jpg. docs/benchmark.md lists the rules, and what no program can check: look yourself.
-
-example:
+examples:
+  python -m metaphd check people
   python -m metaphd check metaphd-photos --out check.csv
 """
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m metaphd check", description=HELP, formatter_class=Manual)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="photos and prompts")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="unsplash/<person>/*.jpg, ffhq/<man|woman>/*.jpg and prompts/*.txt, or some of them; or else "
+        "people, <person>/*.jpg",
+    )
     parser.add_argument(
         "--min-side", type=int, metavar="N", default=MIN_SIDE, help="pixels of the short side, at least"
     )

@@ -1,4 +1,4 @@
-"""The paper's protocol (section 4) for many people: learn each from one photo, draw every prompt, score.
+"""The paper's protocol (section 4) for many people: learn each from one photo, generate pictures, score.
 
 What lies in the folder --out and how a run is continued or extended is described in docs/benchmark.md.
 """
@@ -17,6 +17,7 @@ from tqdm import tqdm
 import flux
 import metrics
 import personalize
+from flux.checkpoint import read_json
 from flux.errors import UserError
 from flux.hashes import fingerprint, sha256
 from flux.loading import native_size
@@ -38,7 +39,7 @@ from run.models import add_model_arguments, choose_device, files_to_plan, find_m
 from run.pictures import save_picture
 from run.plan import MemoryOptions, Plan, Workload, add_memory_arguments, estimate, make_plan
 from run.settings import Training, add_training_arguments
-from scoring.curves import draw_curves
+from scoring.curves import plot_curves
 from scoring.evaluators import Evaluators, add_evaluator_arguments, load_evaluators
 from scoring.inputs import class_of, find_photos, read_names, read_prompts
 from scoring.report import write_report
@@ -52,7 +53,8 @@ METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug")
 # Options that may differ between two runs in one --out. Any other difference would mix results that cannot be
 # compared. Of files not the name but the content is compared, see `Benchmark.record`.
 MAY_CHANGE = ("people", "out", "method", "ranks", "lr", "steps", "seeds", "at_once", "device")
-MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "compile", "plan")  # 8 bits are told apart
+# With --base-dtype fp8 results change: fp8 is recorded as a setting of its own.
+MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "compile", "plan")
 MAY_CHANGE += ("meta", "prompts", "references", "classes", "clip", "recognizer", "detector", "no_face")
 
 
@@ -106,6 +108,14 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
     return subjects
 
 
+def is_system(settings: object) -> bool:
+    """Tell whether these are settings of a system, as `Run.systems` gives them."""
+    if not isinstance(settings, dict) or settings.get("method") not in METHODS:
+        return False
+    numbers = [settings.get(key) for key in ("rank", "lr", "steps")]
+    return all(isinstance(number, int | float) and number > 0 for number in numbers)
+
+
 def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run]:
     """Return the trainings that the options ask for, and those of the systems of earlier runs in --out."""
     wanted: dict[tuple[str, int, float], set[int]] = {}
@@ -130,7 +140,7 @@ class Benchmark:
             self.systems |= run.systems
         self.device, self.dtype = choose_device(args)
         self.files = find_model(args)
-        self.side = args.resolution or native_size(self.files.folder)
+        self.training_resolution = args.resolution or native_size(self.files.folder)
         self.prior = None
         if any(run.method.startswith("meta-lora") for run in self.runs):
             self.prior = personalize.find_prior(self.files.transformer, args.meta)
@@ -168,14 +178,15 @@ class Benchmark:
                 )
             return {}
         try:
-            before = json.loads(self.file.read_text("utf-8"))
-            for system in before["systems"].values():
-                numbers = [system[key] for key in ("rank", "lr", "steps")]
-                positive = all(isinstance(number, int | float) and number > 0 for number in numbers)
-                if system["method"] not in METHODS or not positive:
-                    raise ValueError(f"unknown system {system}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{self.file} is damaged ({error}): take another --out") from error
+            before = read_json(self.file)
+        except UserError as error:
+            raise UserError(f"{self.file} is damaged: take another --out ({error})") from error
+        systems = before.get("systems")
+        if not isinstance(systems, dict):
+            raise UserError(f"{self.file} is damaged: take another --out (it lists no systems)")
+        unknown = [name for name, settings in systems.items() if not is_system(settings)]
+        if unknown:
+            raise UserError(f"{self.file} is damaged: take another --out (unknown: {', '.join(unknown)})")
         return before
 
     def record(self) -> None:
@@ -242,7 +253,7 @@ class Benchmark:
             path = subject.photos[0]
             crops = [(path, box) for box in boxes]
             encoded = personalize.encode_crops(
-                {path: read_photo(path)}, crops, autoencoder, self.side, augment
+                {path: read_photo(path)}, crops, autoencoder, self.training_resolution, augment
             )
             self.crops[augment, subject] = encoded
         del autoencoder
@@ -283,7 +294,7 @@ class Benchmark:
         systems = [*run.systems]
         return [s for s in self.subjects if not all(self.lora(name, s).exists() for name in systems)]
 
-    def undrawn(self, system: str) -> list[tuple[Subject, list[Sample]]]:
+    def missing_pictures(self, system: str) -> list[tuple[Subject, list[Sample]]]:
         """Return the people of whom pictures are missing, with these; for the base one person of a class."""
         subjects = {s.kind: s for s in self.subjects}.values() if system == "base" else self.subjects
         missing = []
@@ -294,7 +305,7 @@ class Benchmark:
         return missing
 
     def complete(self) -> bool:
-        return not any(map(self.untrained, self.runs)) and not any(map(self.undrawn, self.systems))
+        return not any(map(self.untrained, self.runs)) and not any(map(self.missing_pictures, self.systems))
 
     # The work
 
@@ -307,7 +318,7 @@ class Benchmark:
         lost = []
         for group in chunks(self.untrained(run), self.args.at_once):
             print(f"{run.system(settings.steps)}: {', '.join(subject.name for subject in group)}")
-            # Each person has a seed: else all would share the luck of one draw of noise.
+            # One seed per person, so that people do not share the same noise.
             seeds = [self.args.seed + zlib.crc32(subject.name.encode()) for subject in group]
             trained = self.add_adapters(self.model, run, seeds)
             batches = [
@@ -349,16 +360,16 @@ class Benchmark:
             self.files.transformer,
             self.prior_of(run),
             subject.photos[:1],
-            resolution=self.side,
+            resolution=self.training_resolution,
             caption=subject.caption,
             seed=seed,
             base_fp8=self.plan.fp8,
         )
         export_lora(self.model, path, about | {"steps": step}, slot)
 
-    def draw(self, system: str) -> None:
+    def generate(self, system: str) -> None:
         """Make the missing pictures, --at-once in a batch, with the files that `learn` wrote."""
-        missing = self.undrawn(system)
+        missing = self.missing_pictures(system)
         total = sum(len(samples) for _, samples in missing)
         bar = tqdm(total=total, desc=system, unit="picture", dynamic_ncols=True, disable=not total)
         for group in chunks(missing, self.args.at_once):
@@ -369,24 +380,24 @@ class Benchmark:
             for slot, (subject, samples) in enumerate(group):
                 wanted += [(slot, subject.prompts[int(sample.prompt)], sample) for sample in samples]
             for batch in chunks(wanted, self.args.at_once):
-                self.draw_batch(system, batch)
+                self.generate_batch(system, batch)
                 bar.update(len(batch))
             eject(self.model)
         bar.close()
 
-    def draw_batch(self, system: str, batch: Sequence[tuple[int, str, Sample]]) -> None:
+    def generate_batch(self, system: str, batch: Sequence[tuple[int, str, Sample]]) -> None:
         """Generate and save pictures: the slot of the person, the prompt, and where each belongs."""
         slots, texts, samples = zip(*batch)
         use_slots(self.model, torch.tensor(slots, device=self.device))
         encoded = [self.texts[text] for text in texts]
         prompt = [torch.stack([one[part] for one in encoded]) for part in ("txt", "pooled")]
-        side = native_size(self.files.folder)
+        sample_side = native_size(self.files.folder)
         pictures = generate(
             self.model,
             self.autoencoder,
             prompt,
             [int(sample.seed) for sample in samples],
-            (side, side),
+            (sample_side, sample_side),
             steps=self.args.sample_steps,
             guidance=self.args.guidance,
         )
@@ -395,7 +406,7 @@ class Benchmark:
             save_picture(picture, sample.path, {"prompt": text, "seed": sample.seed, "system": system})
 
     def score(self, system: str, evaluators: Evaluators) -> dict:
-        """Compute all metrics of a system, write them, and draw everyone's sheet; return the scores."""
+        """Compute all metrics of a system, write them and everyone's sheet; return the scores."""
         rows, names = [], [*TITLES]
         for subject in self.subjects:
             for sample, base in zip(self.samples(system, subject), self.samples("base", subject)):
@@ -459,11 +470,11 @@ def measure(args: argparse.Namespace) -> None:
     if not benchmark.complete():
         benchmark.encode()
         benchmark.load()
-        benchmark.draw("base")
+        benchmark.generate("base")
         for run in benchmark.runs:
             benchmark.learn(run)
             for system in run.systems:
-                benchmark.draw(system)
+                benchmark.generate(system)
         benchmark.unload()
 
     evaluators = benchmark.load_evaluators()
@@ -476,18 +487,15 @@ def measure(args: argparse.Namespace) -> None:
     with atomic(args.out / "scores.md") as temporary:
         temporary.write_text(text + "\n", "utf-8")
     curves = args.out / "curves.png"
-    drawn = draw_curves(curves, scores)
+    plotted = plot_curves(curves, scores)
     photos = {subject.name: subject.photos for subject in benchmark.subjects}
-    write_report(args.out / "report.html", scores, photos, curves if drawn else None, text)
+    write_report(args.out / "report.html", scores, photos, curves if plotted else None, text)
     print(f"{args.out / 'report.html'} to look at")
 
 
 HELP = """
-Personalize every person from one photo, draw every prompt with every seed, and score (paper, section 4).
-
-A system is a method at a rank, a learning rate and a number of steps, such as meta-lora_r1_lr0.0004_s375.
-What lies in --out is not made again: the same command continues a stopped run, and one that asks for more
-adds to it. docs/benchmark.md describes the files.
+Personalize every person from one photo, generate every prompt with every seed, and score (paper, section 4).
+See docs/benchmark.md.
 
 examples:
   python -m metaphd run --people people --meta meta.safetensors --out out/benchmark

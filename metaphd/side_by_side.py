@@ -37,8 +37,8 @@ def personalize_together(
     slots = list(range(len(batches)))
     bar = tqdm(range(1, steps + 1), "personalizing", mininterval=1, dynamic_ncols=True)
     for step in bar:
-        drawn = {slot: next(batches[slot]) for slot in slots}
-        losses = backward(model, drawn, training, device)
+        current = {slot: next(batches[slot]) for slot in slots}
+        losses = backward(model, current, training, device)
         slots = [slot for slot in slots if math.isfinite(losses[slot])]
         if slots:
             clip_slots(trained, training.clip_grad)

@@ -62,12 +62,13 @@ def find_pictures(systems: dict[str, Path]) -> Pictures:
     return {name: {place: made[place] for place in common} for name, made in pictures.items()}
 
 
-def draw(
+def choose_questions(
     seeds: dict[tuple[str, str], list[str]], n: int, take: int, used: Counter, rng: random.Random
 ) -> list[tuple[str, str, list[str]]]:
-    """Draw n questions (person, prompt, `take` seeds), no picture twice; people, then prompts, equally often.
+    """Choose n questions without repeating a picture. People come up equally often, then prompts.
 
-    seeds: of each (person, prompt). used: what came up in the study so far, added to; it breaks ties.
+    A question is a person, a prompt and `take` seeds. seeds: of each (person, prompt). used: what came up in
+    the study so far, added to; it breaks ties.
     """
     counts, questions = Counter(), []
 
@@ -105,7 +106,7 @@ def make_questions(
     pair: Sequence[str],
     rng: random.Random,
 ) -> list[dict]:
-    """Draw n questions of each kind; part 2 is left out, with a message, when there are too few seeds.
+    """Choose n questions of each kind; part 2 is left out, with a message, when there are too few seeds.
 
     texts: prompts of each person. styles: the numbers of those for a style; None: the second half. pair: the
     systems that part 2 compares.
@@ -113,27 +114,28 @@ def make_questions(
     seeds, used = {}, Counter()
     for person, prompt, seed in pictures[pair[0]]:
         seeds.setdefault((person, prompt), []).append(seed)
-    several = {place: these for place, these in seeds.items() if len(photos[place[0]]) > 1}
-    drawn = {
-        "multi-reference": draw(several, n, 1, used, rng),
-        "single-reference": draw(seeds, n, 1, used, rng),
+    with_other_photos = {place: seeds[place] for place in seeds if len(photos[place[0]]) > 1}
+    selected = {
+        "multi-reference": choose_questions(with_other_photos, n, 1, used, rng),
+        "single-reference": choose_questions(seeds, n, 1, used, rng),
     }
 
     part2 = {"recontextualised": {}, "stylistic": {}}
-    for (person, prompt), these in seeds.items():
+    for (person, prompt), seeds_here in seeds.items():
         count = len(texts[person])
         numbers = range((count + 1) // 2, count) if styles is None else styles
         kind = "stylistic" if int(prompt) in numbers else "recontextualised"
-        if len(these) >= SET:
-            part2[kind][person, prompt] = these
+        if len(seeds_here) >= SET:
+            part2[kind][person, prompt] = seeds_here
     lacking = [kind for kind in part2 if not part2[kind]]
     if lacking:
         print(f"part 2 left out: no {' and no '.join(lacking)} prompt has {SET} seeds in all systems")
     else:
-        drawn |= {kind: draw(places, n, SET, used, rng) for kind, places in part2.items()}
+        for kind, places in part2.items():
+            selected[kind] = choose_questions(places, n, SET, used, rng)
 
     questions = []
-    for kind, places in drawn.items():
+    for kind, places in selected.items():
         compared = pair if kind in part2 else pictures
         for person, prompt, chosen in places:
             shown = {
@@ -154,7 +156,7 @@ def make_questions(
 # The page
 
 
-def clean(path: Path, limit: int, size: tuple[int, int] | None = None) -> bytes:
+def encode_picture(path: Path, limit: int, size: tuple[int, int] | None = None) -> bytes:
     """Encode a picture as JPEG, cut and scaled to size (height, width), of at most `limit` pixels a side."""
     image = read_photo(path)
     image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS) if size else image
@@ -167,7 +169,10 @@ def clean(path: Path, limit: int, size: tuple[int, int] | None = None) -> bytes:
 
 def write_page(out: Path, questions: list[dict], limit: int, settings: dict[str, object]) -> None:
     """Write page/, in which systems have random names, and beside it key.json, which tells these names."""
-    made = [path for question in questions for paths in question["options"].values() for path in paths]
+    made = []
+    for question in questions:
+        for paths in question["options"].values():
+            made += paths
     sizes = {photo_size(path) for path in made}
     size = tuple(map(min, zip(*sizes)))  # the same for all systems, or the number of pixels would tell them
     if len(sizes) > 1:
@@ -195,13 +200,13 @@ def write_page(out: Path, questions: list[dict], limit: int, settings: dict[str,
     for question in rng.sample(questions, len(questions)):
         for path in question["references"]:
             if path not in copies:
-                copies[path] = add(clean(path, limit))
+                copies[path] = add(encode_picture(path, limit))
         options = [{"id": new(), "system": name} for name in question["options"]]
         rng.shuffle(options)
         names = {option["id"]: option.pop("system") for option in options}
         for option in options:
             paths = question["options"][names[option["id"]]]
-            option["pictures"] = [add(clean(path, limit, size)) for path in paths]
+            option["pictures"] = [add(encode_picture(path, limit, size)) for path in paths]
         name, references = new(), [copies[path] for path in question["references"]]
         page["questions"].append(
             {"id": name, "text": question["text"], "references": references, "options": options}
@@ -243,27 +248,28 @@ def read_answers(path: Path, key: dict) -> tuple[str, dict[str, dict]]:
     return participant, by_question
 
 
-def estimate(votes: np.ndarray) -> dict:
+def share(votes: np.ndarray) -> dict:
     """Return the percentage chosen, and half the width of its 95 % interval (None for one participant).
 
     votes: (participants, kinds, 2), how often each chose a system, and how many questions each answered.
     Answers are pooled in each kind, and the percentages of several kinds averaged, as in the paper's tables.
-    A participant's answers go together, so the interval is over participants: a ratio estimator's (Cochran,
-    Sampling Techniques, 3rd edition, chapter 6) with Student's t. When everybody answered everything, that is
-    the usual one for the mean of the participants' percentages.
+    Answers of one participant are correlated, so the interval is over participants: a ratio estimator's
+    (Cochran, Sampling Techniques, 3rd edition, chapter 6) with Student's t. When everybody answered
+    everything, that is the usual one for the mean of the participants' percentages.
     """
     chosen, answers = np.moveaxis(votes[votes[..., 1].any(axis=1)].astype(float), 2, 0)  # (n, kinds) each
-    n, total = len(chosen), answers.sum(axis=0)
+    n = len(chosen)
+    total = answers.sum(axis=0)
     if not total.all():
         return {"percent": None, "ci95": None, "participants": n}
-    share = chosen.sum(axis=0) / total
-    residual = ((chosen - share * answers) * n / total).mean(axis=1)  # (n,), of mean zero
+    shares = chosen.sum(axis=0) / total
+    residual = ((chosen - shares * answers) * n / total).mean(axis=1)  # (n,), of mean zero
     half = 100 * student(n - 1) * residual.std(ddof=1) / math.sqrt(n) if n > 1 else None
-    return {"percent": 100 * share.mean(), "ci95": half, "participants": n}
+    return {"percent": 100 * shares.mean(), "ci95": half, "participants": n}
 
 
 def tabulate(key: dict, answers: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """Count the answers of all participants: for each table, system and column what `estimate` returns."""
+    """Count the answers of all participants: for each table, system and column what `share` returns."""
     tables = {}
     for title, columns in TABLES.items():
         asked = [question for question in key["questions"].values() if question["kind"] in columns.values()]
@@ -271,8 +277,8 @@ def tabulate(key: dict, answers: dict[str, dict[str, dict]]) -> dict[str, dict]:
         for system in key["settings"]["systems"]:
             if system in shown:
                 votes = count_votes(key, answers, system, list(columns.values()))
-                cells = {column: estimate(votes[:, [k]]) for k, column in enumerate(columns)}
-                tables.setdefault(title, {})[system] = {"Overall": estimate(votes), **cells}
+                cells = {column: share(votes[:, [k]]) for k, column in enumerate(columns)}
+                tables.setdefault(title, {})[system] = {"Overall": share(votes), **cells}
     return tables
 
 
@@ -315,18 +321,16 @@ commands:
   make    write a page of questions, and the key to it       (python -m metaphd study make --help)
   tally   count the answers that came back: tables 1 and 2   (python -m metaphd study tally --help)
 
-Make the page, hand out the folder study/page, and keep study/key.json to yourself. More is in
-docs/benchmark.md.
+See docs/benchmark.md.
 """
 MAKE = """
-Write a page of blinded questions of four kinds, a quarter each. docs/benchmark.md describes them.
+Write a page of blinded questions of four kinds, a quarter each. See docs/benchmark.md.
 
 example:
   python -m metaphd study make --systems lora=out/a meta=out/b --people photos --prompts metaphd/prompts
 """
 TALLY = """
-Count the answers and print the paper's tables 1 and 2: how often each system was chosen, in percent, with the
-95 % confidence interval over participants. The tables go to tally.md, all numbers to tally.json.
+Count the answers and print the paper's tables 1 and 2. See docs/benchmark.md.
 
 example:
   python -m metaphd study tally --study study answers/*.json
@@ -350,7 +354,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pair", nargs=2, metavar="NAME", help="systems to compare in part 2; default: the first two")
     add("--style-prompts", metavar="N-M", help="such as 10-19 or 3,5,7-9; default: the list's second half")
     add("--size", type=int, default=768, help="longer side of the page's pictures at most, in pixels")
-    add("--seed", type=int, default=0, help="of what is drawn; default: 0")
+    add("--seed", type=int, default=0, help="of the choice of questions; default: 0")
     add = commands.add_parser("tally", description=TALLY, formatter_class=Manual).add_argument
     add("--study", default=Path("study"), **folder, help="folder that make wrote")
     add("answers", nargs="+", type=Path, metavar="FILE", help="what participants sent back")
@@ -381,7 +385,7 @@ def parse_numbers(text: str) -> set[int]:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Draw the questions and write the page and its key."""
+    """Choose the questions and write the page and its key."""
     systems = parse_systems(args.systems)
     pair = args.pair or list(systems)[:2]
     if len(set(pair) & systems.keys()) < 2:
@@ -425,8 +429,8 @@ def check_counts(folder: Path, counts: dict[str, int]) -> None:
     few = [f"{person} {n - 1}" for person, n in counts.items() if n <= SET]
     if few:
         print(
-            f"fewer than {SET} photos besides the reference, all are shown; without any, none of that kind: "
-            f"{', '.join(few)}"
+            f"fewer than {SET} photos besides the reference (all are shown; people with 0 get no "
+            f"multi-reference question): {', '.join(few)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Draw the paper's figure 3: R-FaceSim against CLIP-T, and both against training steps."""
+"""Plot the paper's figure 3: R-FaceSim against CLIP-T, and both against training steps."""
 
 import itertools
 from pathlib import Path
@@ -12,14 +12,8 @@ from scoring.tables import TITLES, scored_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # Okabe and Ito's, which colour-blind people can tell apart
+# Okabe and Ito's, which colour-blind people can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 
 Key = tuple[str, int, float]  # method, rank and learning rate: what a curve is of
@@ -27,8 +21,8 @@ Percents = dict[str, tuple[float, float]]  # by metric: the mean and half its in
 Curves = dict[Key, dict[int, Percents]]  # the points of each curve by their steps
 
 
-def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
-    """Draw the paper's figure 3 from the scores of systems, over all people; return whether there was any.
+def plot_curves(path: Path, systems: dict[str, dict]) -> bool:
+    """Plot the paper's figure 3 from the scores of systems, over all people; return whether there was any.
 
     Left: R-FaceSim against CLIP-T. Each method, rank and learning rate has a curve through its numbers of
     steps. A method with several ranks also has a parabola fitted to all its points. Right: both metrics
@@ -53,15 +47,16 @@ def draw_curves(path: Path, systems: dict[str, dict]) -> bool:
         panels = figure.subplot_mosaic([["plane"] * plane + [metric] for metric in timed] or [["plane"]])
         colours = dict(zip(dict.fromkeys((method, lr) for method, _, lr in curves), itertools.cycle(COLOURS)))
         if plane:
-            _draw_plane(panels["plane"], curves, levels, colours)
+            _plot_plane(panels["plane"], curves, levels, colours)
         for metric in timed:
-            _draw_time(panels[metric], metric, curves, levels, colours)
+            _plot_time(panels[metric], metric, curves, levels, colours)
         if timed:
             panels[timed[0]].set_title("Bands are 95 % intervals over people", fontsize=9)
             panels[timed[-1]].set_xlabel("steps")
         handles = {}
         for panel in panels.values():  # a curve in several panels has one entry
-            handles |= dict(zip(*panel.get_legend_handles_labels()[::-1])) | handles
+            for handle, label in zip(*panel.get_legend_handles_labels()):
+                handles.setdefault(label, handle)
         columns = min(len(handles), 5)
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +84,11 @@ def _collect(systems: dict[str, dict]) -> tuple[Curves, dict[str, Percents]]:
     return {key: dict(sorted(curves[key].items())) for key in sorted(curves)}, levels
 
 
-def _draw_plane(axes: "Axes", curves: Curves, levels: dict[str, Percents], colours: dict) -> None:
-    """Draw R-FaceSim against CLIP-T."""
-    both, ranks, clouds = ("clip-t", "r-facesim"), sorted({rank for _, rank, _ in curves}), {}
+def _plot_plane(axes: "Axes", curves: Curves, levels: dict[str, Percents], colours: dict) -> None:
+    """Plot R-FaceSim against CLIP-T."""
+    both = ("clip-t", "r-facesim")
+    ranks = sorted({rank for _, rank, _ in curves})
+    clouds = {}  # by method and rate, the points of all ranks
     for (method, rank, lr), curve in curves.items():
         colour = colours[method, lr]
         steps = [n for n, percents in curve.items() if {*both} <= percents.keys()]
@@ -100,10 +97,8 @@ def _draw_plane(axes: "Axes", curves: Curves, levels: dict[str, Percents], colou
         marker = MARKERS[ranks.index(rank) % len(MARKERS)]
         look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1}
         axes.plot(*zip(*points), label=_curve_name((method, rank, lr), curves), **look)
-        shown = slice(
-            None, None, 1 if len(curves) <= 2 else max(1, len(steps) - 1)
-        )  # of many curves, only at both ends
-        for n, point in zip(steps[shown], points[shown]):
+        every = 1 if len(curves) <= 2 else max(1, len(steps) - 1)  # of many curves, only at both ends
+        for n, point in zip(steps[::every], points[::every]):
             axes.annotate(str(n), point, (5, 4), textcoords="offset points", fontsize=7, color=colour)
     for cloud, points in clouds.items():
         if sum((key[0], key[2]) == cloud for key in curves) > 1 and len({x for x, _ in points}) > 3:
@@ -120,13 +115,14 @@ def _draw_plane(axes: "Axes", curves: Curves, levels: dict[str, Percents], colou
     axes.margins(0.1)
 
 
-def _draw_time(axes: "Axes", metric: str, curves: Curves, levels: dict[str, Percents], colours: dict) -> None:
-    """Draw a metric against steps."""
+def _plot_time(axes: "Axes", metric: str, curves: Curves, levels: dict[str, Percents], colours: dict) -> None:
+    """Plot a metric against steps."""
     smallest_ranks = {(method, lr): rank for method, rank, lr in reversed(curves)}  # the last one stays
     for (method, lr), rank in smallest_ranks.items():
         key, look = (method, rank, lr), {"color": colours[method, lr]}
         known = {n: percents[metric] for n, percents in curves[key].items() if metric in percents}
-        steps, (means, halves) = [*known], np.array([*known.values()]).reshape(-1, 2).T
+        steps = [*known]
+        means, halves = np.array([*known.values()]).reshape(-1, 2).T
         axes.plot(steps, means, "o-", label=_curve_name(key, curves), markersize=5, **look)
         axes.fill_between(steps, means - halves, means + halves, alpha=0.15, linewidth=0, **look)
         if len(steps) == 1:  # a band would have no width
@@ -141,5 +137,5 @@ def _draw_time(axes: "Axes", metric: str, curves: Curves, levels: dict[str, Perc
 
 def _curve_name(key: Key, curves: Curves) -> str:
     method, rank, lr = key
-    several = len({rate for *_, rate in curves}) > 1
-    return method + (f", rank {rank}" if rank else "") + (f", lr {lr:g}" if several else "")
+    many_rates = len({rate for *_, rate in curves}) > 1
+    return method + (f", rank {rank}" if rank else "") + (f", lr {lr:g}" if many_rates else "")

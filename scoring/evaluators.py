@@ -55,7 +55,7 @@ class Evaluators:
     name = ""  # which networks they are
     note = ""  # what to know of their scores
 
-    def __init__(self, cache: TensorCache | None, device: torch.device | str = "cpu"):
+    def __init__(self, cache: TensorCache, device: torch.device | str = "cpu"):
         self.cache, self.device = cache, device
         self.used: dict[str, str] = {}  # fingerprints of the weights used so far, by network
 
@@ -110,13 +110,16 @@ class PaperEvaluators(Evaluators):
 
     def __init__(
         self,
-        cache: TensorCache | None,
+        cache: TensorCache,
         device: torch.device | str = "cpu",
         clip: Path | None = None,
         recognizer: Path | None = None,
         detector: Path | None = None,
     ):
-        """clip, recognizer, detector: files or folders; None downloads the paper's."""
+        """clip, recognizer, detector: weight files; None uses the paper's.
+
+        Of the paper's, CLIP and the recognizer are downloaded.
+        """
         super().__init__(cache, device)
         self.clip_path, self.recognizer_path, self.detector_path = clip, recognizer, detector
 
@@ -178,7 +181,7 @@ def _identify(path: Path | None, pinned: str) -> str:
 class SmallEvaluators(Evaluators):
     """The two networks of `vision/small.py`, for the pictures of a model that brings them along."""
 
-    def __init__(self, folder: Path, cache: TensorCache | None, device: torch.device | str = "cpu"):
+    def __init__(self, folder: Path, cache: TensorCache, device: torch.device | str = "cpu"):
         super().__init__(cache, device)
         self.folder, self.name = folder, str(folder)
         self.identity, self.prompt = small.load_judges(folder, device)
@@ -225,7 +228,7 @@ class SmallEvaluators(Evaluators):
 
 def load_evaluators(
     model: str | None,
-    cache: TensorCache | None,
+    cache: TensorCache,
     device: torch.device | str = "cpu",
     clip: Path | None = None,
     recognizer: Path | None = None,
@@ -233,7 +236,8 @@ def load_evaluators(
 ) -> Evaluators:
     """Return the evaluators that a model brings along in its folder `judges`, else the paper's.
 
-    model: as --model; clip, recognizer, detector: files of the paper's, None for those to download.
+    model: as --model; clip, recognizer, detector: weight files; None uses the paper's (CLIP and the
+    recognizer are downloaded).
     """
     for option, path in {"clip": clip, "recognizer": recognizer, "detector": detector}.items():
         if path and not path.exists():

@@ -37,9 +37,9 @@ def find_photos(
 
 def _one_per_photo(classes: list[Person], folder: Path) -> list[Person]:
     """Make a person of each photo in the folders man/ and woman/."""
-    people = [
-        Person(0, f"{kind.name}_{photo.path.stem}", (photo,)) for kind in classes for photo in kind.photos
-    ]
+    people = []
+    for kind in classes:
+        people += [Person(0, f"{kind.name}_{photo.path.stem}", (photo,)) for photo in kind.photos]
     counts = Counter(person.name for person in people)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
@@ -96,7 +96,7 @@ def read_prompts(path: Path, kind: str) -> list[str]:
     """Read a class's prompts, one per line, without blank lines; [his/her] becomes his for man, else her.
 
     path: a file, or a folder with a `<class>.txt` for each class. Raises UserError when the file is not
-    UTF-8 or holds no prompts, and on slots such as [his/her] for a class other than man and woman.
+    UTF-8 or holds no prompts, and on placeholders such as [his/her] for a class other than man and woman.
     """
     file = path / f"{kind}.txt" if path.is_dir() else path
     if not file.is_file():
@@ -110,9 +110,10 @@ def read_prompts(path: Path, kind: str) -> list[str]:
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{file} holds no prompts")
-    slot = re.compile(r"\[([^][/]*)/([^][/]*)\]")
-    if kind not in ("man", "woman") and any(slot.search(prompt) for prompt in prompts):
+    placeholder = re.compile(r"\[([^][/]*)/([^][/]*)\]")
+    if kind not in ("man", "woman") and any(placeholder.search(prompt) for prompt in prompts):
         raise UserError(
-            f"{file} has slots such as [man/woman], for which the class {kind} has no word: give --classes"
+            f"{file} has placeholders such as [man/woman], for which the class {kind} has no word: "
+            "give --classes"
         )
-    return [slot.sub(r"\1" if kind == "man" else r"\2", prompt) for prompt in prompts]
+    return [placeholder.sub(r"\1" if kind == "man" else r"\2", prompt) for prompt in prompts]

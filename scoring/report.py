@@ -21,7 +21,7 @@ from scoring.tables import TITLES, scored_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SIDE = 128  # pixels of a thumbnail's longer side
-PLENTY = 4000  # thumbnails of that size, some 20 MB; if there are more, they are smaller
+FULL_SIZE_COUNT = 4000  # above this number thumbnails shrink, to keep the page near 20 MB
 
 
 def write_report(
@@ -34,7 +34,7 @@ def write_report(
     """Write one HTML file that shows and compares systems: scores, remarks, and every picture.
 
     systems: the scores of each, by its name; photos: of each person, the reference first; curves: the file
-    that `draw_curves` wrote; table: the scores as text. Raises as `read_photo` when a picture is missing.
+    that `plot_curves` wrote; table: the scores as text. Raises as `read_photo` when a picture is missing.
     """
     people = dict.fromkeys(name for scores in systems.values() for name in scores["people"])
     photos = {name: (photos or {}).get(name, []) for name in people}
@@ -73,8 +73,8 @@ def write_report(
 
 
 def thumbnail_side(count: int) -> int:
-    """Return the longer side of thumbnails in pixels: SIDE for up to PLENTY pictures, for more down to 32."""
-    return max(32, min(SIDE, int(SIDE * math.sqrt(PLENTY / max(1, count))) // 8 * 8))
+    """Return the longer side of thumbnails in pixels: SIDE up to FULL_SIZE_COUNT, then down to 32."""
+    return max(32, min(SIDE, int(SIDE * math.sqrt(FULL_SIZE_COUNT / max(1, count))) // 8 * 8))
 
 
 def thumbnail(path: Path, side: int) -> str:

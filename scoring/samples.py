@@ -16,9 +16,8 @@ class Sample:
     """A picture that a system made, `<person>/<prompt>/<seed>.png`."""
 
     person: str
-    prompt: (
-        str  # "03" for the folders 03, 3 and 03_any-words; the whole name if it does not begin with a number
-    )
+    # "03" for the folders 03, 3 and 03_any-words; the whole name if it does not begin with a number
+    prompt: str
     seed: str
     path: Path
 

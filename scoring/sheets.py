@@ -11,13 +11,13 @@ from run.files import atomic
 from run.pictures import contact_sheet
 from scoring.tables import TITLES, scored_metrics
 
+SIDE = 256  # pixels of a cell
 
-def person_sheet(
-    rows: Sequence[dict], photos: Sequence[Path], metrics: Sequence[str], side: int = 256
-) -> Image.Image:
-    """Draw a sheet of one person's pictures by one system: prompts down, seeds across, real photos at left.
 
-    rows: those of this person in the scores; photos: real ones, the reference first; side: pixels of a cell.
+def person_sheet(rows: Sequence[dict], photos: Sequence[Path], metrics: Sequence[str]) -> Image.Image:
+    """Lay out one person's pictures by one system: prompts down, seeds across, real photos at left.
+
+    rows: those of this person in the scores; photos: real ones, the reference first.
     """
     rows = sorted(rows, key=lambda row: row["prompt"])
     prompts = {row["prompt"]: row.get("text") or f"prompt {row['prompt']}" for row in rows}
@@ -26,13 +26,13 @@ def person_sheet(
     real = dict(zip(prompts, photos))  # at most one photo beside each prompt
     cells = []
     for prompt in prompts:
-        pictures = [_cell(place.get((prompt, seed)), metrics, side) for seed in seeds]
+        pictures = [_cell(place.get((prompt, seed)), metrics) for seed in seeds]
         cells.append([read_photo(real[prompt]) if prompt in real else None, *pictures])
     titles = ["real, reference first", *(f"seed {seed}" for seed in seeds)]
-    return contact_sheet(cells, [*prompts.values()], titles, (side, side))
+    return contact_sheet(cells, [*prompts.values()], titles, (SIDE, SIDE))
 
 
-def _cell(row: dict | None, metrics: Sequence[str], side: int) -> Image.Image | None:
+def _cell(row: dict | None, metrics: Sequence[str]) -> Image.Image | None:
     """Return a square cell: the picture of a row, and its scores below it."""
     if row is None:
         return None
@@ -41,11 +41,11 @@ def _cell(row: dict | None, metrics: Sequence[str], side: int) -> Image.Image | 
     without_face = row.get("faces") == 0
     if without_face:
         lines = ["no face found", *lines]
-    font = ImageFont.load_default(size=max(10, side // 18))
+    font = ImageFont.load_default(size=SIDE // 18)
     line = math.ceil(sum(font.getmetrics()) * 1.1)
-    cell = Image.new("RGB", (side, side), "#a3202a" if without_face else "#222222")
-    room = side - (line * len(lines) + 2 if lines else 0)
-    cell.paste(ImageOps.pad(read_photo(row["path"]), (side, room), color=(128, 128, 128)))
+    cell = Image.new("RGB", (SIDE, SIDE), "#a3202a" if without_face else "#222222")
+    room = SIDE - (line * len(lines) + 2 if lines else 0)
+    cell.paste(ImageOps.pad(read_photo(row["path"]), (SIDE, room), color=(128, 128, 128)))
     text = "\n".join(lines)
     ImageDraw.Draw(cell).multiline_text((4, room), text, "white", font, spacing=line - font.size)
     return cell

@@ -210,7 +210,10 @@ def test_folders_laid_out_otherwise_are_told(folder):
     [
         (lambda lines: lines[1:], "man.txt: 19 prompts, must be 20"),
         (lambda lines: [lines[1], *lines[1:]], "number 01 for a man, .*: the same as an earlier one"),
-        (lambda lines: ["a [man/woman on a horse", *lines[1:]], "number 00 .*: a slot should read like"),
+        (
+            lambda lines: ["a [man/woman on a horse", *lines[1:]],
+            "number 00 .*: a placeholder should",
+        ),
         (lambda lines: ["a person on a horse", *lines[1:]], "number 00 .*: it does not say man"),
         (lambda lines: ["a man on [her/his] horse", *lines[1:]], "number 00 .*: it says her"),
         (lambda lines: ["a man \udcff", *lines[1:]], "man.txt, line 1: byte 0xff is not UTF-8"),

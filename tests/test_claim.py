@@ -15,7 +15,7 @@ import torch
 from bench import documents
 from studies.claim import __main__ as claim
 from studies.claim import documents as claim_documents
-from studies.claim.pictures import draw_pictures
+from studies.claim.pictures import plot_pictures
 from studies.claim.scores import (
     KEY,
     METRICS,
@@ -33,6 +33,7 @@ from studies.claim.scores import (
 )
 from studies.claim.side_questions import aside
 from studies.claim.study import Study
+from studies.draws import __main__ as draws
 
 
 def curve(similar: list[float], adherent: list[float], steps=(0, 10, 20, 40), resamples: int = 20):
@@ -200,9 +201,19 @@ def test_the_whole_documents_say_what_the_scores_say(study, path):
 def test_blocks_have_writers_and_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     names = {found["name"] for found in documents.BLOCK.finditer(text)}
-    assert names and names <= claim_documents.BLOCKS.keys()
+    assert names and names <= claim_documents.BLOCKS.keys() | {"draws"}
     links = re.findall(r"\]\(([^):#]+)\)", text)
     assert links and all((path.parent / link).exists() for link in links)
+
+
+def test_the_table_of_draws_says_what_the_scores_say():
+    text = draws.DOCUMENT.read_text(encoding="utf-8")
+    with draws.SCORES.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert draws.table(rows) in text
+    for row in rows:
+        row["r-facesim"] = float(row["r-facesim"]) + 0.001
+    assert draws.table(rows) not in text
 
 
 @pytest.fixture(scope="module")
@@ -277,5 +288,5 @@ def test_a_whole_study_leaves_nothing_out(whole):
 
 
 def test_pictures_are_drawn(whole):
-    draw_pictures(Study(whole, [], resamples=20))
+    plot_pictures(Study(whole, [], resamples=20))
     assert {file.stem for file in whole.glob("*.png")} == {"frontier", "steps", "facesim", "controls"}

@@ -13,6 +13,7 @@ from torch import Tensor
 from flux import find_files
 from flux.checkpoint import read_tensors
 from flux.loading import native_size
+from people.cache import TensorCache
 from scoring import evaluators
 from tiny.judges import NAMED
 from tiny.people import STYLES, VIEW, caption, draw_identities, draw_views, render, to_pil
@@ -175,7 +176,7 @@ def own_model(model, tmp_path) -> Path:
 
 
 def evaluators_for(model: str | None, **files: Path | None) -> evaluators.Evaluators:
-    return evaluators.load_evaluators(model, cache=None, **files)
+    return evaluators.load_evaluators(model, TensorCache(Path("cache")), **files)
 
 
 def test_folder_file_and_variable_bring_the_same(own_model, monkeypatch):

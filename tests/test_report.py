@@ -173,7 +173,7 @@ def test_metrics_may_be_missing(tmp_path, files, metrics):
 def test_many_thumbnails_are_smaller(tmp_path, files, monkeypatch):
     sides = [report.thumbnail_side(n) for n in (0, 1, 4000, 4001, 16000, 64000, 10**7)]
     assert sides == [128, 128, 128, 120, 64, 32, 32]
-    monkeypatch.setattr(report, "PLENTY", 6)
+    monkeypatch.setattr(report, "FULL_SIZE_COUNT", 6)
     report.write_report(tmp_path / "report.html", {"one": make_scores(files)})
     assert {max(decode(uri).size) for uri in content(tmp_path / "report.html")["images"]} == {64}
 
@@ -211,7 +211,7 @@ def test_curves_show_the_numbers(tmp_path, monkeypatch):
     )
     systems |= curve("lora", 16, **{"clip-t": 0.29, "r-facesim": 0.6})
     systems["base $x$"] = {"overall": group(4, **{"clip-t": 0.33, "r-facesim": 0.1})}
-    assert curves.draw_curves(tmp_path / "new" / "curves.png", systems)
+    assert curves.plot_curves(tmp_path / "new" / "curves.png", systems)
     plane, faces, texts = kept[0].axes
     lines = {line.get_label(): line for line in plane.lines}
     torch.testing.assert_close(
@@ -232,7 +232,7 @@ def test_curves_show_the_numbers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("metrics", [("clip-t", "r-facesim"), ("clip-t",), ("r-facesim",)])
 def test_curves_are_drawn_from_what_there_is(tmp_path, metrics):
-    assert curves.draw_curves(tmp_path / "curves.png", curve("lora", 1, **dict.fromkeys(metrics, 0.5)))
+    assert curves.plot_curves(tmp_path / "curves.png", curve("lora", 1, **dict.fromkeys(metrics, 0.5)))
     assert read_photo(tmp_path / "curves.png").width > 500
 
 
@@ -242,8 +242,8 @@ def test_nothing_to_draw(tmp_path):
         "system": {"method": "a", "rank": 1, "steps": 5},
     }
     systems = {"a": none, "b": {"overall": group(3, **{"clip-t": 0.3})}, "c": {"overall": {"people": 2}}}
-    assert not curves.draw_curves(tmp_path / "curves.png", systems)
-    assert not curves.draw_curves(tmp_path / "curves.png", curve("lora", 1, facesim=0.5))
+    assert not curves.plot_curves(tmp_path / "curves.png", systems)
+    assert not curves.plot_curves(tmp_path / "curves.png", curve("lora", 1, facesim=0.5))
     assert not any(tmp_path.iterdir())
 
 
@@ -271,7 +271,7 @@ def test_sheets_are_written(tmp_path, files, photos):
     sheets.write_sheets(tmp_path / "sheets", scores, photos)
     assert {path.stem for path in (tmp_path / "sheets").iterdir()} == PEOPLE.keys() - {NASTY}
     plain, marked = (
-        sheets._cell({"path": files[11], "clip-t": 0.3, "faces": n}, ["clip-t"], 256).getpixel((250, 252))
+        sheets._cell({"path": files[11], "clip-t": 0.3, "faces": n}, ["clip-t"]).getpixel((250, 252))
         for n in (1, 0)
     )
     assert plain == (0x22, 0x22, 0x22) and marked == (0xA3, 0x20, 0x2A)

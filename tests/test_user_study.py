@@ -122,12 +122,12 @@ def test_people_and_prompts_are_balanced(key):
     assert len(set(part1)) == 8, "a scene comes up twice although others were free"
 
 
-def test_drawing_exhausts_the_pictures_before_it_stops():
+def test_choosing_exhausts_the_pictures_before_it_stops():
     seeds = {(person, prompt): ["0", "1"] for person in "ab" for prompt in ("00", "01", "02")}
-    drawn = user_study.draw(seeds, 12, 1, Counter(), random.Random(0))
-    assert len({(person, prompt, *some) for person, prompt, some in drawn}) == 12
+    chosen = user_study.choose_questions(seeds, 12, 1, Counter(), random.Random(0))
+    assert len({(person, prompt, *some) for person, prompt, some in chosen}) == 12
     with pytest.raises(ValueError, match="--questions 52: 13 of each kind .* make 12 with 1 seed each"):
-        user_study.draw(seeds, 13, 1, Counter(), random.Random(0))
+        user_study.choose_questions(seeds, 13, 1, Counter(), random.Random(0))
 
 
 def test_the_page_is_blind(world, key):
@@ -149,7 +149,7 @@ def test_the_page_is_blind(world, key):
 
 
 def test_the_same_picture_of_two_systems_has_unlinked_names(world, key):
-    """All systems drew the same, so bytes agree; no name, and no place in a question, goes with a system."""
+    """All systems made the same, so bytes agree; no name, and no place in a question, goes with a system."""
     html = (world / "study" / "page" / "index.html").read_text("utf-8")
     page = json.loads(re.search(r'<script id="study"[^>]*>(.*?)</script>', html)[1])
     used, first = [], Counter()
@@ -172,7 +172,7 @@ def test_metadata_of_photos_is_stripped(tmp_path):
     image = Image.new("RGB", (30, 20), "red")
     image.save(path, exif=exif, comment=b"secret remark", icc_profile=b"secret profile")
     assert b"secret remark" in path.read_bytes()
-    assert b"secret" not in user_study.clean(path, 768)
+    assert b"secret" not in user_study.encode_picture(path, 768)
 
 
 def test_a_seed_gives_the_same_study(world):
@@ -260,7 +260,7 @@ def test_the_interval_agrees_with_resampled_participants():
     votes = np.zeros((300, 2, 2), int)
     votes[..., 1] = rng.integers(4, 17, (300, 2))
     votes[..., 0] = rng.binomial(votes[..., 1], rng.beta(2, 3, (300, 1)))
-    cell = user_study.estimate(votes)
+    cell = user_study.share(votes)
     picked = votes[rng.integers(0, 300, (4000, 300))].sum(axis=1)
     means = 100 * (picked[..., 0] / picked[..., 1]).mean(axis=1)
     assert cell["ci95"] == pytest.approx(1.968 * means.std(), rel=0.05)
@@ -303,14 +303,14 @@ def test_a_study_is_never_overwritten(world):
 
 
 def test_an_interrupted_study_leaves_nothing(world, monkeypatch):
-    clean, times = user_study.clean, iter(range(9))
+    encode, times = user_study.encode_picture, iter(range(9))
 
     def interrupted(*args):
         if next(times) == 8:
             raise KeyboardInterrupt
-        return clean(*args)
+        return encode(*args)
 
-    monkeypatch.setattr(user_study, "clean", interrupted)
+    monkeypatch.setattr(user_study, "encode_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(world, out="broken")
     assert not any((world / "broken").iterdir())
@@ -337,14 +337,14 @@ def test_pictures_that_a_system_lacks_are_left_out(tmp_path, capsys):
 def test_few_photos(tmp_path, capsys):
     write_world(tmp_path, photos=3)
     _, key = make(tmp_path)
-    assert "none of that kind: man_boris 2," in capsys.readouterr().out
-    several = [q for q in key["questions"].values() if q["kind"] == "multi-reference"]
-    assert {len(question["references"]) for question in several} == {2}
+    assert "no multi-reference question): man_boris 2," in capsys.readouterr().out
+    multiple = [q for q in key["questions"].values() if q["kind"] == "multi-reference"]
+    assert {len(question["references"]) for question in multiple} == {2}
     for photo in ("1.png", "2.png"):
         (tmp_path / "photos" / "man_dan" / photo).unlink()
     _, key = make(tmp_path, out="other")
-    several = {q["person"] for q in key["questions"].values() if q["kind"] == "multi-reference"}
-    assert "man_dan" not in several
+    people = {q["person"] for q in key["questions"].values() if q["kind"] == "multi-reference"}
+    assert "man_dan" not in people
     assert "man_dan" in {question["person"] for question in key["questions"].values()}
     for photo in (tmp_path / "photos").glob("*/[12].png"):
         photo.unlink()

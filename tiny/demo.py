@@ -32,12 +32,12 @@ def run(*command: object) -> None:
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
 
 
-def draw_sheet(people: Path, pictures: Path, steps: int, path: Path) -> None:
+def write_sheet(people: Path, pictures: Path, steps: int, path: Path) -> None:
     """Lay out photos of a few people and, below them, the pictures of each system, a column per prompt."""
-    prompts, everybody = PROMPTS.read_text().splitlines(), scan_people(people)
+    prompts, found = PROMPTS.read_text().splitlines(), scan_people(people)
     systems = [folder.name for folder in pictures.iterdir() if folder.name.endswith(("base", f"_s{steps}"))]
     rows, labels = [], []
-    for person in everybody[:: -(-len(everybody) // SHOWN)]:
+    for person in found[:: -(-len(found) // SHOWN)]:
         rows.append([Image.open(photo.path) for photo in person.photos[: 1 + len(prompts)]])
         labels.append(f"{person.name}: photos")
         for system in sorted(systems):
@@ -85,7 +85,7 @@ def main() -> None:
     protocol = ["--people", out / "new", "--prompts", PROMPTS, "--seeds", 1, "--sample-steps", 12]
     benchmark = out / "benchmark"
     run("-m", "metaphd", "run", *model, *protocol, *systems, "--out", benchmark)
-    draw_sheet(out / "new", benchmark / "pictures", max(args.steps), out / "sheet.png")
+    write_sheet(out / "new", benchmark / "pictures", max(args.steps), out / "sheet.png")
     print(
         f"\n{args.people} held-out people, one photo each, learned without crops, at a learning rate chosen\n"
         "on other people: a demonstration, not a study."

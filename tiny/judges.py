@@ -32,13 +32,13 @@ NAMED = {
 }
 
 
-def draw(people: int, photos: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Draw pictures of new people, (people, VIEWS, 3, 64, 64) uint8, and attributes, each (people, VIEWS)."""
+def generate(people: int, photos: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Generate new people: pictures (people, VIEWS, 3, 64, 64) uint8 and attributes, each (people, VIEWS)."""
     identities, views = draw_identities(people, generator), draw_views(people * VIEWS, generator)
     views[torch.rand(len(views), generator=generator) < photos, VIEW.index("style")] = 0
     views = views.view(people, VIEWS, -1)
     pictures = torch.empty(people, VIEWS, 3, SIZE, SIZE, dtype=torch.uint8)
-    for i in tqdm(range(0, people, 4), "drawing", mininterval=5, disable=people < 1000):
+    for i in tqdm(range(0, people, 4), "generating", mininterval=5, disable=people < 1000):
         images = render(identities[i : i + 4].repeat_interleave(VIEWS, 0), views[i : i + 4].flatten(0, 1))[0]
         pictures[i : i + 4] = ((images + 1) * 127.5).round().byte().unflatten(0, (-1, VIEWS))
     labels = {name: views[..., VIEW.index(name)].long() for name in ("scene", "shirt", "style")}
@@ -92,7 +92,7 @@ def prompt_loss(
 def evaluate(folder: Path, photos: float, seed: int, people: int = 200) -> dict[str, float]:
     """Measure both on people never seen; rank-1 and cosines compare everyone's first picture with others."""
     identity, prompt = load_judges(folder)
-    pictures, labels = draw(people, photos, torch.Generator().manual_seed(seed))
+    pictures, labels = generate(people, photos, torch.Generator().manual_seed(seed))
     images = pictures.flatten(0, 1).float() / 127.5 - 1
     faces = identity(images).view(people, VIEWS, -1)
     cosines = torch.einsum("p v d, q d -> v p q", faces[:, 1:], faces[:, 0])
@@ -120,7 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    data = draw(args.people, 0.6, torch.Generator().manual_seed(args.seed))
+    data = generate(args.people, 0.6, torch.Generator().manual_seed(args.seed))
     identity = ("identity", IdentityNet(), identity_loss, args.steps)
     prompt = ("prompt", PromptNet(NAMED), prompt_loss, args.prompt_steps)
     for name, network, loss, steps in (identity, prompt):

@@ -219,7 +219,7 @@ def _rgb(colour: str) -> Tensor:
 
 @torch.no_grad()
 def render(identities: Tensor, views: Tensor, size: int = 64, chunk: int = 32) -> tuple[Tensor, Tensor]:
-    """Draw each person in the view of the same row: images (n, 3, size, size) in [-1, 1] and boxes (n, 4).
+    """Render each person in the view of the same row: images (n, 3, size, size) in [-1, 1] and boxes (n, 4).
 
     A box (x0, y0, x1, y1) holds the visible face, forehead to chin, ear to ear: whole pixels, half open.
     """
@@ -344,7 +344,7 @@ def _draw(identities: Tensor, views: Tensor, size: int) -> Tensor:
 
 
 def _scenes(v: SimpleNamespace, x: Tensor, y: Tensor, size: int) -> Tensor:
-    """Draw the scenes, (b, 3, size, size) in 0 .. 1."""
+    """Render the scenes, (b, 3, size, size) in 0 .. 1."""
     img = torch.empty(len(v.scene), 3, size, size)
     for number, name in enumerate(SCENES):
         rows = v.scene.flatten() == number
@@ -451,7 +451,7 @@ def caption(view: Tensor, identity: Tensor, generator: torch.Generator, named: f
 
 
 def training_pictures(n: int, generator: torch.Generator, size: int = 64, named: float = 0.85) -> tuple:
-    """Draw n fresh people, one picture each: images (n, 3, size, size), list of captions, boxes (n, 4)."""
+    """Generate n people, one picture each: images (n, 3, size, size), list of captions, boxes (n, 4)."""
     identities, views = draw_identities(n, generator), draw_views(n, generator)
     images, boxes = render(identities, views, size)
     return images, [caption(v, i, generator, named) for v, i in zip(views, identities, strict=True)], boxes

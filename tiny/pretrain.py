@@ -197,7 +197,7 @@ def read_pictures(
         for at in tqdm(range(0, count, 512), f"pictures {name}", mininterval=5):
             generator = torch.Generator().manual_seed(seed + at)
             n = min(512, count - at)
-            images, new = read_folder(folder, at, n, shape) if folder else draw(n, shape, generator)
+            images, new = read_folder(folder, at, n, shape) if folder else generate(n, shape, generator)
             pictures[at : at + n] = ((images + 1) * 127.5).round().clamp(0, 255).byte().numpy()
             texts += [with_spare_word(text, generator) for text in new]
         torch.set_num_threads(threads)
@@ -207,8 +207,8 @@ def read_pictures(
     return np.load(file, mmap_mode="r"), json.loads(captions.read_text())
 
 
-def draw(n: int, shape: Size, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Draw n people; other shapes than squares are cut out of squares, near the face."""
+def generate(n: int, shape: Size, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Generate pictures of n people; other shapes than squares are cut out of squares, near the face."""
     height, width = shape
     side = max(shape)
     images, captions, boxes = training_pictures(n, generator, side)

@@ -29,7 +29,7 @@ from metaphd import benchmark
 from run.files import atomic
 from run.models import SHIPPED
 from studies.claim.documents import BLOCKS, write_documents
-from studies.claim.pictures import draw_pictures
+from studies.claim.pictures import plot_pictures
 from studies.claim.scores import KEY, METRICS, PLACE, read_scores
 from studies.claim.study import PLACEMENTS, Study
 from studies.claim.tables import means, primary
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.figures:
         study = load_study(args.scores)
         write_documents(study)
-        draw_pictures(study)
+        plot_pictures(study)
         print(*(f"--- {name}\n\n{block(study)}\n" for name, block in BLOCKS.items()), sep="\n")
         return
     groups = QUICK if args.quick else plan(args.bases)

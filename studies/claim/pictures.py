@@ -18,22 +18,22 @@ MEASURED = (10, 20, 30, 45, 60, 90, 120, 180)  # steps with a marker; between th
 NAMED = (20, 60, 180)  # steps with a number
 
 
-def draw_pictures(study: Study) -> None:
-    """Draw all pictures for which there are scores into the study's folder."""
+def plot_pictures(study: Study) -> None:
+    """Plot all pictures for which there are scores into the study's folder."""
     panels = {
         name: (study.pooled([targets]), targets)
         for targets, name in PLACEMENTS.items()
         if study.replicates([targets])
     }
     with page(study.folder / "frontier.png", 1, panels, "upper left") as axes:
-        ends = [draw_frontier(ax, *panel) for ax, panel in zip(axes[0], panels.values())]
+        ends = [plot_frontier(ax, *panel) for ax, panel in zip(axes[0], panels.values())]
         axes[0, 0].set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
     with page(study.folder / "steps.png", 2, panels, "lower right") as axes:
         for column, (sample, targets) in zip(axes.T, panels.values()):
-            draw_steps(column, sample, targets)
+            plot_steps(column, sample, targets)
     with page(study.folder / "facesim.png", 1, panels, "upper left") as axes:
         for ax, (sample, targets) in zip(axes[0], panels.values()):
-            draw_facesim(ax, sample, targets)
+            plot_facesim(ax, sample, targets)
     panels = {
         name: (study.first(), targets)
         for targets, name in PLACEMENTS.items()
@@ -42,12 +42,12 @@ def draw_pictures(study: Study) -> None:
     if panels:
         with page(study.folder / "controls.png", 1, panels, "lower right") as axes:
             for ax, (sample, targets) in zip(axes[0], panels.values()):
-                draw_controls(ax, sample, targets)
+                plot_controls(ax, sample, targets)
 
 
 @contextmanager
 def page(path: Path, rows: int, panels: dict[str, object], legend: str) -> Iterator[np.ndarray]:
-    """Give axes (rows, panels) to draw in, with the panels' names on top, and save them."""
+    """Give axes (rows, panels) to plot in, with the panels' names on top, and save them."""
     import matplotlib  # takes a second, and only pictures need it
     from matplotlib.figure import Figure
 
@@ -81,8 +81,8 @@ def marked(curve: np.ndarray) -> list[int]:
     return [n for n in MEASURED if n < curve.shape[-2]]
 
 
-def draw_frontier(ax, sample: Sample, targets: str) -> tuple[float, float]:
-    """Draw R-FaceSim against adherence over steps; the other rates pale, the base a star.
+def plot_frontier(ax, sample: Sample, targets: str) -> tuple[float, float]:
+    """Plot R-FaceSim against adherence over steps; the other rates pale, the base a star.
 
     Returns the ends of the vertical axis, out of which rates that are far too high may run.
     """
@@ -117,8 +117,8 @@ def plane(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return 100 * curve[0, :, SIMILAR], 100 * curve[0, :, ADHERENT]
 
 
-def draw_band(ax, curve: np.ndarray, value: Callable[[np.ndarray], np.ndarray], **look) -> None:
-    """Draw a value of the scores over steps with its 95 % interval."""
+def plot_band(ax, curve: np.ndarray, value: Callable[[np.ndarray], np.ndarray], **look) -> None:
+    """Plot a value of the scores over steps with its 95 % interval."""
     values, steps = 100 * value(curve), marked(curve)
     low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)
     ax.fill_between(range(values.shape[1]), low, high, alpha=0.15, linewidth=0, color=look["color"])
@@ -126,17 +126,17 @@ def draw_band(ax, curve: np.ndarray, value: Callable[[np.ndarray], np.ndarray], 
     ax.plot(values[0], linewidth=1.5, **look)
 
 
-def draw_steps(column, sample: Sample, targets: str) -> None:
-    """Draw R-FaceSim, and below it adherence, over steps."""
+def plot_steps(column, sample: Sample, targets: str) -> None:
+    """Plot R-FaceSim, and below it adherence, over steps."""
     for title, colour, curve, _ in each_method(sample, targets):
         for ax, metric in zip(column, (SIMILAR, ADHERENT)):
-            draw_band(ax, curve, lambda scores, m=metric: scores[..., m], color=colour, label=title)
+            plot_band(ax, curve, lambda scores, m=metric: scores[..., m], color=colour, label=title)
     column[0].set(ylabel="R-FaceSim, percent")
     column[1].set(ylabel="adherence, percent", xlabel="steps")
 
 
-def draw_facesim(ax, sample: Sample, targets: str) -> None:
-    """Draw how much FaceSim exceeds R-FaceSim, against R-FaceSim."""
+def plot_facesim(ax, sample: Sample, targets: str) -> None:
+    """Plot how much FaceSim exceeds R-FaceSim, against R-FaceSim."""
     for title, colour, curve, _ in each_method(sample, targets):
         x, gap = 100 * curve[0, :, SIMILAR], 100 * (curve[..., FACESIM] - curve[..., SIMILAR])
         low, high = np.quantile(gap[1:], [0.025, 0.975], axis=0)
@@ -148,14 +148,14 @@ def draw_facesim(ax, sample: Sample, targets: str) -> None:
     ax.set(xlabel="R-FaceSim, percent", ylabel="FaceSim - R-FaceSim, points")
 
 
-def draw_controls(ax, sample: Sample, targets: str) -> None:
-    """Draw R-FaceSim over steps of the learned meta_down, of its controls, and of LoRA."""
+def plot_controls(ax, sample: Sample, targets: str) -> None:
+    """Plot R-FaceSim over steps of the learned meta_down, of its controls, and of LoRA."""
     for title, colour, curve, _ in each_method(sample, targets):
-        draw_band(ax, curve, lambda scores: scores[..., SIMILAR], color=colour, label=title)
+        plot_band(ax, curve, lambda scores: scores[..., SIMILAR], color=colour, label=title)
     for control in CONTROLS:
         curves = sample.curves(targets, META, prior=control)
         if curves:
             best = best_rate(curves)
             look = {"color": COLOUR[control], "label": f"{control}, rate {tell_rate(best[1])}"}
-            draw_band(ax, curves[best], lambda scores: scores[..., SIMILAR], **look)
+            plot_band(ax, curves[best], lambda scores: scores[..., SIMILAR], **look)
     ax.set(xlabel="steps", ylabel="R-FaceSim, percent")

@@ -152,9 +152,9 @@ def looked(study: Study) -> str:
 
 def flux_cost(study: Study) -> str:
     """Lay out what a study like this takes on FLUX.1-dev, by the operations that run/plan.py counts."""
-    priors, people, rates, steps, stops, drawn, euler = 2, 30, 4, 750, 6, 16, 30
+    priors, people, rates, steps, stops, each, euler = 2, 30, 4, 750, 6, 16, 30
     runs = people * rates * (priors + 1)  # LoRA has no prior, and is trained once
-    pictures = runs * stops * drawn
+    pictures = runs * stops * each
     cards, total = ("A6000", "H100"), np.zeros(2)
     lines = [["", "steps", *(f"a step, {card}" for card in cards), *(f"days, {card}" for card in cards)]]
     for name, workload, memory_plan, number_of in (
@@ -174,6 +174,6 @@ def flux_cost(study: Study) -> str:
     lines.append(["together", "", "", "", *(f"{d:.1f}" for d in total)])
     return (
         f"{people} people, {rates} learning rates, a base, a placement, {priors} priors and LoRA, {steps} "
-        f"steps, {drawn} pictures at each of {stops} step counts with {euler} Euler steps, 1024x1024, all "
+        f"steps, {each} pictures at each of {stops} step counts with {euler} Euler steps, 1024x1024, all "
         f"blocks recomputed in the backward pass, {SHARE:.0%} of a card's peak:\n\n" + markdown(lines)
     )

@@ -30,7 +30,7 @@ METRICS = ("r-facesim", "clip-t")
 
 
 def measure(out: Path) -> list[dict]:
-    """Train, draw and score everybody, and return a row per person."""
+    """Train, generate and score everyone, and return a row per person."""
     people = out / "people"
     if not people.exists():
         write_people(people, people=12, photos=8, seed=200, photo_share=1.0, size=160)
@@ -70,7 +70,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/draws"), help="folder for all that is made")
-    parser.add_argument("--table", action="store_true", help="only print the table of the committed scores")
+    parser.add_argument("--table", action="store_true", help="only the table, from the committed scores")
     args = parser.parse_args()
     if args.table:
         with SCORES.open(newline="") as file:
