@@ -7,7 +7,7 @@ demo: .venv/ready  ## meta-train, personalize, sample and score with the toy mod
 test: .venv/ready-dev  ## parity with independent implementations, and everything else
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
