@@ -89,9 +89,8 @@ class BucketRun:
 
     @property
     def q_warmup(self) -> int:
-        return min(
-            round(self.bucket_warmup * self.q_bucket), self.q_bucket - 1
-        )  # meta_down moves in each turn
+        """The steps of this turn's warm-up, which leaves at least one step for meta_down to move in."""
+        return min(round(self.bucket_warmup * self.q_bucket), self.q_bucket - 1)
 
     @property
     def steps_left(self) -> int:

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for all results")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--people", type=int, default=12, help="held-out people to personalize")
-    parser.add_argument("--meta-steps", type=int, default=200, help="steps of the shortened meta-training")
+    parser.add_argument("--meta-steps", type=int, default=150, help="steps of the shortened meta-training")
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[30, 60, 120], help="of either method in stage 2"
     )
@@ -63,9 +63,9 @@ def main() -> None:
     args = parser.parse_args()
     out, began, model = args.out.resolve(), time.time(), ["--model", args.model]
 
-    run("tiny/people.py", "--out", out / "ids", "--people", 60, "--photos", 20, "--seed", 0)
+    run("tiny/people.py", "--out", out / "ids", "--people", 30, "--photos", 20, "--seed", 0)
     meta = ["train_meta.py", "--data", out / "ids", *model, "--out", out / "meta", "--r1", 32]
-    meta += ["--steps", args.meta_steps, "--bucket-ids", 20, "--uses-per-image", 1, "--lr", 4e-3]
+    meta += ["--steps", args.meta_steps, "--bucket-ids", 15, "--uses-per-image", 1, "--lr", 4e-3]
     run(*meta, "--sample-every", 0)
     print(f"\n{out / 'meta' / 'loss.png'} shows the loss. The next commands use the stage-1 file that comes")
     print("with the model, tiny/weights/meta.safetensors: the same command with more people and steps.")
