@@ -118,7 +118,7 @@ def test_a_broken_network_is_noticed(broken, recognizer, recognizer_file, faces,
     net = load_recognizer(recognizer_file)
     broken(net, monkeypatch)
     cosine = (net.embed_faces(images[:2], boxes[:2]) * expected).sum(dim=1)
-    assert cosine.max() < 0.995
+    assert cosine.min() < 0.995  # on one of the two photos at least
 
 
 def test_batch_norm_adds_what_tensorflow_does():
