@@ -44,10 +44,11 @@ from people.faces import find_face
 from people.photos import Box, Size, read_photo
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
+from run.costs import Plan
 from run.files import check_writable
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import contact_sheet, save_sheet
-from run.plan import MemoryOptions, Plan, add_memory_arguments, make_plan
+from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.seeds import generator_for
 from run.settings import Training, add_training_arguments
 from run.terminal import printable

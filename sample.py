@@ -25,10 +25,11 @@ from lora.reading import read_lora
 from metalora import inject_loras, split_loras
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
+from run.costs import Plan
 from run.files import check_writable
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import contact_sheet, hash_weights, parameters, save_picture, save_sheet, slug
-from run.plan import MemoryOptions, Plan, add_memory_arguments, make_plan
+from run.plan import MemoryOptions, add_memory_arguments, make_plan
 
 MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
 

@@ -38,10 +38,11 @@ from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
 from run.checkpoints import check_settings
 from run.command import Stop, command_line, explain_out_of_memory, run_script
+from run.costs import Plan
 from run.files import alone
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import contact_sheet, save_sheet
-from run.plan import MemoryOptions, Plan, add_memory_arguments, make_plan
+from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.ranks import Ranks, shard
 from run.seeds import generator_for
 from run.settings import Training, add_training_arguments

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 from flux.model import Flux
 from metalora import SlotAdamW, factors, inject
 from run.checkpoints import BucketStore
-from run.plan import FLUX_DEV
+from run.costs import FLUX_DEV
 
 ROOT = Path(__file__).parents[1]
 PARTS = ["scan", "training", "change"]

@@ -3,9 +3,9 @@
     python bench/flops.py                                         # a portrait whose face is 200 pixels wide
     python bench/flops.py --photo 2048 1536 --face 600,500,900,900
 
-Counted are the transformer's matrix products and attention, by `run.plan.step_flops`, which the tests compare
-with torch's counter; not the adapters, about a thousandth at rank 1, nor the encoders, which run once. With
-more memory fewer blocks are recomputed: there is a row for each card, with the plan that is chosen for it.
+Counted are the transformer's matrix products and attention, by `run.costs.step_flops`, which the tests
+compare with torch's counter. Not counted are the adapters, about a thousandth at rank 1, and the encoders, which
+run once. With more memory fewer blocks are recomputed: each card has a row, with the plan chosen for it.
 """
 
 import argparse
@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from people.crops import crop_boxes, fit_shape
 from people.photos import Box, Size
-from run.plan import Plan, Workload, choose, step_flops
+from run.costs import Plan, Workload, step_flops
+from run.plan import choose
 from scoring.tables import markdown
 
 

@@ -37,7 +37,7 @@ from flux.sampling import denoise, flow_loss
 from lora.names import part_sizes
 from lora.writing import name_tensors
 from metalora import SlotAdamW, clip_slots, factors, inject, linear_names, use_slots
-from run.plan import FLUX_DEV, GIB
+from run.costs import FLUX_DEV, GIB
 
 ROOT = Path(__file__).parents[1]
 ROWS = ("open", "forward", "stage2", "stage1", "merge")

@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
-from flux.memory import FrozenLinear
 from flux.model import Flux, FluxSizes
 from flux.sampling import euler_step, flow_loss, pack, position_ids, unpack
+from flux.streaming import FrozenLinear
 from metalora import SlotAdamW, clip_slots, factors, inject, use_slots
-from run.plan import FLUX_DEV, GIB, Plan, Workload, estimate
+from run.costs import FLUX_DEV, GIB, Plan, Workload, estimate
 
 STAGE1 = Workload("stage1", batch=4, identities=50)
 STAGE2 = Workload("stage2")
@@ -83,7 +83,11 @@ def simulate(work: Workload, plan: Plan) -> int:
     """Return the bytes on the device at the peak of the second training step, or of a step of sampling."""
     tracker = Tracker()
     # Fake tensors have no addresses. The device is a CPU, to which streamed weights are copied as to a GPU.
-    with patch("flux.memory.file_ranges", list), patch("flux.memory.Stream.COPY", True), FakeTensorMode():
+    with (
+        patch("flux.streaming.file_ranges", list),
+        patch("flux.streaming.Stream.COPY", True),
+        FakeTensorMode(),
+    ):
         model = pretend(Flux, work.sizes)
         model.requires_grad_(False)
         if work.kind != "sample":

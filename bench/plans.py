@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from bench.documents import write
 from flux.errors import UserError
-from run.plan import GIB, Workload, choose, kinds
+from run.costs import GIB, Workload, kinds
+from run.plan import choose
 from scoring.tables import markdown
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "memory.md"

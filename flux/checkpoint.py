@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from flux.errors import UserError, first_line
 from flux.formats import FLOATS, Header, Shape, Source, is_config_of, translate
-from flux.memory import drop_pages, file_ranges
+from flux.pages import drop_pages, file_ranges
 
 PICKLED = (".bin", ".pt", ".pth")
 WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # beside variants in 16 bit, perhaps

@@ -10,8 +10,9 @@ from flux.checkpoint import load, read_json
 from flux.clip import CLIPSizes, CLIPText
 from flux.conditioner import Conditioner, load_tokenizers
 from flux.errors import UserError
-from flux.memory import Stream, device_memory, weight_bytes
+from flux.memory import device_memory, weight_bytes
 from flux.model import Flux, FluxSizes
+from flux.streaming import Stream
 from flux.t5 import T5, T5Sizes
 
 

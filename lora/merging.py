@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flux.checkpoint import opened, read_header
 from flux.errors import UserError
 from flux.formats import SWAPPED
-from flux.memory import drop_pages, file_ranges
+from flux.pages import drop_pages, file_ranges
 from lora.fitting import Shapes, clean, linear_shapes, misfits, refuse
 from lora.names import Lora, layer_of, part_sizes, swap_halves
 from lora.reading import read_lora

@@ -34,10 +34,11 @@ from people.folders import scan_people
 from people.photos import Box, read_photo
 from run.arguments import Manual, Parser
 from run.command import command_line
+from run.costs import Plan, Workload, estimate
 from run.files import alone, atomic
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import save_picture
-from run.plan import MemoryOptions, Plan, Workload, add_memory_arguments, estimate, make_plan
+from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.settings import Training, add_training_arguments
 from scoring.curves import plot_curves
 from scoring.evaluators import Evaluators, add_evaluator_arguments, load_evaluators

@@ -25,7 +25,7 @@ from bench import fullsize
 from flux import T5, AutoEncoder, CLIPText, Flux, checkpoint
 from flux.checkpoint import Checkpoint, fit
 from flux.errors import UserError
-from run.plan import FLUX_DEV
+from run.costs import FLUX_DEV
 
 SIZES = test_model.DEV
 KINDS = {

@@ -12,18 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux import T5, load_flux
-from flux.memory import (
-    FrozenLinear,
-    Stream,
-    arrange,
-    blocks_of,
-    checkpoint_blocks,
-    compile_blocks,
-    quantize_rows,
-    spread,
-)
+from flux.memory import arrange, blocks_of, checkpoint_blocks, compile_blocks
 from flux.model import Flux, FluxSizes
 from flux.sampling import flow_loss
+from flux.streaming import FrozenLinear, Stream, quantize_rows, spread
 from flux.t5 import T5Sizes
 from metalora import eject, factors, inject, use_slots
 

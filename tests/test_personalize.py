@@ -16,8 +16,8 @@ import flux
 import personalize
 import train_meta
 from flux.checkpoint import read_tensors
-from flux.memory import Stream
 from flux.sampling import flow_loss
+from flux.streaming import Stream
 from lora.reading import read_lora
 from lora.writing import write_tensors
 from metalora import factors, load_meta

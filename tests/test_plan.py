@@ -9,29 +9,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import documents, memory, plans
 from flux.errors import UserError
-from flux.memory import FrozenLinear, arrange, blocks_of, checkpoint_blocks
+from flux.memory import arrange, blocks_of, checkpoint_blocks
 from flux.model import Flux
+from flux.streaming import FrozenLinear
 from metalora import factors, inject
-from run.models import files_to_plan
-from run.plan import (
+from run.costs import (
     FLUX_DEV,
     GIB,
-    RESERVE,
-    MemoryOptions,
     Plan,
     Workload,
     adapter_bytes,
-    add_memory_arguments,
     block_bytes,
-    choose,
     estimate,
     kinds,
     linear_sizes,
-    make_plan,
     outer_parameters,
     step_flops,
-    table,
 )
+from run.models import files_to_plan
+from run.plan import RESERVE, MemoryOptions, add_memory_arguments, choose, make_plan, table
 
 SHORT = replace(FLUX_DEV, depth=2, depth_single=3)  # at full width
 STAGE1 = Workload("stage1", batch=4, identities=50)

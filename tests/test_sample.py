@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import flux
 import sample
-from flux.memory import Stream
+from flux.streaming import Stream
 from metalora import export_lora, factors, inject
 from scoring.samples import written_prompt
 

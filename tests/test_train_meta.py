@@ -31,14 +31,14 @@ from torch import nn
 import metalora
 import train_meta
 from flux.checkpoint import read_tensors
-from flux.memory import Stream
 from flux.model import Flux, FluxSizes
 from flux.sampling import pack, position_ids
+from flux.streaming import Stream
 from people import dataset
 from people.buckets import deal_batches
 from people.dataset import Batch
 from run.bucket_run import BucketRun
-from run.plan import Plan
+from run.costs import Plan
 from run.seeds import generator_for
 from run.settings import Training
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from run.plan import PEAKS, SHARE, Plan, Workload
-from run.plan import estimate as estimate_cost
+from run.costs import PEAKS, SHARE, Plan, Workload
+from run.costs import estimate as estimate_cost
 from scoring.tables import markdown
 from studies.claim.scores import (
     ADHERENT,
@@ -151,7 +151,7 @@ def looked(study: Study) -> str:
 
 
 def flux_cost(study: Study) -> str:
-    """Lay out what a study like this takes on FLUX.1-dev, by the operations that run/plan.py counts."""
+    """Lay out what a study like this takes on FLUX.1-dev, by the operations that run/costs.py counts."""
     priors, people, rates, steps, stops, each, euler = 2, 30, 4, 750, 6, 16, 30
     runs = people * rates * (priors + 1)  # LoRA has no prior, and is trained once
     pictures = runs * stops * each

@@ -1,0 +1,253 @@
+"""Workloads and plans, and what a step costs by their sizes alone: bytes on the device, FLOPs, seconds.
+
+The peaks are computed by a formula; bench/memory.py counts them operation by operation and compares the two.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from flux.memory import arrange, recomputed_blocks
+from flux.model import Flux, FluxSizes
+from flux.streaming import LINE, spread
+
+FLUX_DEV = FluxSizes(64, 64, 768, 4096, 3072, 12288, 24, 19, 38, True, (16, 56, 56), 10_000)
+GIB = 2**30
+BUS = 25e9  # bytes that reach the device over PCIe 4 x16 in a second
+VISIBLE = 0.2  # fraction of the copying that computing does not hide; a cautious guess
+SHARE = 0.6  # fraction of its peak that a GPU reaches in large matrix products
+PEAKS = {"A6000": 155e12, "4090": 165e12, "A100": 312e12, "H100": 989e12}  # dense bf16 FLOP/s
+
+# Activations, counted with bench/memory.py. The unit is one hidden state of all tokens, (b, l, d); an MLP is
+# 4 d wide.
+
+# What a block's forward pass stores for its backward pass.
+KEPT = {"double": 25.07, "single": 23.06}
+# The same of attention alone: its output, and the logarithm of the softmax's sum.
+KEPT_ATTENTION = 1.02
+# The peak within a block's backward pass, KEPT included.
+WORK = {"double": 33.1, "single": 32.16}
+# With 8-bit weights the peak may be where a whole weight is in memory as well: without that weight.
+WORK_FP8 = {"double": 33.0, "single": 28.15}
+# The peak while sampling, with exact and with 8-bit weights.
+WORK_SAMPLE, WORK_SAMPLE_FP8 = 19.4, 16.5
+# Added to WORK of a double block with several samples: its two streams are not contiguous, and are copied.
+SPLIT = 1.0
+# The products of mid, up and meta_down of each sample: the fraction of their bytes that is in memory at once.
+PRODUCTS = 0.8
+# The autoencoder is on the device while sampling, and decodes one picture at a time, after the transformer.
+AUTOENCODER = 83_819_683  # parameters of FLUX.1's
+DECODE = 769  # numbers for each pixel of the picture, in the last convolutions
+# Numbers for each pair of latent pixels, without a fused kernel, and for each pixel of the picture.
+DECODE_ATTENTION = (4, 113)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to run: steps of stage 1, of stage 2, or of sampling."""
+
+    kind: str  # "stage1", "stage2" or "sample"
+    sizes: FluxSizes = FLUX_DEV
+    batch: int = 1
+    resolution: int = 1024  # side of the square images in pixels
+    shape: tuple[int, int] | None = None  # or their (height, width) in pixels, for FLOPs only
+    t5_length: int = 512
+    r1: int | None = 128  # None: plain LoRA
+    r2: int = 1
+    identities: int = 1  # slots of mid and up, when sampling of LoRAs
+    merge: bool = False  # LoRAs are merged into the weights if the plan leaves these as they are
+    average: bool = False  # an average of meta_down is held beside it
+    pixels: int = 16  # side of an image token in pixels
+    width: int = 2  # bytes of the compute dtype
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """The number of image tokens and of text tokens of a sample."""
+        height, width = self.shape or (self.resolution, self.resolution)
+        return (height // self.pixels) * (width // self.pixels), self.t5_length
+
+    @property
+    def state(self) -> int:
+        """The bytes of one hidden state of all tokens, (b, l, d)."""
+        return self.batch * sum(self.tokens) * self.sizes.hidden_size * self.width
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the transformer fits: the arguments of `flux.memory.arrange`."""
+
+    checkpoint: str | int = "none"
+    stream: int = 0
+    fp8: bool = False
+    compiled: bool = False
+
+    @property
+    def resident(self) -> bool:
+        """Whether all weights stay on the device as they are, so that they can be loaded straight to it."""
+        return not (self.stream or self.fp8)
+
+    def apply(self, model: Flux, device: torch.device | str) -> Flux:
+        """Move a model to the device as planned, in place, and return it.
+
+        Load it to the CPU, mapped to its file, or straight to the device if the plan is `resident`.
+        """
+        return arrange(model, device, self.checkpoint, self.stream, self.fp8, self.compiled)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes: bytes on the device, FLOPs, and seconds."""
+
+    resident: int  # bytes of frozen weights and of the buffers for streamed ones; sampling: autoencoder too
+    adapters: int  # bytes of the factors and of AdamW's state
+    peak: int  # bytes of all together
+    flops: float
+    seconds: float
+
+    @property
+    def activations(self) -> int:
+        """The bytes of all the rest: activations, gradients, temporary tensors."""
+        return self.peak - self.resident - self.adapters
+
+
+def linear_sizes(sizes: FluxSizes, kind: str) -> list[tuple[int, int, int]]:
+    """Return (d_in, d_out, number of projections) of a block's linear layers, the image stream's first."""
+    d, m = sizes.hidden_size, sizes.mlp_size
+    if kind == "single":
+        return [(d, 3 * d, 1), (d, 3 * d + m, 4), (d + m, d, 1)]
+    return 2 * [(d, 6 * d, 1), (d, 3 * d, 3), (d, d, 1), (d, m, 1), (m, d, 1)]
+
+
+@cache
+def kinds(sizes: FluxSizes) -> tuple[str, ...]:
+    """Return the kind of each block, in the order in which they run."""
+    return ("double",) * sizes.depth + ("single",) * sizes.depth_single
+
+
+def outer_parameters(sizes: FluxSizes) -> int:
+    """Return the number of parameters outside the blocks."""
+    d = sizes.hidden_size
+    embedders = [256, sizes.pooled_size] + [256] * sizes.guidance
+    outer = sum((d_in + 1) * d + (d + 1) * d for d_in in embedders)
+    outer += (sizes.in_channels + 1) * d + (sizes.txt_size + 1) * d
+    return outer + (d + 1) * sizes.out_channels + (d + 1) * 2 * d
+
+
+@cache
+def block_bytes(sizes: FluxSizes, kind: str, fp8: bool, width: int) -> tuple[int, int]:
+    """Return the bytes of a block's linear weights, which can be streamed, and of everything else in it."""
+    layers = linear_sizes(sizes, kind)
+    weights = sum(-(-d_in * d_out * (1 if fp8 else width) // LINE) * LINE for d_in, d_out, _ in layers)
+    vectors = sum(d_out for _, d_out, _ in layers) * (2 if fp8 else 1)  # biases; a scale for each row
+    norms = (4 if kind == "double" else 2) * sizes.head_dim
+    return weights, (vectors + norms) * width
+
+
+@cache
+def adapter_bytes(work: Workload, kind: str) -> tuple[int, int]:
+    """Return the bytes of a block's meta_down, and of its mid and up of all identities."""
+    layers = linear_sizes(work.sizes, kind)
+    meta_down = sum(4 * parts * (work.r1 or 0) * d_in for d_in, _, parts in layers)
+    personal = sum(4 * work.r2 * (parts * (work.r1 or d_in) + d_out) for d_in, d_out, parts in layers)
+    return meta_down, personal * work.identities
+
+
+def estimate(work: Workload, plan: Plan, peak_flops: float = PEAKS["A6000"]) -> Cost:
+    """Return what a step costs under a plan; peak_flops: the GPU's, per second."""
+    sizes, blocks = work.sizes, kinds(work.sizes)
+    streamed = set(spread(plan.stream, len(blocks))) if plan.stream else set()
+    weights = {kind: block_bytes(sizes, kind, plan.fp8, work.width) for kind in set(blocks)}
+    resident = outer_parameters(sizes) * work.width + sum(weights[kind][1] for kind in blocks)
+    resident += sum(weights[kind][0] for k, kind in enumerate(blocks) if k not in streamed)
+    resident += 2 * max((weights[blocks[k]][0] for k in streamed), default=0)
+
+    training = work.kind != "sample"
+    resident += 0 if training else AUTOENCODER * work.width
+    # How often meta_down, and mid and up, are there: themselves and AdamW's two moments, if they are trained.
+    copies = {"stage1": (3 + work.average, 3), "stage2": (1, 3), "sample": (0, 1)}[work.kind]
+    adapters = sum(n * size for kind in blocks for n, size in zip(copies, adapter_bytes(work, kind)))
+    if work.merge and plan.resident:
+        adapters = 0
+    if training:
+        activations = training_peak(work, plan.checkpoint, plan.fp8)
+    else:
+        activations = sampling_peak(work, plan.fp8)
+
+    flops = step_flops(work, plan.checkpoint)
+    traffic = sum(weights[blocks[k]][0] for k in streamed) * (2 if training else 1)
+    seconds = max(flops / peak_flops / SHARE, traffic / BUS) + VISIBLE * traffic / BUS
+    return Cost(resident, adapters, resident + adapters + round(activations), flops, seconds)
+
+
+@cache
+def training_peak(work: Workload, checkpoint: str | int, fp8: bool) -> float:
+    """Return the largest number of bytes of activations and gradients in a backward pass.
+
+    It goes back block by block: at each there are what the blocks before it keep, what it needs itself, and
+    the gradients so far. A recomputed block keeps its input only, and perhaps what attention returned.
+    """
+    blocks, unit = kinds(work.sizes), work.state
+    count = recomputed_blocks(checkpoint, len(blocks))
+    attention = KEPT_ATTENTION if checkpoint == "attention" else 0.0
+    kept = [1 + attention if k < count else KEPT[kind] for k, kind in enumerate(blocks)]
+    before, worst, gradients = sum(kept), 0.0, 0
+    for k in reversed(range(len(blocks))):
+        kind = blocks[k]
+        meta_down, personal = adapter_bytes(work, kind)
+        new = personal + meta_down * (work.kind == "stage1")
+        # Most is there in a double block at its MLPs, where its backward pass begins. In a single block it is
+        # at the first layer, where the backward pass ends: the block's own gradients are there by then.
+        present = gradients + new * (kind == "single")
+        gradients += new
+        # `before` counts this much of WORK already.
+        counted = (attention if k < count else KEPT[kind]) - SPLIT * (kind == "double" and work.batch > 1)
+        passing = (WORK[kind] - counted) * unit
+        if fp8:
+            passing = max(passing, (WORK_FP8[kind] - counted) * unit + last_weight(work, kind))
+        worst = max(worst, before * unit + passing + present)
+        before -= kept[k]
+    # The products of the factors for each sample, in the widest layer.
+    d_in, d_out, parts = linear_sizes(work.sizes, "single")[1]
+    return worst + PRODUCTS * 4 * work.batch * work.r2 * parts * (d_in + d_out)
+
+
+def last_weight(work: Workload, kind: str) -> int:
+    """Return the bytes of a block's last weight in the compute dtype."""
+    d_in, d_out, _ = linear_sizes(work.sizes, kind)[-1]
+    return d_in * d_out * work.width
+
+
+def sampling_peak(work: Workload, fp8: bool) -> float:
+    """Return the largest number of bytes in a step: at a single block's MLP, or while decoding."""
+    forward = WORK_SAMPLE * work.state
+    if fp8:
+        forward = max(forward, WORK_SAMPLE_FP8 * work.state + last_weight(work, "single"))
+    pixels = work.resolution**2
+    pair, each = DECODE_ATTENTION
+    decode = max(DECODE * pixels, pair * (pixels / 64) ** 2 + each * pixels)
+    return max(forward, decode * work.width)
+
+
+@cache
+def step_flops(work: Workload, checkpoint: str | int) -> float:
+    """Return the FLOPs of a step, without those of the adapters.
+
+    A linear layer's backward pass costs as much as its forward pass, since the weight is frozen; attention's
+    costs 2.5 times as much.
+    """
+    img, txt = work.tokens
+    sizes, blocks = work.sizes, kinds(work.sizes)
+    total = 0.0
+    attention = 4 * (img + txt) ** 2 * sizes.hidden_size
+    for k, kind in enumerate(blocks):
+        # Modulation layers, the first of each stream, see one vector instead of tokens.
+        tokens = [1, *[img] * 4, 1, *[txt] * 4] if kind == "double" else [1, img + txt, img + txt]
+        layers = linear_sizes(sizes, kind)
+        linear = sum(2 * n * d_in * d_out for n, (d_in, d_out, _) in zip(tokens, layers))
+        total += linear + attention
+        if work.kind != "sample":
+            total += linear + 2.5 * attention
+            if k < recomputed_blocks(checkpoint, len(blocks)):
+                total += linear + attention * (checkpoint != "attention")
+    return work.batch * total
