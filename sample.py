@@ -21,14 +21,14 @@ from flux.sampling import generate
 from lora.fitting import linear_shapes, misfits, refuse
 from lora.merging import merge_loras, pair_strengths
 from lora.names import Lora
-from lora.reading import read_lora
+from lora.reading import hash_weights, read_lora
 from metalora import inject_loras, split_loras
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
 from run.costs import Plan
 from run.files import check_writable
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
-from run.pictures import contact_sheet, hash_weights, parameters, save_picture, save_sheet, slug
+from run.pictures import contact_sheet, parameters, save_picture, save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 
 MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
@@ -135,6 +135,11 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
             f"--size {size[1]}x{size[0]}: both sides must be multiples of {multiple}, from {multiple} to "
             f"{MAX_SIDE}; {near} is near"
         )
+
+
+def slug(text: str) -> str:
+    """Return a prompt as a part of a file name: letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

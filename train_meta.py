@@ -255,13 +255,9 @@ def train(
     resolution, training = args.resolution or native_size(files.folder), Training.of(args)
     chosen = ranks.once(lambda: plan(args, device, dtype, vars(files), ranks.size))
     dataset = prepare_data(args, files, resolution, chosen, device, dtype, ranks)
-    people, pids = dataset.people, range(len(dataset.people))
+    pids = range(len(dataset.people))
     buckets = deal_buckets(pids, args.bucket_ids, generator_for("buckets", args.seed))
-    # With several ranks a turn has as many steps as the rank with most photos needs.
-    q_buckets = []
-    for bucket in buckets:
-        shapes = [dataset.shapes(share) for share in ranks.parts(bucket)]
-        q_buckets.append(max(count_batches(x, args.uses_per_image, args.batch) for x in shapes))
+    q_buckets = count_steps(buckets, dataset, args.batch, args.uses_per_image, ranks)
     if sum(q_buckets) > args.steps:
         print(f"--steps {args.steps} is too few to train every bucket once ({sum(q_buckets)} steps)")
 
@@ -270,20 +266,14 @@ def train(
     stop.resident = resident(model, learner, ranks.size if args.shard else 1)
     prompts = dataset.load_sample_prompts()
 
-    def draw() -> None:
+    def write_samples() -> None:
         """Write pictures of two people of the bucket. With --shard all ranks hold a part of the weights."""
         if ranks.leads or args.shard:
-            shown = ranks.mine(buckets[run.bucket])[: min(2, len(buckets[run.bucket]) // ranks.size)]
+            bucket = buckets[run.bucket]
+            pids = ranks.mine(bucket)[: min(2, len(bucket) // ranks.size)]  # as many on every rank
+            shown = [dataset.people[pid] for pid in pids]
             with learner.averaged():
-                sheet = sample_grid(
-                    model,
-                    files.autoencoder,
-                    [people[pid] for pid in shown],
-                    prompts,
-                    resolution,
-                    device,
-                    dtype,
-                )
+                sheet = sample_grid(model, files.autoencoder, shown, prompts, resolution, device, dtype)
             if ranks.leads:
                 save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
 
@@ -299,7 +289,7 @@ def train(
         device=device,
         save_every=args.save_every,
         sample_every=args.sample_every,
-        draw=draw,
+        write_samples=write_samples,
         keep_buckets=args.keep_buckets,
     )
     run.resume()
@@ -351,6 +341,21 @@ def prepare_data(
     dataset = LatentDataset(people, cache, files, shape, args.class_word, args.t5_length, device, dtype)
     dataset.encode(ranks, args.vram)
     return dataset
+
+
+def count_steps(
+    buckets: Sequence[Sequence[int]],
+    dataset: LatentDataset,
+    batch_size: int,
+    uses_per_image: int,
+    ranks: Ranks,
+) -> list[int]:
+    """Return the steps of each bucket's turn: as many as the rank with most photos needs."""
+    q_buckets = []
+    for bucket in buckets:
+        shapes = [dataset.shapes(share) for share in ranks.parts(bucket)]
+        q_buckets.append(max(count_batches(x, uses_per_image, batch_size) for x in shapes))
+    return q_buckets
 
 
 def load_model(

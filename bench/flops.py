@@ -4,8 +4,8 @@
     python bench/flops.py --photo 2048 1536 --face 600,500,900,900
 
 Counted are the transformer's matrix products and attention, by `run.costs.step_flops`, which the tests
-compare with torch's counter. Not counted are the adapters, about a thousandth at rank 1, and the encoders, which
-run once. With more memory fewer blocks are recomputed: each card has a row, with the plan chosen for it.
+compare with torch's counter. Not counted are the adapters, about a thousandth at rank 1, and the encoders,
+which run once. With more memory fewer blocks are recomputed: each card has a row, with the plan chosen for it.
 """
 
 import argparse

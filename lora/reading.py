@@ -1,5 +1,6 @@
 """Read LoRA files that diffusers, PEFT, kohya or ai-toolkit wrote."""
 
+import hashlib
 import json
 import re
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux.checkpoint import read_tensors
+from flux.checkpoint import read_header, read_tensors
 from flux.errors import UserError
 from flux.formats import SWAPPED
 from lora.fitting import linear_shapes, misfits, refuse
@@ -176,3 +177,10 @@ def split_fused(a: Tensor, b: Tensor, sizes: list[int]) -> list[tuple[Tensor, Te
         if torch.equal(torch.block_diag(*blocks), b):
             return list(zip(a.split(rank), blocks))
     return [(a, rows) for rows in b.split(sizes)]
+
+
+def hash_weights(path: Path) -> str:
+    """Return the hash by which A1111 and Civitai know a LoRA: SHA-256 without the header, 12 digits."""
+    with path.open("rb") as file:
+        file.seek(read_header(path)[1])
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -58,18 +58,18 @@ class BucketRun:
         device: torch.device,
         save_every: int = 500,
         sample_every: int = 0,
-        draw: Callable[[], None] = lambda: None,
+        write_samples: Callable[[], None] = lambda: None,
         keep_buckets: bool = False,
     ):
         """q_buckets: the steps of each bucket's turn; bucket_warmup: the fraction of them that is warm-up.
 
-        draw: called every sample_every steps, 0 for never. keep_buckets: store a bucket also when its turn
-        does not come again before q_total.
+        write_samples: called every sample_every steps, 0 for never. keep_buckets: store a bucket also when it
+        has no other turn before q_total.
         """
         self.out, self.state, self.q_buckets, self.q_total = out, state, q_buckets, q_total
         self.bucket_warmup, self.seed = bucket_warmup, seed
         self.ranks, self.stop, self.device = ranks, stop, device
-        self.save_every, self.sample_every, self.draw = save_every, sample_every, draw
+        self.save_every, self.sample_every, self.write_samples = save_every, sample_every, write_samples
         self.keep_buckets = keep_buckets
         self.checkpoints = Checkpoints(out / "checkpoints", ranks.leads)
         self.store = BucketStore(out / "buckets", len(q_buckets), ranks.leads)
@@ -111,8 +111,8 @@ class BucketRun:
         """
         with self.ranks.lead_first():  # rank 0 renames damaged checkpoints
             state = self.checkpoints.load()
-        newest = self.ranks.once(lambda: state and state["step"])
-        if newest != (state and state["step"]):
+        step = state["step"] if state else None
+        if step != self.ranks.once(lambda: step):
             raise UserError(f"{self.checkpoints.folder} is not the same folder for all ranks")
         if state is None:
             self.store.forget(since=0)  # of an earlier run without a checkpoint
@@ -136,14 +136,14 @@ class BucketRun:
     # Buckets
 
     def open_bucket(self) -> int:
-        """Give the next bucket its mid and up, new on its first turn, else as its last turn left them.
+        """Initialise mid and up for a bucket's first turn, or load them as its last turn left them.
 
         Returns the bucket's number.
         """
         state, self.interrupted = self.interrupted, None
         if state is None and self.visit < len(self.q_buckets):
             self.state.start_bucket(self.bucket)
-        elif state is not None or len(self.q_buckets) > 1:  # the only bucket has never been away
+        elif state is not None or len(self.q_buckets) > 1:  # with one bucket they are still in memory
             self.state.load_bucket_state(state or self.store.fetch(self.visit))
         self.store.read_ahead(self.visit + 1)
         return self.bucket
@@ -151,8 +151,8 @@ class BucketRun:
     def close_bucket(self) -> None:
         """Store the bucket for its next turn, if there will be one; do nothing if this turn has steps left.
 
-        `advance` has saved a checkpoint of this state before. The order matters: a run that is killed between
-        the two closes the bucket once more. The other way round it would train the stored bucket twice.
+        `advance` has already saved a checkpoint of this state. A run that is killed in between only closes
+        the bucket once more; in the other order it would train the stored bucket twice.
         """
         if self.bucket_step < self.q_bucket:
             return
@@ -176,19 +176,20 @@ class BucketRun:
     def __exit__(self, *error) -> None:
         self.open.__exit__(*error)
 
-    def advance(self, found: dict[str, float], photos: Sequence[str], t: Sequence[float]) -> None:
-        """Count a step and log its numbers; save and draw samples when it is time.
+    def advance(self, numbers: dict[str, float], photos: Sequence[str], t: Sequence[float]) -> None:
+        """Count a step and log its numbers; save and write samples when it is time.
 
-        found: the loss and the norms of gradients. photos, t: of the batch; they are logged if one of these
+        numbers: the loss and the norms of gradients. photos, t: of the batch; they are logged if one of the
         numbers is infinite or NaN. Raises `Stopped` when the user has asked for it, and UserError after
         MAX_SKIPPED such steps in a row.
         """
         line = {"step": self.step + 1, "bucket": self.bucket}
-        line |= {"phase": "warm-up" if self.bucket_step < self.q_warmup else "all", **found}
+        line |= {"phase": "warm-up" if self.bucket_step < self.q_warmup else "all", **numbers}
         speed = self.ranks.sum(len(photos)) / (time.perf_counter() - self.began)
-        line |= {"memory": round(peak_memory(self.device), 3), "images_per_second": round(speed, 3)}  # GiB
+        line |= {"memory": round(peak_memory(self.device), 3)}  # GiB
+        line |= {"images_per_second": round(speed, 3)}
         self.step, self.bucket_step = self.step + 1, self.bucket_step + 1
-        self.skipped = 0 if all(map(math.isfinite, found.values())) else self.skipped + 1
+        self.skipped = 0 if all(map(math.isfinite, numbers.values())) else self.skipped + 1
         if self.skipped:
             line |= {"photos": self.ranks.joined(list(photos)), "t": self.ranks.joined(list(t))}
         self.log.write(line)
@@ -196,7 +197,7 @@ class BucketRun:
         stopping, gives_up = self.ranks.any(self.stop.wanted), self.skipped >= MAX_SKIPPED
         if not self.steps_left or gives_up or stopping or self.step % self.save_every == 0:
             self.save()
-            self.log.draw()
+            self.log.plot()
         if gives_up:
             raise UserError(
                 f"{self.skipped} steps in a row had a loss or gradient that is infinite or NaN: see the end "
@@ -205,5 +206,5 @@ class BucketRun:
         if stopping:
             raise Stopped
         if self.sample_every and self.step % self.sample_every == 0:
-            self.draw()
+            self.write_samples()
         self.began = time.perf_counter()

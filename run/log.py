@@ -57,10 +57,10 @@ class Log:
             fault = "the loss or a gradient is not finite, the step is skipped"
             self.bar.write(f"step {line['step']}: {fault}: {where}", file=sys.stderr)
 
-    def draw(self) -> None:
+    def plot(self) -> None:
         """Draw the curve of the loss beside the log."""
         if self.writes:
-            draw_curve(self.file, self.file.with_name("loss.png"))
+            plot_curve(self.file, self.file.with_name("loss.png"))
 
 
 def step_of(line: bytes) -> int:
@@ -78,7 +78,7 @@ def finite(value: object) -> object:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def draw_curve(log: Path, path: Path) -> None:
+def plot_curve(log: Path, path: Path) -> None:
     """Draw the loss over the steps: a grey point for each, and a running mean over 5 % of them."""
     losses = np.fromiter(_losses(log), np.float32)
     if not len(losses):

@@ -1,6 +1,5 @@
 """Pictures that commands write: contact sheets, and PNG files with their settings inside."""
 
-import hashlib
 import json
 import math
 import re
@@ -11,7 +10,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from flux.checkpoint import read_header
 from run.files import atomic
 from run.terminal import printable
 
@@ -97,15 +95,3 @@ def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, fl
 def _quoted(text: str) -> str:
     """Return a value as A1111 writes it: as JSON if it holds what separates the values."""
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
-
-
-def hash_weights(path: Path) -> str:
-    """Return the hash by which A1111 and Civitai know a LoRA: SHA-256 without the header, 12 digits."""
-    with path.open("rb") as file:
-        file.seek(read_header(path)[1])
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-
-
-def slug(text: str) -> str:
-    """Return a prompt as a part of a file name: letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"

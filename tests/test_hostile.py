@@ -39,8 +39,8 @@ from run.command import command_line, run_script
 from run.files import atomic
 from run.log import Log
 from run.models import choose_device
-from run.pictures import slug
 from run.terminal import Shown, printable, printable_lines
+from sample import slug
 from scoring import inputs, samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees", "ignore:.*LoRA is zero")

@@ -37,7 +37,7 @@ import train_meta
 from flux.errors import UserError
 from run import checkpoints, files, log
 from run.checkpoints import BucketStore, Checkpoints, read_state
-from run.log import draw_curve
+from run.log import plot_curve
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")
 
@@ -391,7 +391,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, undisturbed, tmp_path, monk
                 log.Log, "write", lambda self, line: (fails if line["step"] == 14 else write)(self, line)
             )
         else:
-            patch.setattr(log, "draw_curve", fails)
+            patch.setattr(log, "plot_curve", fails)
         with pytest.raises(OSError) as error:
             run(tmp_path)
     if what == "checkpoint":
@@ -493,7 +493,7 @@ def test_the_curve_survives_a_log_of_any_kind(tmp_path):
         b'{"loss": 2.5}\n' * 50_000,
     ):
         log.write_bytes(content + b'{"lo')
-        draw_curve(log, tmp_path / "loss.png")
+        plot_curve(log, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").exists()
 
 
@@ -579,4 +579,4 @@ def test_a_damaged_log_is_cut_and_gone_on_with(tmp_path, parts, step):
     *before, last = io.BytesIO(file.read_bytes())
     assert json.loads(last)["loss"] is None and last.endswith(b"\n")
     assert before == [text for text in whole if json.loads(text)["step"] <= step]
-    draw_curve(file, tmp_path / "loss.png")
+    plot_curve(file, tmp_path / "loss.png")
