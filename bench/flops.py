@@ -5,7 +5,7 @@
 
 Counted are the transformer's matrix products and attention, by `run.costs.step_flops`, which the tests
 compare with torch's counter. Not counted are the adapters, about a thousandth at rank 1, and the encoders,
-which run once. With more memory fewer blocks are recomputed: each card has a row, with the plan chosen for it.
+which run once. With more memory fewer blocks are recomputed: each card has a row, with the plan for it.
 """
 
 import argparse
