@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
@@ -35,80 +36,151 @@ class MetaLoRALinear(nn.Module):
     meta_down: (parts, r1, d_in)         LoMD, shared by all identities
     mid:       (slots, parts, r2, r1)    LoM, one per identity
     up:        (slots, d_out, r2)        LoU, one per identity; zero at the start, so h = W0 x
-    slot:      (b,) or (1,) long         the identity of each sample, or one for all; None: slot 0 for all
 
-    With r1 None it is a plain LoRA: there is no meta_down, and mid (slots, parts, r2, d_in) is its lora_A.
+    The three are kept, and multiplied for all layers at once, by `Factors`. What is left to do here is
+    h = W0 x + up (down x), with the small products of the samples' identities:
+
+    down:      (s, parts * r2, d_in)     mid meta_down; s is the batch size, or 1: one identity for all
+    up:        (s, parts * r2, d_out)    transposed and block-diagonal: each part's r2 channels reach its rows
     """
 
-    def __init__(self, base: nn.Linear, parts: list[int], r1: int | None, r2: int, slots: int):
+    def __init__(self, base: nn.Linear, parts: list[int]):
         super().__init__()
         assert sum(parts) == base.out_features, (parts, base)
-        self.base, self.parts, self.slot = base, parts, None
-        # The bias tells the device: the weight may be streamed from another one.
-        options = {"device": base.bias.device, "dtype": torch.float32}
-        shared = nn.Parameter(torch.empty(len(parts), r1, base.in_features, **options)) if r1 else None
-        self.register_parameter("meta_down", shared)
-        self.mid = nn.Parameter(torch.empty(slots, len(parts), r2, r1 or base.in_features, **options))
-        self.up = nn.Parameter(torch.empty(slots, base.out_features, r2, **options))
-
-    def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fill meta_down and mid as LoRA does, kaiming-uniform with a = sqrt(5), and up with zeros."""
-        if self.meta_down is not None:
-            kaiming_(self.meta_down, generator)
-        kaiming_(self.mid, generator)
-        self.up.data.zero_()
-
-    def down(self, slot: Tensor | slice | int) -> Tensor:
-        """Return mid @ meta_down of the given slots, (..., parts, r2, d_in): a plain LoRA's lora_A."""
-        if self.meta_down is None:
-            return self.mid[slot]
-        # einsum, because `@` would copy meta_down and its gradient for each slot.
-        return torch.einsum("...pri,pid->...prd", self.mid[slot], self.meta_down)
+        self.base, self.parts = base, parts
+        self.down = self.up = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (b, ..., d_in) -> (b, ..., d_out); modulation layers have no token axis.
 
-        Raises ValueError when `slot` is neither (b,) nor (1,).
+        Raises ValueError when the identities are neither those of b samples nor one for all.
         """
-        slot = slice(1) if self.slot is None else self.slot
-        if self.slot is not None and slot.shape not in ((1,), x.shape[:1]):
-            raise ValueError(f"slots are {tuple(slot.shape)}, must be ({len(x)},), or (1,) for all samples")
-        # Multiply the small matrices first, so that no token ever has r1 channels.
-        # s: the number of slots, b, or 1 that serves all samples
-        down = self.down(slot).flatten(1, 2).to(x.dtype)  # mid meta_down: (s, parts * r2, d_in)
-        # Block-diagonal, so that each part's rows of the output see only its own r2 channels.
-        ups = [torch.block_diag(*up.split(self.parts, dim=1)) for up in self.up[slot].mT]
-        up = torch.stack(ups).to(x.dtype)  # (s, parts * r2, d_out)
-        tokens = x.reshape(len(down), -1, x.shape[-1])  # (s, l, d_in)
-        h = self.base(tokens.flatten(0, 1))  # W0 x: (s * l, d_out)
-        return add_update(h, tokens, down, up).view(*x.shape[:-1], -1)  # W0 x + up (mid meta_down) x
+        s = len(self.down)
+        if s not in (1, len(x)):
+            raise ValueError(f"slots are ({s},), must be ({len(x)},), or (1,) for all samples")
+        tokens = x.reshape(s, -1, x.shape[-1])  # (s, l, d_in)
+        if torch.compiler.is_compiling():  # it fuses this by itself
+            h = self.base(tokens.flatten(0, 1)).unflatten(0, (s, -1))
+            h = torch.baddbmm(h, tokens @ self.down.mT, self.up)
+        else:
+            h = _AdaptedLinear.apply(tokens, self.base, self.base.weight, self.down, self.up)
+        return h.view(*x.shape[:-1], -1)
 
 
-def add_update(h: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return h + x down^T up, slot by slot; h: (s * l, d_out), x: (s, l, d_in), up: (s, r, d_out)."""
-    if torch.compiler.is_compiling():  # it does not support mark_dirty, and fuses this by itself
-        return torch.baddbmm(h.view(*x.shape[:2], -1), x @ down.mT, up).flatten(0, 1)
-    return _AddUpdate.apply(h, x, down, up)
+class _AdaptedLinear(torch.autograd.Function):
+    """Compute W0 x + up (down x) in place, in as few operations as it takes. It has no second derivative.
 
-
-class _AddUpdate(torch.autograd.Function):
-    """Compute `add_update` in place; autograd alone would keep copies of h. It has no second derivative."""
+    The weight is asked for again in the backward pass instead of saved: it may be streamed.
+    """
 
     @staticmethod
-    def forward(ctx, h: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, base: nn.Linear, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
         z = x @ down.mT  # (s, l, parts * r2)
         ctx.save_for_backward(x, z, down, up)
-        ctx.mark_dirty(h)
-        h.view(*x.shape[:2], -1).baddbmm_(z, up)
-        return h
+        ctx.base = base
+        h = nn.functional.linear(x.flatten(0, 1), weight, base.bias).unflatten(0, x.shape[:2])
+        return h.baddbmm_(z, up)  # (s, l, d_out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_h: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, down, up = ctx.saved_tensors
-        grad = grad_h.reshape(*x.shape[:2], -1)  # (s, l, d_out)
-        grad_z = grad @ up.mT
-        return grad_h, grad_z @ down, grad_z.mT @ x, z.mT @ grad
+        grad_z, grad_x = grad @ up.mT, None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad.flatten(0, 1) @ ctx.base.weight).view_as(x).baddbmm_(grad_z, down)
+        return grad_x, None, None, grad_z.mT @ x, z.mT @ grad
+
+
+class Factors(nn.Module):
+    """The factors of all layers. Layers of one shape are stacked (n), so that a few operations serve all.
+
+    meta_down: of each shape (n, parts, r1, d_in)
+    personal:  (slots, size): an identity is a row, of each shape mid (n, parts, r2, r1) and up (n, d_out, r2)
+
+    With r1 None they are plain LoRAs: there is no meta_down, and mid is their lora_A (n, parts, r2, d_in).
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, MetaLoRALinear],
+        r1: int | None,
+        r2: int,
+        slots: int,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.layers, self.r1, self.r2 = layers, r1, r2
+        self.slots: Tensor | int = 0  # of the next batch
+        self.stacks: dict[tuple, list[str]] = {}  # names of the layers of one shape
+        for name, layer in layers.items():
+            self.stacks.setdefault((layer.base.in_features, *layer.parts), []).append(name)
+        meta_down, self.shapes = [], []
+        for (d_in, *parts), names in self.stacks.items():
+            n, p = len(names), len(parts)
+            meta_down.append((n, p, r1, d_in))
+            self.shapes += [(n, p, r2, r1 or d_in), (n, sum(parts), r2)]
+        # The bias tells the device: the weight may be streamed from another one.
+        options = {"device": next(iter(layers.values())).base.bias.device, "dtype": dtype}
+        empty = [nn.Parameter(torch.empty(shape, **options)) for shape in meta_down if r1]
+        self.meta_down = nn.ParameterList(empty)
+        self.personal = nn.Parameter(torch.empty(slots, sum(map(math.prod, self.shapes)), **options))
+
+    def multiply(self, dtype: torch.dtype) -> None:
+        """Give every layer `down` and `up` of the slots, in the dtype of its input.
+
+        The small matrices come first, so that no token ever has r1 channels. This is done once for a batch,
+        in front of the blocks: one that is recomputed finds the products in its layers.
+        """
+        if isinstance(self.slots, int):
+            rows = self.personal[self.slots : self.slots + 1]
+        else:
+            rows = self.personal[self.slots]
+        mids_and_ups = self.split(rows)
+        meta_downs = self.meta_down or [None] * len(self.stacks)
+        for shape, mid, up, meta_down in zip(self.stacks, mids_and_ups[::2], mids_and_ups[1::2], meta_downs):
+            _, *parts = shape
+            down = mid if meta_down is None else times_meta_down(mid, meta_down)
+            down = down.to(dtype).flatten(2, 3)  # (s, n, parts * r2, d_in)
+            up = up.mT.to(dtype)  # (s, n, r2, d_out)
+            if len(parts) > 1:
+                blocks = [torch.ones(1, size, dtype=dtype, device=up.device) for size in parts]
+                up = (up[:, :, None] * torch.block_diag(*blocks)[:, None]).flatten(2, 3)
+            # (s, n, parts * r2, d_out)
+            for name, *products in zip(self.stacks[shape], down.unbind(1), up.unbind(1)):
+                self.layers[name].down, self.layers[name].up = products
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Split rows of `personal`, (s, size): of each shape mid (s, n, ...) and up (s, n, ...), in turns."""
+        pieces = rows.split([math.prod(shape) for shape in self.shapes], dim=1)
+        return [piece.unflatten(1, shape) for piece, shape in zip(pieces, self.shapes)]
+
+    def by_layer(self) -> dict[str, tuple[Tensor | None, Tensor, Tensor]]:
+        """Return meta_down, mid and up of each layer, by name: what is written to them is in the model."""
+        split, found = self.split(self.personal.data), {}
+        for k, names in enumerate(self.stacks.values()):
+            meta_down = self.meta_down[k].data if self.r1 else [None] * len(names)
+            found |= dict(zip(names, zip(meta_down, split[2 * k].unbind(1), split[2 * k + 1].unbind(1))))
+        return {name: found[name] for name in self.layers}
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Fill meta_down and mid as LoRA does, kaiming-uniform with a = sqrt(5), and up with zeros."""
+        for meta_down, mid, up in self.by_layer().values():
+            if meta_down is not None:
+                kaiming_(meta_down, generator)
+            kaiming_(mid, generator)
+            up.zero_()
+
+
+def times_meta_down(mid: Tensor, meta_down: Tensor) -> Tensor:
+    """Multiply mid (s, n, parts, r2, r1) by meta_down (n, parts, r1, d_in) -> (s, n, parts, r2, d_in)."""
+
+    def product(mid: Tensor, meta_down: Tensor) -> Tensor:
+        return torch.einsum("snpri,npid->snprd", mid, meta_down.to(mid.dtype))
+
+    if meta_down.dtype == mid.dtype:
+        return product(mid, meta_down)
+    # Stage 2 keeps it as it is in the file, in half precision; backward makes the wide copy again.
+    return checkpoint(product, mid, meta_down, use_reentrant=False, preserve_rng_state=False)
 
 
 def kaiming_(factor: nn.Parameter | Tensor, generator: torch.Generator | None = None) -> None:
@@ -147,97 +219,97 @@ def inject(
     targets: str = "all",
     generator: torch.Generator | None = None,
     reset: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Flux:
     """Put a `MetaLoRALinear` around each targeted linear layer of a Flux, in place; return the model.
 
-    Nothing outside the blocks is adapted, and the base is frozen. r1 None makes plain LoRAs of rank r2. reset
-    False leaves the factors to be filled by the caller.
+    Nothing outside the blocks is adapted, and the base is frozen. `model.factors` holds all factors, in
+    `dtype`. r1 None makes plain LoRAs of rank r2. reset False leaves the factors to be filled by the caller.
     """
     model.requires_grad_(False)
+    layers = {}
     for name, parts in linear_names(model, targets):
         base = model.get_submodule(name)
         sizes = part_sizes(len(parts), base.out_features, base.in_features)
-        layer = MetaLoRALinear(base, sizes, r1, r2, slots)
-        if reset:
-            layer.reset(generator)
-        model.set_submodule(name, layer)
+        layers[name] = MetaLoRALinear(base, sizes)
+        model.set_submodule(name, layers[name])
+    model.factors = Factors(layers, r1, r2, slots, dtype)
+    if reset:
+        model.factors.reset(generator)
+    model.factors.hook = model.register_forward_pre_hook(_multiply_factors)
     return model
+
+
+def _multiply_factors(model: Flux, args: tuple) -> None:
+    model.factors.multiply(model.img_in.weight.dtype)
 
 
 def eject(model: Flux) -> Flux:
     """Undo `inject`, in place: put the linear layers back and drop the factors."""
-    for name, layer in adapters(model).items():
-        model.set_submodule(name, layer.base)
+    if adapters(model):
+        for name, layer in adapters(model).items():
+            model.set_submodule(name, layer.base)
+        model.factors.hook.remove()
+        del model.factors
     return model
 
 
 def adapters(model: nn.Module) -> dict[str, MetaLoRALinear]:
-    """Return the adapted layers by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MetaLoRALinear)}
+    """Return the adapted layers by name; none if there are none."""
+    return model.factors.layers if hasattr(model, "factors") else {}
 
 
-def factors(model: nn.Module, *names: str) -> list[nn.Parameter]:
-    """Return the parameters called `names` (meta_down, mid, up) of all adapted layers, layer by layer."""
-    parameters = [getattr(layer, name) for layer in adapters(model).values() for name in names]
-    return [parameter for parameter in parameters if parameter is not None]
+def use_slots(model: nn.Module, slots: Tensor | int) -> None:
+    """Say which identity each sample of the next batch is: (b,) on the model's device, or a number for all.
 
-
-def use_slots(model: nn.Module, slots: Tensor | None) -> None:
-    """Say which identity each sample of the next batch is: (b,), or (1,) for all, on the model's device.
-
-    The slots must stay set until backward has returned: blocks under activation checkpointing run forward
-    again in backward, and would silently read the next batch's slots.
+    There must be no forward pass of other identities before this one's backward has returned: recomputed
+    blocks would use their factors. A model without adapters is left as it is.
     """
-    for layer in adapters(model).values():
-        layer.slot = slots
+    if adapters(model):
+        model.factors.slots = slots
 
 
 # --- The optimizer of an identity --------------------------------------------------------------------------
 
 
 class SlotAdamW:
-    """AdamW (Loshchilov and Hutter 2019) for parameters (slots, ...), as if each slot had its own optimizer.
+    """AdamW (Loshchilov and Hutter 2019) for `Factors.personal`, as if each slot had its own optimizer.
 
     Only the slots present in a batch move, decay and count a step.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.01):
-        self.params, self.lr, self.weight_decay = params, lr, weight_decay
-        self.count = torch.zeros(len(params[0]), device=params[0].device)  # steps of each slot
-        self.mean = [torch.zeros_like(p) for p in params]  # of the gradient
-        self.square = [torch.zeros_like(p) for p in params]  # mean of the squared gradient
+    def __init__(self, personal: Tensor, lr: float, weight_decay: float = 0.01):
+        self.personal, self.lr, self.weight_decay = personal, lr, weight_decay
+        self.count = torch.zeros(len(personal), 1, device=personal.device)  # steps of each slot
+        self.mean = torch.zeros_like(personal)  # of the gradient
+        self.square = torch.zeros_like(personal)  # mean of the squared gradient
 
     @torch.no_grad()
     def step(self, slots: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        """Update the given slots, (n,) long, once each even if named twice; drop the gradients."""
-        self.count[slots] += 1
-        for p, mean, square in zip(self.params, self.mean, self.square):
-            grad = p.grad[slots]
-            count = self.count[slots].view(-1, *[1] * (p.dim() - 1))
-            # 1 - beta^count. Without expm1, float32 would lose three of its seven digits in the first steps.
-            correct = [-torch.expm1(count * math.log(beta)) for beta in betas]
-            mean[slots] = m = mean[slots].lerp(grad, 1 - betas[0])
-            square[slots] = s = square[slots].lerp(grad.square(), 1 - betas[1])
-            update = m / correct[0] / ((s / correct[1]).sqrt() + eps)
-            p[slots] = p[slots] * (1 - self.lr * self.weight_decay) - self.lr * update
-            p.grad = None
+        """Update the given slots, (n,) long, once each even if named twice."""
+        grad = self.personal.grad[slots]
+        # A slot that is named twice gets the same values twice.
+        self.count[slots] = count = self.count[slots] + 1
+        self.mean[slots] = mean = self.mean[slots].lerp(grad, 1 - betas[0])
+        self.square[slots] = square = self.square[slots].lerp(grad.square(), 1 - betas[1])
+        # 1 - beta^count. Without expm1, float32 would lose three of its seven digits in the first steps.
+        correct = [-torch.expm1(count * math.log(beta)) for beta in betas]
+        update = mean / correct[0] / ((square / correct[1]).sqrt() + eps)
+        kept = self.personal[slots] * (1 - self.lr * self.weight_decay)
+        self.personal.data[slots] = kept - self.lr * update
 
     def state_dict(self) -> dict:
         return {"count": self.count, "mean": self.mean, "square": self.square}
 
     def load_state_dict(self, state: dict) -> None:
-        self.count.copy_(state["count"])
-        for name in ("mean", "square"):
-            for moment, stored in zip(getattr(self, name), state[name], strict=True):
-                moment.copy_(stored)
+        for name, stored in state.items():
+            getattr(self, name).copy_(stored)
 
 
-def clip_slots(params: list[nn.Parameter], most: float) -> None:
-    """Scale each slot's gradient, over all parameters (slots, ...), to norm `most` if it is longer."""
-    norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in params]).norm(dim=0)  # (slots,)
-    factor = (most / (norms + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
-    for p in params:
-        p.grad.mul_(factor.view(-1, *[1] * (p.dim() - 1)))
+def clip_slots(personal: Tensor, most: float) -> None:
+    """Scale each slot's gradient, a row of (slots, size), to norm `most` if it is longer."""
+    norms = personal.grad.norm(dim=1, keepdim=True)  # (slots, 1)
+    personal.grad.mul_((most / (norms + 1e-6)).clamp(max=1))  # as torch.nn.utils.clip_grad_norm_
 
 
 # --- Conversion to a plain LoRA ----------------------------------------------------------------------------
@@ -252,10 +324,12 @@ def collapse(model: Flux, slot: int = 0) -> Lora:
     Returns lora_A (r2, d_in) and lora_B (d_out, r2) of each projection, by its diffusers name.
     """
     parts_of, lora = dict(linear_names(model)), {}
-    for name, layer in adapters(model).items():
-        ups = layer.up[slot].split(layer.parts)
-        for part, a, b in zip(parts_of[name], layer.down(slot), ups):
-            lora[part] = a, b
+    for name, (meta_down, mid, up) in model.factors.by_layer().items():
+        a = mid[slot]  # (parts, r2, r1)
+        if meta_down is not None:
+            a = a @ meta_down.to(a.dtype)
+        b = up[slot].split(adapters(model)[name].parts)
+        lora |= zip(parts_of[name], zip(a, b))
     return lora
 
 
@@ -266,11 +340,10 @@ def export_lora(model: Flux, path: Path, metadata: dict, slot: int = 0, form: st
     number is not finite: such a file would give black pictures.
     """
     lora = {part: (a.half().cpu(), b.half().cpu()) for part, (a, b) in collapse(model, slot).items()}
-    layer = next(iter(adapters(model).values()))
     about = {"version": VERSION}
-    if layer.meta_down is not None:
-        about["r1"] = layer.meta_down.shape[1]
-    about |= {"r2": layer.up.shape[-1], **metadata}
+    if model.factors.r1:
+        about["r1"] = model.factors.r1
+    about |= {"r2": model.factors.r2, **metadata}
     spec = model_spec(about, guidance=model.sizes.guidance)
     write_tensors(name_tensors(lora, form), path, {**about, **spec})
 
@@ -301,13 +374,12 @@ def inject_loras(model: Flux, slots: Sequence[Sequence[tuple[Lora, float]]]) -> 
     if outside:
         raise UserError(f"in no block: {', '.join(sorted(outside))}")
     rank = max((len(a) for lora in sums for a, _ in lora.values()), default=0)
-    inject(model, None, rank, len(slots), reset=False)
-    for name, layer in adapters(model).items():
-        layer.mid.data.zero_()  # where a LoRA has nothing, the layer stays as it is
-        layer.up.data.zero_()
+    inject(model, None, rank, len(slots), reset=False, dtype=model.img_in.weight.dtype)
+    model.factors.personal.data.zero_()  # where a LoRA has nothing, the layer stays as it is
+    for name, (_, mids, ups) in model.factors.by_layer().items():
         for slot, lora in enumerate(sums):
-            ups = layer.up.data[slot].split(layer.parts)
-            for part, mid, up in zip(parts_of[name], layer.mid.data[slot], ups):
+            ups_of_parts = ups[slot].split(adapters(model)[name].parts)
+            for part, mid, up in zip(parts_of[name], mids[slot], ups_of_parts):
                 if part in lora:
                     a, b = lora[part]
                     mid[: len(a)] = a
@@ -351,15 +423,14 @@ class Prior:
         return self.metadata["targets"]
 
 
-def save_meta(model: nn.Module, path: Path, metadata: dict, meta_down: list[Tensor] | None = None) -> None:
+def save_meta(model: nn.Module, path: Path, metadata: dict) -> None:
     """Write all meta_down, the product of stage 1, in float16.
 
-    The metadata must hold r1 and targets, which `inject` needs before the file can be used. meta_down: values
-    to write instead of the model's own, such as their moving average.
+    The metadata must hold r1 and targets, which `inject` needs before the file can be used.
     """
-    names = [f"{name}.meta_down" for name in adapters(model)]
-    values = [factor.detach().half().cpu() for factor in meta_down or factors(model, "meta_down")]
-    write_tensors(dict(zip(names, values, strict=True)), path, metadata)
+    by_layer = model.factors.by_layer().items()
+    tensors = {f"{name}.meta_down": meta_down.half().cpu() for name, (meta_down, _, _) in by_layer}
+    write_tensors(tensors, path, metadata)
 
 
 def load_meta(path: Path) -> Prior:
@@ -382,8 +453,12 @@ def load_meta(path: Path) -> Prior:
 
 
 def assign_meta(model: nn.Module, prior: Prior) -> None:
-    """Copy a stage-1 file's tensors into the injected layers; UserError lists what does not fit."""
-    expected = {f"{name}.meta_down": layer.meta_down for name, layer in adapters(model).items()}
+    """Copy a stage-1 file's tensors into the injected layers; UserError lists what does not fit.
+
+    meta_down is then frozen, and kept in the file's half precision.
+    """
+    by_layer = model.factors.by_layer().items()
+    expected = {f"{name}.meta_down": meta_down for name, (meta_down, _, _) in by_layer}
     problems = [f"{name} is for no layer of this model" for name in prior.tensors if name not in expected]
     for name, meta_down in expected.items():
         stored = prior.tensors.get(name)
@@ -392,5 +467,7 @@ def assign_meta(model: nn.Module, prior: Prior) -> None:
         elif stored.shape != meta_down.shape:
             problems.append(f"{name} is {tuple(stored.shape)}, must be {tuple(meta_down.shape)}")
     refuse(prior.path, sorted(problems))
-    for name, meta_down in expected.items():
-        meta_down.data.copy_(prior.tensors[name])
+    for names, meta_down in zip(model.factors.stacks.values(), model.factors.meta_down):
+        stored = torch.stack([prior.tensors[f"{name}.meta_down"] for name in names])
+        meta_down.data = stored.to(meta_down.device)
+        meta_down.requires_grad_(False)

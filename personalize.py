@@ -32,7 +32,6 @@ from metalora import (
     assign_meta,
     clip_slots,
     export_lora,
-    factors,
     inject,
     kaiming_,
     load_meta,
@@ -91,8 +90,8 @@ def personalize(
     Raises UserError when a loss is infinite or NaN.
     """
     # initialize, load-down-weights
-    trained = add_adapters(model, prior, settings.rank, settings.targets, [seed])
-    optimizer = torch.optim.AdamW(trained, training.lr, weight_decay=training.weight_decay, fused=True)
+    personal = add_adapters(model, prior, settings.rank, settings.targets, [seed])
+    optimizer = torch.optim.AdamW([personal], training.lr, weight_decay=training.weight_decay, fused=True)
     batches = draw_batches(crops, prompt, settings, training, seed, device, dtype)
     bar = tqdm(batches, "personalizing", settings.steps, mininterval=1, dynamic_ncols=True)
     for step, batch in enumerate(bar, 1):  # for iter = 1 to q_st2, for item in dataset
@@ -101,7 +100,7 @@ def personalize(
         if not math.isfinite(value):
             raise UserError(f"step {step}: the loss is {value}; a smaller --lr than {training.lr:g} may help")
         loss.backward()  # update-mid-and-up-layers
-        clip_slots(trained, training.clip_grad)
+        clip_slots(personal, training.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{value:.3f}", memory=f"{peak_memory(device):.1f} GiB", refresh=False)
@@ -109,8 +108,8 @@ def personalize(
 
 def add_adapters(
     model: flux.Flux, prior: Prior | None, rank: int, targets: str, seeds: Sequence[int]
-) -> list[Tensor]:
-    """Add an adapter for each of the seeds, one per person, and return the factors to train.
+) -> Tensor:
+    """Add an adapter for each of the seeds, one per person; return mid and up, a row for each.
 
     prior: of stage 1, which is frozen; None for plain LoRA on the targets.
     """
@@ -119,15 +118,12 @@ def add_adapters(
         assign_meta(model, prior)
     else:
         inject(model, None, rank, len(seeds), targets, reset=False)
-    for p in factors(model, "meta_down"):
-        p.requires_grad_(False)
+    model.factors.personal.data.zero_()  # up stays so
     for slot, seed in enumerate(seeds):
         generator = generator_for("mid", seed)
-        for mid in factors(model, "mid"):
-            kaiming_(mid.data[slot], generator)
-    for up in factors(model, "up"):
-        up.data.zero_()
-    return factors(model, "mid", "up")
+        for _, mid, _ in model.factors.by_layer().values():
+            kaiming_(mid[slot], generator)
+    return model.factors.personal
 
 
 @dataclass(frozen=True)

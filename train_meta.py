@@ -26,7 +26,7 @@ from flux.loading import ModelFiles, native_size
 from flux.memory import checkpoint_blocks, weight_bytes
 from flux.model import Flux
 from flux.sampling import flow_loss, generate
-from metalora import TARGETS, SlotAdamW, clip_slots, factors, inject, kaiming_, save_meta, use_slots
+from metalora import TARGETS, SlotAdamW, clip_slots, inject, kaiming_, save_meta, use_slots
 from people.buckets import count_batches, deal_batches, deal_buckets
 from people.cache import TensorCache
 from people.crops import common_shape, fit_shape
@@ -78,7 +78,7 @@ def update(
     """
     for meta_down in learner.meta_down:
         meta_down.requires_grad_(not warm_up)
-    use_slots(model, batch.slots)  # they stay set until backward has returned
+    use_slots(model, batch.slots)
     loss = flow_loss(model, **batch.inputs, guidance=training.train_guidance)  # L_diff
     numbers = learner.backward(loss, len(batch.slots))
     if all(map(math.isfinite, numbers.values())):
@@ -117,10 +117,10 @@ class MetaLearner:
     ):
         """ema: decay of an average of meta_down; 0: none."""
         self.training, self.seed, self.ema, self.ranks = training, seed, ema, ranks or Ranks()
-        self.meta_down, self.personal = factors(model, "meta_down"), factors(model, "mid", "up")
-        self.slots = len(self.personal[0])  # of the largest bucket, before they are divided among the ranks
-        for p in self.personal:
-            p.data = self.ranks.take_rows(p.data)
+        self.factors = model.factors
+        self.meta_down, self.personal = list(model.factors.meta_down), model.factors.personal
+        self.slots = len(self.personal)  # of the largest bucket, before they are divided among the ranks
+        self.personal.data = self.ranks.take_rows(self.personal.data)
         lr, decay = training.lr, training.weight_decay
         self.meta_optimizer = torch.optim.AdamW(self.meta_down, lr, weight_decay=decay, fused=True)
         self.slot_optimizer = SlotAdamW(self.personal, lr, decay)
@@ -136,8 +136,9 @@ class MetaLearner:
         moving = [p for p in self.meta_down if p.requires_grad]
         self.ranks.sum_gradients(moving)
         numbers = {"loss": self.ranks.sum(loss.detach() * share)}
-        for name, factor in {"mid": self.personal[::2], "up": self.personal[1::2]}.items():
-            numbers[f"grad_{name}"] = self.ranks.norm(get_total_norm([p.grad for p in factor]))
+        gradients = self.factors.split(self.personal.grad)
+        for name, parts in {"mid": gradients[::2], "up": gradients[1::2]}.items():
+            numbers[f"grad_{name}"] = self.ranks.norm(get_total_norm(parts))
         if moving:
             numbers["grad_meta_down"] = get_total_norm([p.grad for p in moving])
         return {name: value.item() for name, value in numbers.items()}
@@ -145,7 +146,7 @@ class MetaLearner:
     def step_mid_and_up(self, slots: Tensor) -> None:
         """Clip the gradient of each identity in the batch on its own, and move its mid and up."""
         clip_slots(self.personal, self.training.clip_grad)
-        self.slot_optimizer.step(slots.unique())
+        self.slot_optimizer.step(slots)
 
     def step_meta_down(self, norm: float) -> None:
         """Clip the gradient of meta_down, which has this norm, and move it and its average."""
@@ -155,7 +156,7 @@ class MetaLearner:
             torch._foreach_lerp_(self.average, [p.data for p in self.meta_down], 1 - self.ema)
 
     def zero_grad(self) -> None:
-        for p in (*self.personal, *self.meta_down):
+        for p in (self.personal, *self.meta_down):
             p.grad = None
 
     @contextmanager
@@ -175,23 +176,21 @@ class MetaLearner:
     def start_bucket(self, bucket: int) -> None:
         """Draw mid as LoRA does, the same for any number of ranks; up is zero."""
         generator = generator_for("bucket", self.seed, bucket)
-        for mid, up in zip(self.personal[::2], self.personal[1::2]):
+        for _, mid, up in self.factors.by_layer().values():
             everyone = torch.empty(self.slots, *mid.shape[1:])
             kaiming_(everyone, generator)
-            mid.data.copy_(self.ranks.take_rows(everyone))
-            up.data.zero_()
+            mid.copy_(self.ranks.take_rows(everyone))
+            up.zero_()
         self.slot_optimizer = SlotAdamW(self.personal, self.training.lr, self.training.weight_decay)
 
     def bucket_state(self) -> dict:
         """Return mid, up and their optimizer's state, of all ranks together."""
-        factors = [p.data for p in self.personal]
-        state = {"factors": factors, "optimizer": self.slot_optimizer.state_dict()}
+        state = {"personal": self.personal.data, "optimizer": self.slot_optimizer.state_dict()}
         return self.ranks.gather_rows(state, self.slots)
 
     def load_bucket_state(self, state: dict) -> None:
         state = self.ranks.take_rows(state)
-        for p, stored in zip(self.personal, state["factors"], strict=True):
-            p.data.copy_(stored)
+        self.personal.data.copy_(state["personal"])
         self.slot_optimizer.load_state_dict(state["optimizer"])
 
     def state_dict(self) -> dict:
@@ -309,7 +308,8 @@ def train(
     about |= {name: getattr(args, name) for name in ("r1", "r2", "targets", "lr", "seed")}
     result = args.out / "meta.safetensors"
     if ranks.leads:
-        save_meta(model, result, about, learner.average)
+        with learner.averaged():
+            save_meta(model, result, about)
     return result
 
 
@@ -395,7 +395,7 @@ def plan(
 
 def resident(model: Flux, learner: MetaLearner, ranks: int) -> dict[str, int]:
     """Return what lies in memory, in bytes by name; ranks: over how many the base is spread."""
-    meta_down, personal = (sum(p.nbytes for p in x) for x in (learner.meta_down, learner.personal))
+    meta_down, personal = sum(p.nbytes for p in learner.meta_down), learner.personal.nbytes
     return {
         "the frozen base": (weight_bytes(model) - meta_down - personal) // ranks,
         "meta_down, gradient, AdamW's state": (4 + bool(learner.average)) * meta_down,
@@ -416,7 +416,7 @@ def sample_grid(
     decoder, rows = flux.load_autoencoder(autoencoder, device, dtype), []
     size = fit_shape((resolution, resolution), resolution, decoder.sizes.token_pixels)
     for slot, person in enumerate(people):
-        use_slots(model, torch.tensor([slot], device=device))
+        use_slots(model, slot)
         rows.append([read_photo(person.photos[0].path)])
         for prompt in prompts.values():
             for seed in (0, 1):

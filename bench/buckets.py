@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
 from flux.model import Flux
-from metalora import SlotAdamW, factors, inject
+from metalora import SlotAdamW, inject
 from run.checkpoints import BucketStore
 from run.costs import FLUX_DEV
 
@@ -89,21 +90,20 @@ def measure_training(folder: Path, steps: int) -> list[tuple[float, float]]:
     return costs
 
 
-def full_size(slots: int) -> tuple[list[torch.nn.Parameter], SlotAdamW]:
+def full_size(slots: int) -> tuple[Tensor, SlotAdamW]:
     """Return FLUX.1-dev's mid and up for so many identities, filled with noise, and their optimizer."""
     with torch.device("meta"):
         model = inject(Flux(FLUX_DEV), 128, 1, slots)
-    shapes = [factor.shape for factor in factors(model, "mid", "up")]
-    personal = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    personal = torch.randn(model.factors.personal.shape)
     return personal, SlotAdamW(personal, 1e-4)
 
 
 def time_of_change(folder: Path, slots: int) -> None:
     """Store a bucket, read the next one in the thread, and copy it in; print the seconds of each."""
     personal, optimizer = full_size(slots)
-    each = sum(p.numel() for p in personal) / slots
+    each = personal.shape[1]
     store, clock = BucketStore(folder / "buckets", buckets=2), time.perf_counter
-    state = {"factors": [p.data for p in personal], "optimizer": optimizer.state_dict()}
+    state = {"personal": personal, "optimizer": optimizer.state_dict()}
     store.put(0, state)
     began = clock()
     store.put(1, state)
@@ -114,8 +114,7 @@ def time_of_change(folder: Path, slots: int) -> None:
     read = clock() - began
     began = clock()
     state = store.fetch(2)
-    for p, stored_factor in zip(personal, state["factors"], strict=True):
-        p.data.copy_(stored_factor)
+    personal.copy_(state["personal"])
     optimizer.load_state_dict(state["optimizer"])
     opened = clock() - began
     size = store.file(1).stat().st_size / 2**30

@@ -36,7 +36,7 @@ from flux.model import FluxSizes
 from flux.sampling import denoise, flow_loss
 from lora.names import part_sizes
 from lora.writing import name_tensors
-from metalora import SlotAdamW, clip_slots, factors, inject, linear_names, use_slots
+from metalora import SlotAdamW, clip_slots, inject, linear_names, use_slots
 from run.costs import FLUX_DEV, GIB
 
 ROOT = Path(__file__).parents[1]
@@ -109,13 +109,13 @@ def train(args: argparse.Namespace, model: Flux) -> Tensor:
     batch, identities = (args.batch, args.identities) if stage1 else (1, 1)
     inject(model, r1=128, r2=1, slots=identities)
     arrange(model, "cpu", checkpoint="all", stream=len(blocks_of(model)))
-    meta_down, personal = factors(model, "meta_down"), factors(model, "mid", "up")
+    meta_down, personal = list(model.factors.meta_down), model.factors.personal
     slots = torch.arange(batch) % identities
     use_slots(model, slots)
     if stage1:
         slot_optimizer, optimizer = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
     else:
-        slot_optimizer, optimizer = None, torch.optim.AdamW(personal, 1e-4)
+        slot_optimizer, optimizer = None, torch.optim.AdamW([personal], 1e-4)
         for p in meta_down:
             p.requires_grad_(False)
     for _ in range(args.steps):
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, model: Flux) -> Tensor:
         loss.backward()
         clip_slots(personal, 1.0)
         if slot_optimizer:
-            slot_optimizer.step(slots.unique())
+            slot_optimizer.step(slots)
             torch.nn.utils.clip_grad_norm_(meta_down, 1.0)
         optimizer.step()
         for p in (*meta_down, *personal):

@@ -27,7 +27,7 @@ from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.model import Flux, FluxSizes
 from flux.sampling import euler_step, flow_loss, pack, position_ids, unpack
 from flux.streaming import FrozenLinear
-from metalora import SlotAdamW, clip_slots, factors, inject, use_slots
+from metalora import SlotAdamW, clip_slots, inject, use_slots
 from run.costs import FLUX_DEV, GIB, Plan, Workload, estimate
 
 STAGE1 = Workload("stage1", batch=4, identities=50)
@@ -147,13 +147,13 @@ def train(model: Flux, work: Workload, tracker: Tracker) -> None:
     """Do two training steps as the scripts do them; the tracker's peak is then that of the second."""
     latents, t, txt, pooled = inputs(work)
     noise = torch.empty_like(latents)
-    meta_down, personal = factors(model, "meta_down"), factors(model, "mid", "up")
+    meta_down, personal = list(model.factors.meta_down), model.factors.personal
     slots = torch.zeros(work.batch if work.kind == "stage1" else 1, dtype=torch.long)
     use_slots(model, slots)
     if work.kind == "stage1":
         slot_optimizer, optimizer = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
     else:
-        slot_optimizer, optimizer = None, torch.optim.AdamW(personal, 1e-4)
+        slot_optimizer, optimizer = None, torch.optim.AdamW([personal], 1e-4)
         for p in meta_down:
             p.requires_grad_(False)
     for _ in range(2):
@@ -164,7 +164,7 @@ def train(model: Flux, work: Workload, tracker: Tracker) -> None:
             slot_optimizer.step(slots)
             torch.nn.utils.clip_grad_norm_(meta_down, 1.0)
         optimizer.step()
-        for p in (*meta_down, *personal):
+        for p in (*meta_down, personal):
             p.grad = None
 
 

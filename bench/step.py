@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 from flux.memory import checkpoint_blocks
 from flux.model import Flux, FluxSizes
 from flux.sampling import position_ids
-from metalora import collapse, export_lora, factors, inject, linear_names, load_lora, use_slots
+from metalora import collapse, export_lora, inject, linear_names, load_lora, use_slots
 from scoring.tables import markdown
 
 
@@ -96,17 +96,17 @@ def ours_training(args: argparse.Namespace, r1: int) -> Callable:
     """Return a step of stage 1, after the warm-up, with another identity in each sample."""
     model, given = our_model(args), inputs(args)
     inject(model, r1, 1, args.batch)
-    for up in factors(model, "up"):
-        up.data.normal_(std=1e-3)
+    model.factors.personal.data.normal_(std=1e-3)
     checkpoint_blocks(model)
     use_slots(model, torch.arange(args.batch, device=args.device))
-    trained = factors(model, "meta_down", "mid", "up")
+    trained = list(model.factors.parameters())
     return lambda: torch.autograd.grad(model(**given).float().square().mean(), trained)
 
 
 def theirs_training(args: argparse.Namespace, rank: int) -> Callable:
     model, given = their_model(args, rank), inputs(args)
-    model.enable_gradient_checkpointing()
+    if getattr(args, "recomputed", "all") == "all":
+        model.enable_gradient_checkpointing()
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     return lambda: torch.autograd.grad(their_forward(model, given).float().square().mean(), trained)
@@ -123,8 +123,7 @@ def floor(args: argparse.Namespace) -> Callable:
 def ours_denoising(args: argparse.Namespace) -> Callable:
     """Return a denoising step with a LoRA that `load_lora` merged."""
     trained = inject(our_model(args), None, 16, 1)
-    for up in factors(trained, "up"):
-        up.data.normal_(std=1e-3)
+    trained.factors.personal.data.normal_(std=1e-3)
     assert collapse(trained)
     file = args.work / "bench.safetensors"
     export_lora(trained, file, {})

@@ -166,8 +166,8 @@ class Benchmark:
     def prior_of(self, run: Run) -> Prior | None:
         return self.prior if run.method.startswith("meta-lora") else None
 
-    def add_adapters(self, model: flux.Flux, run: Run, seeds: Sequence[int]) -> list[torch.Tensor]:
-        """Add an adapter for each person's seed and return the factors to train."""
+    def add_adapters(self, model: flux.Flux, run: Run, seeds: Sequence[int]) -> torch.Tensor:
+        """Add an adapter for each person's seed; return mid and up, a row for each."""
         return personalize.add_adapters(model, self.prior_of(run), run.rank, self.args.targets, seeds)
 
     def _read_settings(self) -> dict:
@@ -321,7 +321,7 @@ class Benchmark:
             print(f"{run.system(settings.steps)}: {', '.join(subject.name for subject in group)}")
             # One seed per person, so that people do not share the same noise.
             seeds = [self.args.seed + zlib.crc32(subject.name.encode()) for subject in group]
-            trained = self.add_adapters(self.model, run, seeds)
+            personal = self.add_adapters(self.model, run, seeds)
             batches = [
                 personalize.draw_batches(
                     self.crops[run.augment, subject],
@@ -335,7 +335,7 @@ class Benchmark:
                 for subject, seed in zip(group, seeds)
             ]
             updates = personalize_together(
-                self.model, trained, batches, settings.steps, training, self.device
+                self.model, personal, batches, settings.steps, training, self.device
             )
             for step, slots in updates:
                 if step in run.steps:

@@ -20,7 +20,7 @@ from run.settings import Training
 
 def personalize_together(
     model: Flux,
-    trained: list[Tensor],
+    personal: Tensor,
     batches: Sequence[Iterator[dict[str, Tensor]]],
     steps: int,
     training: Training,
@@ -28,12 +28,12 @@ def personalize_together(
 ) -> Iterator[tuple[int, list[int]]]:
     """Train the slot of every person; after each update yield its number and the slots still in training.
 
-    trained: mid and up of all slots, as `personalize.add_adapters` returns them.
+    personal: mid and up of all slots, as `personalize.add_adapters` returns it.
     batches: for each slot what `personalize.draw_batches` yields.
     A slot whose loss becomes infinite or NaN is dropped, and its factors are of no use from then on. The
     other slots continue; when none is left, the last item has an empty list.
     """
-    optimizer = torch.optim.AdamW(trained, training.lr, weight_decay=training.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([personal], training.lr, weight_decay=training.weight_decay, fused=True)
     slots = list(range(len(batches)))
     bar = tqdm(range(1, steps + 1), "personalizing", mininterval=1, dynamic_ncols=True)
     for step in bar:
@@ -41,7 +41,7 @@ def personalize_together(
         losses = backward(model, current, training, device)
         slots = [slot for slot in slots if math.isfinite(losses[slot])]
         if slots:
-            clip_slots(trained, training.clip_grad)
+            clip_slots(personal, training.clip_grad)
             optimizer.step()  # a dropped slot's NaN stays in that slot: nothing is computed across slots
             optimizer.zero_grad()
             mean = sum(losses[slot] for slot in slots) / len(slots)

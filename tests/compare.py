@@ -23,6 +23,13 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def factors(model: nn.Module, *names: str) -> list[Tensor]:
+    """Return the factors called `names` of all layers, layer by layer: what is written to them counts."""
+    by_layer = model.factors.by_layer().values()
+    layers = (dict(zip(("meta_down", "mid", "up"), layer)) for layer in by_layer)
+    return [layer[name] for layer in layers for name in names if layer[name] is not None]
+
+
 def difference(ours: Tensor, theirs: Tensor) -> float:
     assert ours.shape == theirs.shape
     return (ours - theirs).abs().max().item()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import factors
 from helpers import NAMES, assert_same, kill_at, log_of, pictures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ import train_meta
 from flux.errors import UserError
 from flux.finding import find_files, local_parts
 from lora import __main__, fitting, reading, writing
-from metalora import export_lora, factors, inject, load_meta, save_meta
+from metalora import export_lora, inject, load_meta, save_meta
 from metaphd import admission, benchmark, user_study
 from people import crops, faces
 from people.cache import TensorCache
@@ -218,7 +219,7 @@ def adapted(model: Path):
     generator = torch.Generator().manual_seed(0)
     transformer = inject(flux.load_flux(transformer_of(model)), 4, 1, 1, "all", generator)
     for up in factors(transformer, "up"):
-        up.data.normal_(std=0.1, generator=generator)
+        up.normal_(std=0.1, generator=generator)
     return transformer
 
 

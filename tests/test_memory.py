@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import randomize
+from compare import factors, randomize
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ from flux.model import Flux, FluxSizes
 from flux.sampling import flow_loss
 from flux.streaming import FrozenLinear, Stream, quantize_rows, spread
 from flux.t5 import T5Sizes
-from metalora import eject, factors, inject, use_slots
+from metalora import eject, inject, use_slots
 
 SIZES = FluxSizes(
     in_channels=16,
@@ -48,7 +48,7 @@ def adapted(dtype: torch.dtype = torch.float32) -> Flux:
     model = inject(randomize(Flux(SIZES)).to(dtype), r1=6, r2=2, slots=3)
     generator = torch.Generator().manual_seed(2)
     for factor in factors(model, "meta_down", "mid", "up"):
-        factor.data = torch.randn(factor.shape, generator=generator) / 8
+        factor.copy_(torch.randn(factor.shape, generator=generator) / 8)
     use_slots(model, torch.tensor([2, 0]))
     return model
 
@@ -64,7 +64,7 @@ def step(model: Flux, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict
         result = {"sampled": flow_loss(model, *given, guidance=3.5)}
     loss = flow_loss(model, *given, guidance=3.5)
     loss.backward()
-    for number, factor in enumerate(factors(model, "meta_down", "mid", "up")):
+    for number, factor in enumerate(model.factors.parameters()):
         result[f"gradient {number}"], factor.grad = factor.grad, None
     return result | {"loss": loss.detach()}
 
@@ -94,7 +94,7 @@ def test_every_arrangement_gives_the_same_numbers(plain, checkpoint, stream, cop
 def test_the_factors_matter(plain):
     """What the comparison above must notice: another loss, and a gradient that a factor alone can change."""
     model = adapted()
-    model.single_blocks[2].linear2.up.data[0, 3, 1] += 1e-3
+    model.factors.by_layer()["single_blocks.2.linear2"][2][0, 3, 1] += 1e-3
     assert error(step(model), plain) > 1e-6
 
 
@@ -121,10 +121,10 @@ def test_two_losses_may_be_summed_before_backward():
     def gradient(model: Flux) -> Tensor:
         img, img_ids = torch.ones(1, 4, 16), torch.zeros(1, 4, 3)
         txt, pooled, t = torch.ones(1, 3, 40), torch.ones(1, 20), torch.tensor([0.3])
-        use_slots(model, None)
+        use_slots(model, 0)
         call = lambda k: model(k * img, img_ids, txt, img_ids[:, :3], t, pooled, t).square().sum()
         (call(1) + call(2)).backward()
-        return model.double_blocks[0].img_attn.qkv.mid.grad
+        return model.factors.personal.grad
 
     expected = gradient(adapted())
     for checkpoint in ("all", "none"):
@@ -256,9 +256,7 @@ def test_adapters_come_and_go():
     """A benchmark puts new adapters into the same streamed model for every person."""
     model = arranged(eject(adapted()), "all", BLOCKS)
     again = inject(model, r1=6, r2=2, slots=3)
-    for own, other in zip(
-        factors(again, "meta_down", "mid", "up"), factors(adapted(), "meta_down", "mid", "up")
-    ):
+    for own, other in zip(again.factors.parameters(), adapted().factors.parameters(), strict=True):
         own.data = other.data
     use_slots(again, torch.tensor([2, 0]))
     assert error(step(again), step(adapted())) <= 1e-6
@@ -402,9 +400,7 @@ def test_pages_are_dropped_behind(tmp_path, plain):
     anonymous.weight.data = anonymous.weight.data.clone()  # no file's: must never be dropped
     before = anonymous.weight.data.clone()
     inject(mapped, r1=6, r2=2, slots=3)
-    for own, other in zip(
-        factors(mapped, "meta_down", "mid", "up"), factors(adapted(), "meta_down", "mid", "up")
-    ):
+    for own, other in zip(mapped.factors.parameters(), adapted().factors.parameters(), strict=True):
         own.data = other.data.clone()
     use_slots(mapped, torch.tensor([2, 0]))
     arranged(mapped, "all", BLOCKS, copy=False)

@@ -8,7 +8,7 @@ from datetime import date
 
 import pytest
 import torch
-from compare import difference, header, randomize
+from compare import difference, factors, header, randomize
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders import lora_conversion_utils, lora_pipeline
 from peft.tuners.lora import LoraLayer
@@ -25,6 +25,7 @@ from lora.merging import merge_loras
 from lora.reading import read_lora
 from lora.writing import model_spec
 from metalora import (
+    Factors,
     MetaLoRALinear,
     Prior,
     SlotAdamW,
@@ -34,7 +35,6 @@ from metalora import (
     collapse,
     eject,
     export_lora,
-    factors,
     inject,
     inject_loras,
     load_lora,
@@ -53,101 +53,121 @@ def adapted(
     generator = torch.Generator().manual_seed(seed)
     model = inject(model or randomize(Flux(DEV)), 6, r2, slots, targets, generator)
     for up in factors(model, "up"):
-        up.data = torch.randn(up.shape, generator=generator) / 4
+        up.copy_(torch.randn(up.shape, generator=generator) / 4)
     return model
 
 
 # --- The layer ---------------------------------------------------------------------------------------------
 
 
-def three_steps(layer: MetaLoRALinear, x: Tensor, slots: list[int]) -> Tensor:
+def three_steps(factors: Factors, x: Tensor, slots: list[int]) -> Tensor:
     """Multiply as the paper writes it, one matrix after the other, for each sample and part."""
-    samples = []
+    (layer,), samples = factors.layers.values(), []
+    mids, ups = (factor[:, 0] for factor in factors.split(factors.personal))
     for sample, slot in zip(x, slots):
-        ups = layer.up[slot].split(layer.parts)
-        parts = zip(layer.meta_down, layer.mid[slot], ups)
+        parts = zip(factors.meta_down[0][0], mids[slot], ups[slot].split(layer.parts))
         samples.append(torch.cat([sample @ down.T @ mid.T @ up.T for down, mid, up in parts], dim=-1))
     return layer.base(x) + torch.stack(samples)
 
 
-def results(forward, layer: MetaLoRALinear, x: Tensor) -> list[Tensor]:
+def ours(factors: Factors, x: Tensor, slots: list[int] | int) -> Tensor:
+    factors.slots = slots if isinstance(slots, int) else torch.tensor(slots, dtype=torch.long)
+    factors.multiply(x.dtype)
+    return factors.layers["layer"](x)
+
+
+def results(forward, factors: Factors, x: Tensor, slots: list[int] | int) -> list[Tensor]:
     """Return the output and the gradients of meta_down, mid, up and x."""
-    h = forward(x)
+    h = forward(factors, x, slots)
     pull = torch.linspace(-1, 1, h.numel(), dtype=h.dtype).view_as(h)
-    return [h, *torch.autograd.grad((h * pull).sum(), [layer.meta_down, layer.mid, layer.up, x])]
+    wanted = [factors.meta_down[0], factors.personal, x]
+    meta_down, personal, x = torch.autograd.grad((h * pull).sum(), wanted)
+    return [h, meta_down, *factors.split(personal), x]
 
 
 def far(ours: list[Tensor], theirs: list[Tensor]) -> list[float]:
     return [difference(a, b) / b.abs().max().item() for a, b in zip(ours, theirs, strict=True)]
 
 
-def layer_and_input(r2: int, tokens: tuple[int, ...]) -> tuple[MetaLoRALinear, Tensor]:
+def layer_and_input(r2: int, tokens: tuple[int, ...]) -> tuple[Factors, Tensor]:
     torch.manual_seed(0)
-    layer = MetaLoRALinear(nn.Linear(7, 24).requires_grad_(False), [5, 5, 5, 9], r1=6, r2=r2, slots=4)
-    for factor in (layer.meta_down, layer.mid, layer.up):
+    layer = MetaLoRALinear(nn.Linear(7, 24).requires_grad_(False), [5, 5, 5, 9])
+    factors = Factors({"layer": layer}, r1=6, r2=r2, slots=4).double()
+    layer.double()
+    for factor in factors.parameters():
         nn.init.normal_(factor)
-    return layer.double(), torch.randn(3, *tokens, 7, dtype=torch.float64, requires_grad=True)
+    return factors, torch.randn(3, *tokens, 7, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize("tokens", [(5,), ()], ids=["tokens", "modulation"])
 @pytest.mark.parametrize("r2", [1, 4])
 def test_layer_equals_the_papers_product(r2, tokens):
-    layer, x = layer_and_input(r2, tokens)
-    layer.slot = torch.tensor([2, 2, 0])  # one identity twice, two others absent
-    ours = results(layer, layer, x)
-    assert max(far(ours, results(lambda x: three_steps(layer, x, [2, 2, 0]), layer, x))) < 1e-12
-    assert not ours[2][[1, 3]].any() and not ours[3][[1, 3]].any()
+    factors, x = layer_and_input(r2, tokens)
+    slots = [2, 2, 0]  # one identity twice, two others absent
+    given = results(ours, factors, x, slots)
+    assert max(far(given, results(three_steps, factors, x, slots))) < 1e-12
+    assert not given[2][[1, 3]].any() and not given[3][[1, 3]].any()
 
-    other = results(lambda x: three_steps(layer, x, [0, 2, 2]), layer, x)
-    assert min(far(ours, other)) > 0.01  # output and every gradient notice wrong slots
-    layer.meta_down.data = layer.meta_down.data[[1, 0, 2, 3]]  # q's and k's
-    assert far(ours, results(layer, layer, x))[0] > 0.01
+    other = results(three_steps, factors, x, [0, 2, 2])
+    assert min(far(given, other)) > 0.01  # output and every gradient notice wrong slots
+    factors.meta_down[0].data = factors.meta_down[0].data[:, [1, 0, 2, 3]]  # q's and k's
+    assert far(given, results(ours, factors, x, slots))[0] > 0.01
 
-    for layer.slot, slots in ((None, [0, 0, 0]), (torch.tensor([1]), [1, 1, 1])):
-        assert (
-            max(far(results(layer, layer, x), results(lambda x: three_steps(layer, x, slots), layer, x)))
-            < 1e-12
-        )
+    for slot in (0, 1):
+        expected = results(three_steps, factors, x, [slot] * 3)
+        for slots in ([slot], slot):
+            assert max(far(results(ours, factors, x, slots), expected)) < 1e-12
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("slots", [[2, 2, 0], [1]], ids=["each", "one"])
 def test_layer_in_the_dtypes_of_training(dtype, most, slots):
     """The base and x in `dtype`, the factors in float32; the same bits every time; x is not written to."""
-    layer, x = layer_and_input(2, (5,))
-    expected = results(lambda x: three_steps(layer, x, (3 * slots)[:3]), layer, x)
-    layer, given = layer.float(), x.detach().to(dtype).requires_grad_()
-    layer.base.to(dtype)
-    layer.slot = torch.tensor(slots)
-    ours = results(layer, layer, given)
-    assert [part.dtype for part in ours] == [dtype, *3 * [torch.float32], dtype]
-    assert max(far([part.double() for part in ours], expected)) < most
-    assert all(map(torch.equal, ours, results(layer, layer, given)))
+    factors, x = layer_and_input(2, (5,))
+    expected = results(three_steps, factors, x, (3 * slots)[:3])
+    factors, given = factors.float(), x.detach().to(dtype).requires_grad_()
+    factors.layers["layer"].to(dtype)
+    found = results(ours, factors, given, slots)
+    assert [part.dtype for part in found] == [dtype, *3 * [torch.float32], dtype]
+    assert max(far([part.double() for part in found], expected)) < most
+    assert all(map(torch.equal, found, results(ours, factors, given, slots)))
     assert torch.equal(given, x.to(dtype))
 
 
-@pytest.mark.parametrize("slots", [[], [0, 1], [0, 1, 2, 3], [[0, 1, 2]], 0])
+def test_a_frozen_meta_down_in_half_precision():
+    """The same as its values in float32, though these are never kept."""
+    factors, x = layer_and_input(2, (5,))
+    factors, x = factors.float(), x.detach().float().requires_grad_()
+    factors.layers["layer"].float()
+    half = factors.meta_down[0].data.half()
+    given = []
+    for meta_down in (half.float(), half):
+        factors.meta_down[0] = nn.Parameter(meta_down, requires_grad=False)
+        loss = ours(factors, x, [2, 2, 0]).square().sum()
+        given.append([loss, *torch.autograd.grad(loss, [factors.personal, x])])
+    assert all(map(torch.equal, *given))
+
+
+@pytest.mark.parametrize("slots", [[], [0, 1], [0, 1, 2, 3]])
 def test_slots_of_another_shape_are_refused(slots):
     """Two slots for six samples would be read as three samples each."""
-    layer, x = layer_and_input(1, (5,))
-    layer.slot = torch.tensor([2, 2, 0])
-    h = layer(x)
-    layer.slot = torch.tensor(slots, dtype=torch.long)
+    factors, x = layer_and_input(1, (5,))
+    h = ours(factors, x, [2, 2, 0])
     for samples in (x, torch.cat([x, x]).detach()):
         with pytest.raises(ValueError, match=rf"slots are .*, must be \({len(samples)},\), or \(1,\)"):
-            layer(samples)
-    layer.slot = torch.tensor([2, 2, 0])
-    assert torch.equal(layer(x), h)
+            ours(factors, samples, slots)
+    assert torch.equal(ours(factors, x, [2, 2, 0]), h)
 
 
 def test_second_derivatives_raise_instead_of_being_wrong():
-    layer, x = layer_and_input(2, (5,))
-    layer.slot = torch.tensor([2, 2, 0])
-    for factor in (layer.meta_down, layer.mid, layer.up, x):
-        (grad,) = torch.autograd.grad(layer(x).square().sum(), factor, create_graph=True)
+    factors, x = layer_and_input(2, (5,))
+    slots = [2, 2, 0]
+    for factor in (factors.meta_down[0], factors.personal, x):
+        loss = ours(factors, x, slots).square().sum()
+        (grad,) = torch.autograd.grad(loss, factor, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
-        plain = three_steps(layer, x, [2, 2, 0]).square().sum()  # with autograd alone they are there
+        plain = three_steps(factors, x, slots).square().sum()  # with autograd alone they are there
         (expected,) = torch.autograd.grad(plain, factor, create_graph=True)
         assert difference(grad, expected) < 1e-12 * expected.abs().max()
         expected.sum().backward()
@@ -160,7 +180,7 @@ def test_fresh_factors():
     )
     for name in ("meta_down", "mid"):
         for a, b, c in zip(*(factors(model, name) for model in (first, again, other))):
-            assert a.dtype == torch.float32 and a.requires_grad
+            assert a.dtype == torch.float32
             assert torch.equal(a, b) and not torch.equal(a, c)
             assert 0.97 < a.abs().max() * a.shape[-1] ** 0.5 <= 1
             assert abs(a.std() * (3 * a.shape[-1]) ** 0.5 - 1) < 0.1
@@ -176,7 +196,7 @@ def test_injection_holds_the_base_uncopied_and_changes_nothing():
     frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
     assert frozen == weights
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert {id(p) for p in trained} == {id(p) for p in factors(model, "meta_down", "mid", "up")}
+    assert {id(p) for p in trained} == {id(p) for p in model.factors.parameters()}
 
 
 @pytest.mark.parametrize(
@@ -221,23 +241,26 @@ def test_every_linear_layer_of_the_published_blocks_is_adapted():
     assert {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b) in lora.items()} == published
 
 
-def test_slots_must_stay_set_until_backward_returns():
-    """Checkpointed blocks run forward again in backward and read the slots that are set by then."""
+def test_no_other_identities_between_forward_and_backward():
+    """Recomputed blocks use the products that are there in backward: those of the last forward pass."""
 
-    def gradients(checkpointed: bool, late_slots: list[int]) -> list[Tensor]:
+    def gradients(checkpointed: bool, late_slots: list[int], again: bool = False) -> list[Tensor]:
         model = adapted()
         for block in [*model.double_blocks, *model.single_blocks] if checkpointed else []:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         use_slots(model, torch.tensor([2, 0]))
         loss = model(**inputs(DEV)).square().mean()
         use_slots(model, torch.tensor(late_slots))
+        if again:
+            model(**inputs(DEV))
         loss.backward()
-        return [p.grad for p in factors(model, "meta_down", "mid", "up")]
+        return [p.grad for p in model.factors.parameters()]
 
     expected = gradients(False, [2, 0])
-    assert max(far(gradients(True, [2, 0]), expected)) < 1e-5
-    assert max(far(gradients(False, [0, 2]), expected)) < 1e-5
-    assert max(far(gradients(True, [0, 2]), expected)) > 0.1
+    assert max(far(gradients(True, [2, 0], again=True), expected)) < 1e-5
+    assert max(far(gradients(True, [0, 2]), expected)) < 1e-5
+    assert max(far(gradients(False, [0, 2], again=True), expected)) < 1e-5
+    assert max(far(gradients(True, [0, 2], again=True), expected)) > 0.1
 
 
 # --- The optimizer -----------------------------------------------------------------------------------------
@@ -246,31 +269,27 @@ def test_slots_must_stay_set_until_backward_returns():
 def test_every_slot_has_an_adamw_of_its_own():
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    params = [nn.Parameter(draw(5, 2, 3)), nn.Parameter(draw(5, 4))]
-    single = [[nn.Parameter(p[slot].detach().clone()) for p in params] for slot in range(5)]
-    optimizers = [torch.optim.AdamW(own, lr=0.01, weight_decay=0.01) for own in single]
-    ours = SlotAdamW(params, lr=0.01, weight_decay=0.01)
+    personal = nn.Parameter(draw(5, 10))
+    single = [nn.Parameter(row.clone()) for row in personal.detach()]
+    optimizers = [torch.optim.AdamW([own], lr=0.01, weight_decay=0.01) for own in single]
+    ours = SlotAdamW(personal, lr=0.01, weight_decay=0.01)
     for step in range(12):
         if step == 6:  # a bucket that comes round again goes on from its stored state
             state = ours.state_dict()
-            ours = SlotAdamW(params, lr=0.01, weight_decay=0.01)
+            ours = SlotAdamW(personal, lr=0.01, weight_decay=0.01)
             ours.load_state_dict(state)
         slots = torch.randint(4, (3,), generator=generator)  # repeats; the last slot never comes
-        before = [p.detach().clone() for p in params]
-        for p in params:
-            p.grad = draw(*p.shape) * 10.0 ** torch.randint(-5, 2, (1,), generator=generator)
+        before = personal.detach().clone()
+        personal.grad = draw(5, 10) * 10.0 ** torch.randint(-5, 2, (1,), generator=generator)
         for slot in slots.unique():
-            for own, p in zip(single[slot], params):
-                own.grad = p.grad[slot].clone()
+            single[slot].grad = personal.grad[slot].clone()
             optimizers[slot].step()
         ours.step(slots)
         absent = [slot for slot in range(5) if slot not in slots]
-        assert all(torch.equal(p[absent], old[absent]) and p.grad is None for p, old in zip(params, before))
+        assert torch.equal(personal[absent], before[absent])
     for slot in range(5):
-        steps = optimizers[slot].state[single[slot][0]].get("step", 0)
-        assert ours.count[slot] == steps
-        for own, p in zip(single[slot], params):
-            torch.testing.assert_close(p[slot], own, rtol=1e-6, atol=1e-7)
+        assert ours.count[slot] == optimizers[slot].state[single[slot]].get("step", 0)
+        torch.testing.assert_close(personal[slot], single[slot], rtol=1e-6, atol=1e-7)
     assert len(ours.count.unique()) > 2 and ours.count[4] == 0
 
 
@@ -453,12 +472,9 @@ def test_meta_file_round_trip(tmp_path):
     mids = [mid.clone() for mid in factors(other, "mid")]
     assign_meta(other, prior)
     for ours, stored in zip(factors(other, "meta_down"), factors(model, "meta_down"), strict=True):
-        assert torch.equal(ours, stored.half().float())
+        assert torch.equal(ours, stored.half())
     assert all(map(torch.equal, mids, factors(other, "mid")))
-
-    save_meta(model, path, META, [-p for p in factors(model, "meta_down")])
-    for name, stored in load_meta(path).tensors.items():
-        assert torch.equal(stored, -prior.tensors[name])
+    assert not any(p.requires_grad for p in other.factors.meta_down)
 
 
 def test_a_meta_file_that_does_not_fit_is_refused(tmp_path):
@@ -490,16 +506,16 @@ def test_a_meta_file_that_does_not_fit_is_refused(tmp_path):
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     model = adapted()
-    layer = model.single_blocks[1].linear2
-    layer.up.data[1, 3] = 1e5  # finite in float32, not in the file's float16
-    layer.meta_down.data[0, 2, 5] = torch.nan
+    meta_down, _, up = model.factors.by_layer()["single_blocks.1.linear2"]
+    up[1, 3] = 1e5  # finite in float32, not in the file's float16
+    meta_down[0, 2, 5] = torch.nan
     for write, name in (
         (lambda path: export_lora(model, path, META, slot=1), "1.proj_out.lora_A"),
         (lambda path: save_meta(model, path, META), "1.linear2.meta_down"),
     ):
         with pytest.raises(ValueError, match=f"is not written: . tensors are not finite, .*{name}"):
             write(tmp_path / "file.safetensors")
-    layer.meta_down.data[0, 2, 5] = 0
+    meta_down[0, 2, 5] = 0
     with pytest.raises(ValueError, match="1.proj_out.lora_B"):
         export_lora(model, tmp_path / "file.safetensors", META, slot=1)
     assert not list(tmp_path.iterdir())
@@ -525,15 +541,16 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_plain_lora_is_up_times_mid():
-    layer = MetaLoRALinear(nn.Linear(7, 24).requires_grad_(False), [5, 5, 5, 9], None, r2=2, slots=3)
-    layer.reset(torch.Generator().manual_seed(0))
-    assert layer.meta_down is None and layer.mid.shape == (3, 4, 2, 7)
-    layer.up.data.normal_()
-    layer.slot = torch.tensor([2, 0])
+    layer = MetaLoRALinear(nn.Linear(7, 24).requires_grad_(False), [5, 5, 5, 9])
+    plain = Factors({"layer": layer}, None, r2=2, slots=3)
+    plain.reset(torch.Generator().manual_seed(0))
+    meta_down, mid, up = plain.by_layer()["layer"]
+    assert meta_down is None and mid.shape == (3, 4, 2, 7)
+    up.normal_()
     x = torch.randn(2, 5, 7)
-    parts = [[up @ a for a, up in zip(layer.mid[slot], layer.up[slot].split(layer.parts))] for slot in (2, 0)]
+    parts = [[up @ a for a, up in zip(mid[slot], up[slot].split(layer.parts))] for slot in (2, 0)]
     expected = layer.base(x) + x @ torch.stack([torch.cat(rows) for rows in parts]).mT
-    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(ours(plain, x, [2, 0]), expected)
 
 
 def test_files_in_slots_do_what_merging_does_and_leave_no_trace(tmp_path):
@@ -573,15 +590,11 @@ def test_loras_of_several_ranks_and_strengths_add_up_in_a_slot(tmp_path):
 
 
 def test_each_slot_is_clipped_alone():
-    params = [nn.Parameter(torch.zeros(3, 4, 5)), nn.Parameter(torch.zeros(3, 2))]
-    grads = [torch.randn(p.shape) * torch.tensor([3, 0.01, 7]).view(-1, *[1] * (p.dim() - 1)) for p in params]
-    for p, grad in zip(params, grads):
-        p.grad = grad.clone()
-    clip_slots(params, 1.0)
+    personal, grad = nn.Parameter(torch.zeros(3, 22)), torch.randn(3, 22) * torch.tensor([[3], [0.01], [7]])
+    personal.grad = grad.clone()
+    clip_slots(personal, 1.0)
     for slot in range(3):
-        alone = [nn.Parameter(torch.zeros_like(p[slot])) for p in params]
-        for p, grad in zip(alone, grads):
-            p.grad = grad[slot].clone()
-        torch.nn.utils.clip_grad_norm_(alone, 1.0)
-        for p, own in zip(params, alone):
-            torch.testing.assert_close(p.grad[slot], own.grad)
+        alone = nn.Parameter(torch.zeros(22))
+        alone.grad = grad[slot].clone()
+        torch.nn.utils.clip_grad_norm_([alone], 1.0)
+        torch.testing.assert_close(personal.grad[slot], alone.grad)

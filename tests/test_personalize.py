@@ -20,7 +20,7 @@ from flux.sampling import flow_loss
 from flux.streaming import Stream
 from lora.reading import read_lora
 from lora.writing import write_tensors
-from metalora import factors, load_meta
+from metalora import load_meta
 from run.settings import Training
 from vision.detector import find_faces
 
@@ -69,9 +69,17 @@ def nothing_expensive(monkeypatch):
 
 
 def spy_on_training(monkeypatch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Record every parameter of the transformer, by name, before and after the training."""
+    """Record every weight and factor of the transformer, by name, before and after the training."""
     seen, add, train = {}, personalize.add_adapters, personalize.personalize
-    state = lambda model: {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = ("meta_down", "mid", "up")
+
+    def state(model) -> dict[str, torch.Tensor]:
+        tensors = {name: p for name, p in model.named_parameters() if not name.startswith("factors.")}
+        for layer, factors in model.factors.by_layer().items():
+            tensors |= {f"{layer}.{name}": factor for name, factor in zip(names, factors)}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
     before = {}
 
     def started(model, *rest):
@@ -127,7 +135,7 @@ def test_meta_lora_keeps_meta_down(run, photo, meta, monkeypatch):
     for name, (before, after) in seen.items():
         assert torch.equal(before, after) == (not name.endswith((".mid", ".up"))), name
         if name in stage_1:
-            assert torch.equal(after, stage_1[name].float())
+            assert torch.equal(after, stage_1[name])
 
 
 def test_lora_trains_its_own_down(run, photo, monkeypatch):
@@ -469,18 +477,16 @@ def test_the_loop_equals_autograd_and_adamw_written_out(model, meta):
     personalize.personalize(
         transformer, prior, crops, some_prompt(), settings, training, 3, CPU, torch.float32
     )
-    ours = factors(transformer, "mid", "up")
+    ours = transformer.factors.personal
     transformer = load()
     theirs = personalize.add_adapters(transformer, prior, 1, "all", [3])
-    optimizer = torch.optim.AdamW(theirs, 1e-2, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([theirs], 1e-2, weight_decay=0.01)
     for batch in some_batches(crops, steps=3, batch=2):
         loss = flow_loss(transformer, **batch, guidance=1.0)
-        for p, grad in zip(theirs, torch.autograd.grad(loss, theirs)):
-            p.grad = grad
-        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        (theirs.grad,) = torch.autograd.grad(loss, theirs)
+        torch.nn.utils.clip_grad_norm_([theirs], 1.0)
         optimizer.step()
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_a_longer_training_begins_as_a_shorter_one():

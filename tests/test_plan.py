@@ -12,7 +12,7 @@ from flux.errors import UserError
 from flux.memory import arrange, blocks_of, checkpoint_blocks
 from flux.model import Flux
 from flux.streaming import FrozenLinear
-from metalora import factors, inject
+from metalora import inject
 from run.costs import (
     FLUX_DEV,
     GIB,
@@ -39,19 +39,17 @@ def test_sizes_are_those_of_the_model():
     with torch.device("meta"):
         model = inject(Flux(SHORT), 128, 2, 5, reset=False)
     for kind, block in (("double", model.double_blocks[0]), ("single", model.single_blocks[0])):
-        own = [p for name, p in block.named_parameters() if not name.endswith(("meta_down", "mid", "up"))]
+        own = list(block.parameters())
         assert sum(block_bytes(SHORT, kind, fp8=False, width=2)) == 2 * sum(p.numel() for p in own)
         layers = [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
         shapes = [(layer.in_features, layer.out_features) for layer in layers]
         assert sorted(shapes) == sorted(sizes[:2] for sizes in linear_sizes(SHORT, kind))
-        shared, personal = adapter_bytes(Workload("stage1", SHORT, r2=2, identities=5), kind)
-        assert shared == sum(p.nbytes for name, p in block.named_parameters() if name.endswith("meta_down"))
-        assert personal == sum(
-            p.nbytes for name, p in block.named_parameters() if name.endswith((".mid", ".up"))
-        )
-    outside = [p for name, p in model.named_parameters() if "blocks" not in name]
+        by_layer = model.factors.by_layer().items()
+        factors = [layer for name, layer in by_layer if name.startswith(f"{kind}_blocks.0.")]
+        sizes = (sum(layer[0].nbytes for layer in factors), sum(a.nbytes + b.nbytes for _, a, b in factors))
+        assert adapter_bytes(Workload("stage1", SHORT, r2=2, identities=5), kind) == sizes
+    outside = [p for name, p in model.named_parameters() if "blocks" not in name and "factors" not in name]
     assert outer_parameters(SHORT) == sum(p.numel() for p in outside)
-    assert factors(model, "mid")
 
 
 def test_flux_dev_has_its_published_size():
@@ -202,7 +200,7 @@ def test_what_is_held_beside_the_model_counts():
     with torch.device("meta"):
         model = inject(Flux(FLUX_DEV), None, 32, 1)
     apart = estimate(Workload("sample", r1=None, r2=32), Plan())
-    assert apart.adapters == sum(p.nbytes for p in factors(model, "mid", "up"))
+    assert apart.adapters == model.factors.personal.nbytes
     assert apart.peak - estimate(Workload("sample", identities=0), Plan()).peak == apart.adapters
 
 

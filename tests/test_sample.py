@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import factors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import flux
 import sample
 from flux.streaming import Stream
-from metalora import export_lora, factors, inject
+from metalora import export_lora, inject
 from scoring.samples import written_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
@@ -40,7 +41,7 @@ def write_lora(model: Path, path: Path, seed: int = 0) -> Path:
     inject(transformer, 4, 2, slots=1)
     generator = torch.Generator().manual_seed(seed)
     for up in factors(transformer, "up"):
-        up.data.normal_(std=0.5, generator=generator)
+        up.normal_(std=0.5, generator=generator)
     export_lora(transformer, path, {})
     return path
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from compare import factors
 
 import flux
-from metalora import clip_slots, eject, factors
+from metalora import clip_slots, eject
 from metaphd.side_by_side import personalize_together
 from personalize import EncodedCrop, Personalization, add_adapters, draw_batches, personalize
 from run.settings import Training
@@ -44,28 +45,30 @@ def batches(model: flux.Flux, seed: int) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def alone(model: flux.Flux, seed: int) -> list[torch.Tensor]:
+    """Return mid and up of every layer."""
     personalize(model, None, *person(model, seed), SETTINGS, TRAINING, seed, CPU, torch.float32)
     trained = factors(model, "mid", "up")
     eject(model)
-    return [factor.detach()[0] for factor in trained]
+    return [factor[0] for factor in trained]
 
 
 def together(model: flux.Flux, seeds: list[int], people=None) -> tuple[list[torch.Tensor], list[list[int]]]:
-    trained = add_adapters(model, None, SETTINGS.rank, "all", seeds)
+    personal = add_adapters(model, None, SETTINGS.rank, "all", seeds)
     people = people or [batches(model, seed) for seed in seeds]
-    updates = personalize_together(model, trained, people, SETTINGS.steps, TRAINING, CPU)
+    updates = personalize_together(model, personal, people, SETTINGS.steps, TRAINING, CPU)
     learning = [slots for _, slots in updates]
+    trained = factors(model, "mid", "up")
     eject(model)
-    return [factor.detach() for factor in trained], learning
+    return trained, learning
 
 
 def test_side_by_side_is_as_alone(transformer, monkeypatch):
     clipped = []
 
     def watched(params, most):
-        before = params[0].grad.norm()
+        before = params.grad.norm()
         clip_slots(params, most)
-        clipped.append(params[0].grad.norm() < 0.9 * before)
+        clipped.append(params.grad.norm() < 0.9 * before)
 
     monkeypatch.setattr("metaphd.side_by_side.clip_slots", watched)
     ours, learning = together(transformer, [3, 4, 5])

@@ -331,7 +331,7 @@ def test_a_step_with_broken_numbers_moves_nothing(run, tmp_path, monkeypatch, ca
     states = []
 
     def watched(position, update, model, optimizers, *rest):
-        parameters = *optimizers.meta_down, *optimizers.personal
+        parameters = *optimizers.meta_down, optimizers.personal
         before = [p.detach().clone() for p in parameters]
         numbers = update(model, optimizers, *rest)
         states.append(all(map(torch.equal, before, parameters)))
@@ -454,13 +454,14 @@ def test_gradient_norms_are_those_of_the_parts(run, tmp_path, monkeypatch):
         found = {}
 
         def watched(clip, name, params, *limits):
-            grads = lambda slot: [p.grad[slot] for p in params]
+            grads = lambda slot: [p.grad[slot] for p in (params if name == "meta_down" else [params])]
             parts = [slice(None)] if name == "meta_down" else range(3)
             before = [norm(grads(part)) for part in parts]
             if name == "meta_down":
                 found["grad_meta_down"] = before[0]
             else:
-                found["grad_mid"], found["grad_up"] = (norm(p.grad for p in params[k::2]) for k in (0, 1))
+                split = model.factors.split(params.grad)
+                found["grad_mid"], found["grad_up"] = norm(split[::2]), norm(split[1::2])
             clip(params, *limits)
             assert [norm(grads(part)) for part in parts] == pytest.approx(
                 [min(most, x) for x in before], rel=1e-3
@@ -501,7 +502,7 @@ def test_sample_grids_show_the_average(run, tmp_path, monkeypatch):
     seen, generate = [], train_meta.generate
 
     def watched(model, *rest):
-        seen.append([p.detach().clone() for p in train_meta.factors(model, "meta_down")])
+        seen.append([p.detach().clone() for p in model.factors.meta_down])
         return generate(model, *rest)
 
     monkeypatch.setattr(train_meta, "generate", watched)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compare import randomize
+from compare import factors, randomize
 from helpers import (
     STEPS,
     Killed,
@@ -82,13 +82,10 @@ def test_what_moves_in_a_step(run, tmp_path, monkeypatch):
 
     def watched(position, update, model, learner, batch, *rest):
         meta_down = [p.detach().clone() for p in learner.meta_down]
-        personal = [p.detach().clone() for p in learner.personal]
+        personal = learner.personal.detach().clone()
         numbers = update(model, learner, batch, *rest)
         moved = {not torch.equal(old, new) for old, new in zip(meta_down, learner.meta_down)}
-        people = [
-            any(not torch.equal(old[slot], new[slot]) for old, new in zip(personal, learner.personal))
-            for slot in range(3)
-        ]
+        people = [not torch.equal(old, new) for old, new in zip(personal, learner.personal, strict=True)]
         moves.append((moved, people, [slot in batch.slots for slot in range(3)]))
         return numbers
 
@@ -179,12 +176,13 @@ WARM_UP_STEPS = 3
 class LiteralLinear(nn.Module):
     """Eq. 1 as it is written, sample by sample and factor by factor, with parameters for each identity."""
 
-    def __init__(self, layer: metalora.MetaLoRALinear):
+    def __init__(self, layer: metalora.MetaLoRALinear, factors: tuple[torch.Tensor, ...]):
         super().__init__()
         self.base, self.identities = layer.base, []
-        self.meta_down = nn.ParameterList([*layer.meta_down.detach().clone()])
-        self.mids = nn.ModuleList(nn.ParameterList([*mid]) for mid in layer.mid.detach().clone())
-        ups = [up.clone().split(layer.parts) for up in layer.up.detach()]
+        meta_down, mids, ups = (factor.clone() for factor in factors)
+        self.meta_down = nn.ParameterList([*meta_down])
+        self.mids = nn.ModuleList(nn.ParameterList([*mid]) for mid in mids)
+        ups = [up.split(layer.parts) for up in ups]
         self.ups = nn.ModuleList(map(nn.ParameterList, ups))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -224,15 +222,14 @@ def train_ours(batches: list[Batch]) -> dict[str, list[torch.Tensor]]:
     learner = train_meta.MetaLearner(model, TRAINING)
     for step, batch in enumerate(batches):
         train_meta.update(model, learner, batch, step < WARM_UP_STEPS, TRAINING)
-    names = ("meta_down", "mid", "up")
-    return {name: [p.detach() for p in metalora.factors(model, name)] for name in names}
+    return {name: factors(model, name) for name in ("meta_down", "mid", "up")}
 
 
 def train_literally(batches: list[Batch], wrong: str = "") -> dict[str, list[torch.Tensor]]:
     """Do the same with autograd, an AdamW for each identity and one for meta_down, each clipped alone."""
     model, layers = double_model(), []
-    for name, layer in metalora.adapters(model).items():
-        layers.append(LiteralLinear(layer))
+    for name, tensors in model.factors.by_layer().items():
+        layers.append(LiteralLinear(metalora.adapters(model)[name], tensors))
         model.set_submodule(name, layers[-1])
     own = [[p for layer in layers for p in (*layer.mids[i], *layer.ups[i])] for i in range(3)]
     shared = [p for layer in layers for p in layer.meta_down]
@@ -307,8 +304,8 @@ def test_a_spike_of_one_identity_does_not_brake_another(monkeypatch):
     furthest = lambda a, b: max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
     assert furthest(bystander(0.0), bystander(1e3)) < 1e-6
 
-    def clip_together(params: list[nn.Parameter], most: float) -> None:
-        nn.utils.clip_grad_norm_(params, most)
+    def clip_together(personal: nn.Parameter, most: float) -> None:
+        nn.utils.clip_grad_norm_([personal], most)
 
     monkeypatch.setattr(train_meta, "clip_slots", clip_together)
     assert furthest(bystander(0.0), bystander(1e3)) > 5e-3
@@ -497,7 +494,7 @@ def test_nothing_is_lost_when_a_sample_grid_fails(run, tmp_path, monkeypatch):
 
 def test_broken_weights_are_not_saved(run, tmp_path, monkeypatch):
     def breaks(position, update, model, optimizers, *rest):
-        optimizers.meta_down[0].data[0, 0, 0] = math.nan
+        optimizers.meta_down[0].data[0, 0, 0, 0] = math.nan
         return update(model, optimizers, *rest)
 
     around_updates(monkeypatch, breaks)
