@@ -12,6 +12,7 @@ from run.files import atomic
 from run.terminal import printable
 
 KEPT = 2  # checkpoints
+FORMAT = 2  # of what is saved: a run that was begun with another one cannot continue
 
 
 def write_state(state: dict, file: Path) -> None:
@@ -155,6 +156,7 @@ def check_settings(out: Path, settings: dict, may_change: tuple[str, ...]) -> No
     """
     file = out / "settings.json"
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    settings["format"] = FORMAT
     if Checkpoints(out / "checkpoints").any():
         try:
             before = dict(json.loads(file.read_text()))
