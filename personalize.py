@@ -8,7 +8,7 @@ writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_sam
 import argparse
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, count
 from pathlib import Path
@@ -45,6 +45,7 @@ from run.arguments import HelpFormatter, Parser
 from run.command import run_script
 from run.costs import Plan
 from run.files import check_writable
+from run.late import read_late
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import contact_sheet, save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
@@ -91,19 +92,27 @@ def personalize(
     """
     # initialize, load-down-weights
     personal = add_adapters(model, prior, settings.rank, settings.targets, [seed])
-    optimizer = torch.optim.AdamW([personal], training.lr, weight_decay=training.weight_decay, fused=True)
     batches = draw_batches(crops, prompt, settings, training, seed, device, dtype)
-    bar = tqdm(batches, "personalizing", settings.steps, mininterval=1, dynamic_ncols=True)
-    for step, batch in enumerate(bar, 1):  # for iter = 1 to q_st2, for item in dataset
+    losses = read_late(updates(model, personal, batches, training))
+    bar = tqdm(losses, "personalizing", settings.steps, mininterval=1, dynamic_ncols=True)
+    for step, loss in enumerate(bar, 1):
+        if not math.isfinite(loss):
+            raise UserError(f"step {step}: the loss is {loss}; a smaller --lr than {training.lr:g} may help")
+        bar.set_postfix(loss=f"{loss:.3f}", memory=f"{peak_memory(device):.1f} GiB", refresh=False)
+
+
+def updates(
+    model: flux.Flux, personal: Tensor, batches: Iterable[dict[str, Tensor]], training: Training
+) -> Iterator[Tensor]:
+    """Update mid and up with each batch, the loop of Algorithm 2; yield the losses, unread."""
+    optimizer = torch.optim.AdamW([personal], training.lr, weight_decay=training.weight_decay, fused=True)
+    for batch in batches:  # for iter = 1 to q_st2, for item in dataset
         loss = flow_loss(model, **batch, guidance=training.train_guidance)  # loss <- model(batch): L_diff
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UserError(f"step {step}: the loss is {value}; a smaller --lr than {training.lr:g} may help")
         loss.backward()  # update-mid-and-up-layers
         clip_slots(personal, training.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{value:.3f}", memory=f"{peak_memory(device):.1f} GiB", refresh=False)
+        yield loss
 
 
 def add_adapters(
@@ -183,20 +192,25 @@ def draw_batches(
     and of two batches of one shape the second has the negative noise of the first (antithetic), which reduces
     the variance of the average gradient.
     """
+    # A copy of all crops and of the prompt stays on the device: 2 MB a crop of 1024 x 1024, 4 MB the prompt.
+    prompt = {name: part.to(device, dtype) for name, part in prompt.items()}
+    posteriors = [
+        [{name: part.to(device) for name, part in entry.items()} for entry in (crop.posterior, crop.mirrored)]
+        for crop in crops
+    ]
     dealing, drawing = generator_for("order", seed), generator_for("noise", seed)
     shapes = [crop.shape for crop in crops]
     # Dealt bit by bit, so that a longer training begins as a shorter one; `batch` uses make whole batches.
     deals = (deal_batches(shapes, settings.batch, settings.batch, dealing) for _ in count())
     start = torch.rand((), generator=drawing).item()
-    times = spread_times(settings.steps * settings.batch, start, training.t_mean, training.t_std)
+    times = spread_times(settings.steps * settings.batch, start, training.t_mean, training.t_std).to(device)
     negatives: dict[torch.Size, Tensor] = {}  # of noise that was used once, by shape
     for t, chosen in zip(times.split(settings.batch), chain.from_iterable(deals)):
         flips = torch.randint(2, (len(chosen),), generator=drawing).tolist()
-        posteriors = [crops[k].mirrored if flip else crops[k].posterior for k, flip in zip(chosen, flips)]
-        entries = [(posterior, prompt) for posterior in posteriors]
+        entries = [(posteriors[k][flip], prompt) for k, flip in zip(chosen, flips)]
         batch = make_batch(entries, drawing, training, device, dtype)
         if settings.draws == "spread":
-            batch["t"] = t.to(device)
+            batch["t"] = t
             shape = batch["noise"].shape
             if shape in negatives:
                 batch["noise"] = negatives.pop(shape)

@@ -91,9 +91,10 @@ def position_ids(
 
     img_ids (b, height/2 * width/2, 3): 0, row, column; txt_ids (b, txt_length, 3): zeros.
     """
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    sides = [torch.arange(side // 2, device=device) for side in (height, width)]
+    rows, columns = torch.meshgrid(sides, indexing="ij")
     img_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
-    img_ids = img_ids.to(device).expand(batch, -1, -1)
+    img_ids = img_ids.expand(batch, -1, -1)
     return img_ids, torch.zeros(batch, txt_length, 3, dtype=img_ids.dtype, device=device)
 
 

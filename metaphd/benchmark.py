@@ -334,13 +334,10 @@ class Benchmark:
                 )
                 for subject, seed in zip(group, seeds)
             ]
-            updates = personalize_together(
-                self.model, personal, batches, settings.steps, training, self.device
-            )
+            updates = personalize_together(self.model, personal, batches, run.steps, training, self.device)
             for step, slots in updates:
-                if step in run.steps:
-                    for slot in slots:
-                        self.export(run, step, group[slot], seeds[slot], slot)
+                for slot in slots:
+                    self.export(run, step, group[slot], seeds[slot], slot)
             eject(self.model)
             lost += [subject.name for slot, subject in enumerate(group) if slot not in slots]
         if lost:

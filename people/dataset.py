@@ -16,7 +16,7 @@ from flux.loading import ModelFiles
 from flux.memory import release
 from people.cache import TensorCache, content_key
 from people.crops import to_tensor
-from people.encoding import encode_picture, encode_prompt, make_batch
+from people.encoding import encode_picture, encode_prompt, make_batch, send
 from people.folders import Photo
 from people.manifest import Manifest
 from people.photos import Size, read_photo
@@ -158,7 +158,7 @@ class LatentDataset:
         """Stack the chosen photos of a bucket, all of one shape, and draw their noise and times."""
         entries = [data.entries[k] for k in chosen]
         inputs = make_batch(entries, generator, training, self.device, self.dtype)
-        slots = torch.tensor([data.slots[k] for k in chosen], device=self.device)
+        (slots,) = send([torch.tensor([data.slots[k] for k in chosen])], self.device)
         return Batch(inputs, slots, [str(data.paths[k]) for k in chosen])
 
     def load_sample_prompts(self) -> dict[str, tuple[Tensor, Tensor]]:

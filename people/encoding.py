@@ -33,19 +33,35 @@ def make_batch(
     entries: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]],
     generator: torch.Generator,
     training: Training,
-    device: torch.device | str,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Stack (posterior, prompt) pairs, draw noise and times, and return the arguments of `flow_loss`."""
+    """Stack (posterior, prompt) pairs, draw noise and times, and return the arguments of `flow_loss`.
+
+    The pairs may be on the device already. Random numbers are drawn on the CPU, so that a seed gives the same
+    on every device. The host does not wait for the device.
+    """
     posteriors, prompts = zip(*entries)
-    latents = torch.stack([entry["mean"] for entry in posteriors]).float()  # (b, z, h, w)
+    mean, std = (torch.stack([entry[name] for entry in posteriors]) for name in ("mean", "std"))
+    txt, pooled = (torch.stack([prompt[name] for prompt in prompts]).to(dtype) for name in ("txt", "pooled"))
+    deviation = torch.zeros(mean.shape)  # of the sample from its mean, in standard deviations
     if training.latents == "sample":
-        std = torch.stack([entry["std"] for entry in posteriors]).float()
-        latents = latents + std * torch.randn(std.shape, generator=generator)
-    return {
-        "latents": latents.to(device),
-        "noise": torch.randn(latents.shape, generator=generator).to(device),
-        "t": draw_times(len(latents), generator, training.t_mean, training.t_std).to(device),
-        "txt": torch.stack([prompt["txt"] for prompt in prompts]).to(device, dtype),
-        "pooled": torch.stack([prompt["pooled"] for prompt in prompts]).to(device, dtype),
-    }
+        deviation.normal_(generator=generator)
+    noise = torch.randn(mean.shape, generator=generator)
+    t = draw_times(len(mean), generator, training.t_mean, training.t_std)
+
+    (mean, std), (txt, pooled) = send([mean, std], device), send([txt, pooled], device)
+    deviation, noise, t = send([deviation, noise, t], device)
+    latents = mean.float() + std.float() * deviation  # (b, z, h, w)
+    return {"latents": latents, "noise": noise, "t": t, "txt": txt, "pooled": pooled}
+
+
+def send(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Copy tensors of one dtype to the device, in one piece and without waiting, unless they are there."""
+    if tensors[0].device.type == device.type:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    if device.type == "cuda":  # only a copy from pinned memory does not wait
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    parts = flat.to(device).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]

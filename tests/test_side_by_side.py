@@ -52,10 +52,12 @@ def alone(model: flux.Flux, seed: int) -> list[torch.Tensor]:
     return [factor[0] for factor in trained]
 
 
-def together(model: flux.Flux, seeds: list[int], people=None) -> tuple[list[torch.Tensor], list[list[int]]]:
+def together(
+    model: flux.Flux, seeds: list[int], people=None, steps=range(1, SETTINGS.steps + 1)
+) -> tuple[list[torch.Tensor], list[list[int]]]:
     personal = add_adapters(model, None, SETTINGS.rank, "all", seeds)
     people = people or [batches(model, seed) for seed in seeds]
-    updates = personalize_together(model, personal, people, SETTINGS.steps, TRAINING, CPU)
+    updates = personalize_together(model, personal, people, steps, TRAINING, CPU)
     learning = [slots for _, slots in updates]
     trained = factors(model, "mid", "up")
     eject(model)
@@ -86,11 +88,16 @@ def test_a_slot_whose_loss_is_not_finite_is_dropped(transformer):
         for step, batch in enumerate(batches, 1):
             yield batch | {"noise": batch["noise"] * (float("inf") if step == at else 1)}
 
-    people = [batches(transformer, 3), spoilt(batches(transformer, 4), at=3), batches(transformer, 5)]
-    ours, learning = together(transformer, [3, 4, 5], people)
-    assert learning == [[0, 1, 2]] * 2 + [[0, 2]] * 4
-    for slot, seed in ((0, 3), (2, 5)):
-        for factor, expected in zip(ours, alone(transformer, seed), strict=True):
-            torch.testing.assert_close(factor[slot], expected, atol=1e-5, rtol=1e-5)
+    for steps, at, seen in (
+        (range(1, 7), 3, [[0, 1, 2]] * 2 + [[0, 2]] * 4),
+        ([6], 3, [[0, 2]]),  # noticed a step late
+        ([6], 6, [[0, 2]]),  # but in time for the last item
+    ):
+        people = [batches(transformer, 3), spoilt(batches(transformer, 4), at), batches(transformer, 5)]
+        ours, learning = together(transformer, [3, 4, 5], people, steps)
+        assert learning == seen
+        for slot, seed in ((0, 3), (2, 5)):
+            for factor, expected in zip(ours, alone(transformer, seed), strict=True):
+                torch.testing.assert_close(factor[slot], expected, atol=1e-5, rtol=1e-5)
     people = [spoilt(batches(transformer, 3), at=2), spoilt(batches(transformer, 4), at=1)]
     assert together(transformer, [3, 4], people)[1] == [[0], []]
