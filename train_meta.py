@@ -212,6 +212,7 @@ class MetaLearner:
 # All other settings must stay as they are when a run goes on.
 MAY_CHANGE = ("data", "out", "steps", "save_every", "sample_every", "keep_buckets", "strict")
 MAY_CHANGE += ("device", "vram", "stream", "checkpoint", "base_dtype", "compile", "plan", "world", "shard")
+MAY_CHANGE += ("deterministic",)  # it changes rounding only, as most of these do
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -55,7 +55,7 @@ METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug")
 # compared. Of files not the name but the content is compared, see `Benchmark.record`.
 MAY_CHANGE = ("people", "out", "method", "ranks", "lr", "steps", "seeds", "at_once", "device")
 # With --base-dtype fp8 results change: fp8 is recorded as a setting of its own.
-MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "compile", "plan")
+MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "compile", "plan", "deterministic")
 MAY_CHANGE += ("meta", "prompts", "references", "classes", "clip", "recognizer", "detector", "no_face")
 
 

@@ -1,6 +1,7 @@
 """Which model a command loads, on which device and in which precision: the options, and what they mean."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -35,6 +36,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with tokenizer/ and tokenizer_2/; else FLUX_TOKENIZERS, else as --model",
     )
     add_device_argument(group)
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU, take operations that give the same bits each time, which may be slower",
+    )
     group.add_argument(
         "--dtype", choices=["bf16", "fp32"], help="of weights and activations; default: bf16, fp32 on a CPU"
     )
@@ -86,7 +92,12 @@ def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Return what --device and --dtype mean; UserError when there is no such device."""
+    """Return what --device and --dtype mean, and do as --deterministic says, before anything is computed.
+
+    Raises UserError when there is no such device.
+    """
+    if getattr(args, "deterministic", False):
+        compute_deterministically()
     default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(args.device or default)
@@ -97,3 +108,18 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     plans_for_a_gpu = getattr(args, "plan", False) and args.vram  # of another machine, perhaps
     on_cpu = device.type == "cpu" and not plans_for_a_gpu
     return device, dtype or (torch.float32 if on_cpu else torch.bfloat16)
+
+
+def compute_deterministically() -> None:
+    """Let PyTorch give the same bits for the same input on the same machine, or raise RuntimeError.
+
+    Attention, too, has then a deterministic backward pass. PyTorch's own choice (since 2.6,
+    aten/src/ATen/native/transformers/cuda) leaves out cuDNN's, and its FlashAttention and memory-efficient
+    attention take other kernels than usual. It must be called before CUDA is used: cuBLAS reads its setting
+    once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Not needed, because nothing reads memory that was not written, and slow: pinned host memory, too.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

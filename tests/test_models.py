@@ -1,13 +1,19 @@
-"""The options that name a model, and what is said when they name nothing."""
+"""The options that name a model, and what is said when they name nothing; --deterministic."""
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
+import personalize
+import sample
+import train_meta
+from metaphd import benchmark
 from run import models
-from run.models import add_model_arguments, find_model
+from run.models import add_model_arguments, choose_device, find_model
 
 
 def find(model: Path | str, *options: object):
@@ -47,3 +53,28 @@ def test_what_is_wrong_is_said(model):
         find("flux-dev")
     for part in ("--model FILE or FOLDER, --ae, --clip-l, --t5, --tokenizers", "--model tiny", "HF_TOKEN"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "parse, words",
+    [
+        (train_meta.parse_arguments, ["--data", "ids"]),
+        (personalize.parse_arguments, ["ref.jpg"]),
+        (sample.parse_arguments, ["--prompt", "a"]),
+        (benchmark.parse_arguments, ["--people", "ids"]),
+    ],
+)
+def test_deterministic(parse, words, nondeterministic):
+    """An operation that has no deterministic kernel is refused, and only when that was asked for."""
+
+    def unrepeatable():
+        torch.ones(4, 4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))  # which of the two stays?
+
+    choose_device(parse([*words, "--device", "cpu"]))
+    unrepeatable()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    choose_device(parse([*words, "--device", "cpu", "--deterministic"]))
+    with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
+        unrepeatable()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark

@@ -347,6 +347,12 @@ def test_a_killed_run_goes_on_bit_by_bit(run, undisturbed, tmp_path, monkeypatch
     assert_equals_undisturbed(run(tmp_path), tmp_path, undisturbed)
 
 
+def test_the_rest_of_a_run_may_be_deterministic(run, undisturbed, tmp_path, monkeypatch, nondeterministic):
+    kill_at(run, tmp_path, monkeypatch, 8)
+    assert_equals_undisturbed(run(tmp_path, "--deterministic"), tmp_path, undisturbed)
+    assert torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("save_every", [5, 100])
 def test_killed_while_a_bucket_is_stored(run, undisturbed, tmp_path, monkeypatch, stored, save_every):
