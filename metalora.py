@@ -285,18 +285,33 @@ class SlotAdamW:
         self.square = torch.zeros_like(personal)  # mean of the squared gradient
 
     @torch.no_grad()
-    def step(self, slots: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        """Update the given slots, (n,) long, once each even if named twice."""
+    def step(
+        self,
+        slots: Tensor,
+        finite: Tensor | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        """Update the given slots, (n,) long, once each even if named twice.
+
+        finite: a bool on the device; if it is False, everything stays as it is.
+        """
         grad = self.personal.grad[slots]
-        # A slot that is named twice gets the same values twice.
-        self.count[slots] = count = self.count[slots] + 1
-        self.mean[slots] = mean = self.mean[slots].lerp(grad, 1 - betas[0])
-        self.square[slots] = square = self.square[slots].lerp(grad.square(), 1 - betas[1])
+        count = self.count[slots] + 1
+        mean = self.mean[slots].lerp(grad, 1 - betas[0])
+        square = self.square[slots].lerp(grad.square(), 1 - betas[1])
         # 1 - beta^count. Without expm1, float32 would lose three of its seven digits in the first steps.
         correct = [-torch.expm1(count * math.log(beta)) for beta in betas]
         update = mean / correct[0] / ((square / correct[1]).sqrt() + eps)
-        kept = self.personal[slots] * (1 - self.lr * self.weight_decay)
-        self.personal.data[slots] = kept - self.lr * update
+        personal = self.personal[slots] * (1 - self.lr * self.weight_decay) - self.lr * update
+        # A slot that is named twice gets the same values twice.
+        for tensor, value in (
+            (self.count, count),
+            (self.mean, mean),
+            (self.square, square),
+            (self.personal.data, personal),
+        ):
+            tensor[slots] = value if finite is None else torch.where(finite, value, tensor[slots])
 
     def state_dict(self) -> dict:
         return {"count": self.count, "mean": self.mean, "square": self.square}

@@ -8,7 +8,6 @@ torchrun --nproc-per-node 8 train_meta.py ...
 """
 
 import argparse
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -71,20 +70,21 @@ def meta_train(
 
 def update(
     model: Flux, learner: "MetaLearner", batch: Batch, warm_up: bool, training: Training
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Move mid and up of the identities in the batch and, after the warm-up, meta_down as well.
 
-    Returns the loss and the norms of the gradients. If one of them is not finite, nothing moves.
+    Returns the loss and the norms of the gradients. If one of them is not finite, nothing moves. The device
+    finds that out; the host does not wait for it.
     """
     for meta_down in learner.meta_down:
         meta_down.requires_grad_(not warm_up)
     use_slots(model, batch.slots)
     loss = flow_loss(model, **batch.inputs, guidance=training.train_guidance)  # L_diff
     numbers = learner.backward(loss, len(batch.slots))
-    if all(map(math.isfinite, numbers.values())):
-        learner.step_mid_and_up(batch.slots)  # update-mid-and-up-layers
-        if not warm_up:
-            learner.step_meta_down(numbers["grad_meta_down"])  # both together: update-model
+    finite = torch.stack([*numbers.values()]).isfinite().all()
+    learner.step_mid_and_up(batch.slots, finite)  # update-mid-and-up-layers
+    if not warm_up:
+        learner.step_meta_down(numbers["grad_meta_down"], finite)  # both together: update-model
     learner.zero_grad()
     return numbers
 
@@ -126,7 +126,7 @@ class MetaLearner:
         self.slot_optimizer = SlotAdamW(self.personal, lr, decay)
         self.average = [p.detach().clone() for p in self.meta_down] if ema else None
 
-    def backward(self, loss: Tensor, photos: int) -> dict[str, float]:
+    def backward(self, loss: Tensor, photos: int) -> dict[str, Tensor]:
         """Compute the gradients; return the loss, and the norms of the gradients before clipping.
 
         photos: the size of this rank's batch. With several ranks all numbers are those of the joined batches.
@@ -141,19 +141,20 @@ class MetaLearner:
             numbers[f"grad_{name}"] = self.ranks.norm(get_total_norm(parts))
         if moving:
             numbers["grad_meta_down"] = get_total_norm([p.grad for p in moving])
-        return {name: value.item() for name, value in numbers.items()}
+        return numbers
 
-    def step_mid_and_up(self, slots: Tensor) -> None:
-        """Clip the gradient of each identity in the batch on its own, and move its mid and up."""
+    def step_mid_and_up(self, slots: Tensor, finite: Tensor) -> None:
+        """Clip the gradient of each identity in the batch on its own, and move its mid and up if finite."""
         clip_slots(self.personal, self.training.clip_grad)
-        self.slot_optimizer.step(slots)
+        self.slot_optimizer.step(slots, finite)
 
-    def step_meta_down(self, norm: float) -> None:
-        """Clip the gradient of meta_down, which has this norm, and move it and its average."""
-        clip_grads_with_norm_(self.meta_down, self.training.clip_grad, torch.tensor(norm))
+    def step_meta_down(self, norm: Tensor, finite: Tensor) -> None:
+        """Clip the gradient of meta_down, which has this norm, and move it and its average if finite."""
+        clip_grads_with_norm_(self.meta_down, self.training.clip_grad, norm)
+        self.meta_optimizer.found_inf = 1 - finite.float()  # with 1, torch's fused AdamW changes nothing
         self.meta_optimizer.step()
-        if self.average:
-            torch._foreach_lerp_(self.average, [p.data for p in self.meta_down], 1 - self.ema)
+        for average, p in zip(self.average or (), self.meta_down):
+            average.lerp_(p.data, (1 - self.ema) * finite)
 
     def zero_grad(self) -> None:
         for p in (self.personal, *self.meta_down):

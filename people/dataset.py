@@ -35,8 +35,8 @@ class Batch:
     photos: list[str]  # paths
 
     @property
-    def t(self) -> list[float]:
-        return self.inputs["t"].tolist()
+    def t(self) -> Tensor:
+        return self.inputs["t"]
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from flux.errors import UserError
 from flux.memory import peak_memory
 from run.checkpoints import BucketStore, Checkpoints
 from run.command import Stop
+from run.late import Late
 from run.log import Log
 from run.ranks import Ranks
 from run.seeds import generator_for
@@ -170,32 +172,34 @@ class BucketRun:
             Log(self.out / "log.jsonl", self.step, self.q_total, self.ranks.leads)
         )
         self.open.enter_context(self.stop.patiently())
-        self.began = time.perf_counter()
+        self.began, self.unread = time.perf_counter(), []
         return self
 
     def __exit__(self, *error) -> None:
         self.open.__exit__(*error)
 
-    def advance(self, numbers: dict[str, float], photos: Sequence[str], t: Sequence[float]) -> None:
-        """Count a step and log its numbers; save and write samples when it is time.
+    def advance(self, numbers: dict[str, Tensor], photos: Sequence[str], t: Tensor) -> None:
+        """Count a step, and log its numbers when the next one is queued; save and write samples in time.
 
-        numbers: the loss and the norms of gradients. photos, t: of the batch; they are logged if one of the
-        numbers is infinite or NaN. Raises `Stopped` when the user has asked for it, and UserError after
-        MAX_SKIPPED such steps in a row.
+        numbers: the loss and the norms of gradients, scalars. photos, t: of the batch; they are logged if one
+        of the numbers is infinite or NaN. Raises `Stopped` when the user has asked for it, and UserError
+        after MAX_SKIPPED such steps in a row.
         """
         line = {"step": self.step + 1, "bucket": self.bucket}
-        line |= {"phase": "warm-up" if self.bucket_step < self.q_warmup else "all", **numbers}
+        line |= {"phase": "warm-up" if self.bucket_step < self.q_warmup else "all"}
         speed = self.ranks.sum(len(photos)) / (time.perf_counter() - self.began)
         line |= {"memory": round(peak_memory(self.device), 3)}  # GiB
         line |= {"images_per_second": round(speed, 3)}
         self.step, self.bucket_step = self.step + 1, self.bucket_step + 1
-        self.skipped = 0 if all(map(math.isfinite, numbers.values())) else self.skipped + 1
-        if self.skipped:
-            line |= {"photos": self.ranks.joined(list(photos)), "t": self.ranks.joined(list(t))}
-        self.log.write(line)
+        self.unread.append((line, list(numbers), Late(torch.stack([*numbers.values()])), photos, t))
 
-        stopping, gives_up = self.ranks.any(self.stop.wanted), self.skipped >= MAX_SKIPPED
-        if not self.steps_left or gives_up or stopping or self.step % self.save_every == 0:
+        stopping = self.ranks.any(self.stop.wanted)
+        saving = not self.steps_left or stopping or self.step % self.save_every == 0
+        # Nothing is left unread in a checkpoint; after a step that was skipped each counts at once.
+        while len(self.unread) > (not saving and not self.skipped):
+            self.write_line(*self.unread.pop(0))
+        gives_up = self.skipped >= MAX_SKIPPED
+        if saving or gives_up:
             self.save()
             self.log.plot()
         if gives_up:
@@ -208,3 +212,11 @@ class BucketRun:
         if self.sample_every and self.step % self.sample_every == 0:
             self.write_samples()
         self.began = time.perf_counter()
+
+    def write_line(self, line: dict, names: list[str], late: Late, photos: Sequence[str], t: Tensor) -> None:
+        """Log a step, and count it if it was skipped."""
+        numbers = dict(zip(names, late.read()))
+        self.skipped = 0 if all(map(math.isfinite, numbers.values())) else self.skipped + 1
+        if self.skipped:
+            line |= {"photos": self.ranks.joined(list(photos)), "t": self.ranks.joined(t.tolist())}
+        self.log.write(line | numbers)

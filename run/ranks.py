@@ -64,7 +64,7 @@ class Ranks:
     def together(self, device: torch.device) -> Iterator[None]:
         """Join the process group of all ranks for a block, and leave it when all ranks have left the block.
 
-        Gradients on GPUs are summed over nccl; everything else goes through host memory over gloo.
+        Tensors on GPUs are summed over nccl; everything else goes through host memory over gloo.
         """
         if self.size == 1:
             yield
@@ -101,11 +101,13 @@ class Ranks:
         """Return the sum over all ranks; of a tensor as a tensor, without a gradient."""
         if self.size == 1:
             return number
-        if not isinstance(number, Tensor):
-            return self.sum(torch.tensor(number)).item()
-        total = number.detach().cpu().clone()
+        if isinstance(number, Tensor):  # as gradients are, so that the host need not wait for the device
+            total = number.detach().clone()
+            self._call(dist.all_reduce, total)
+            return total
+        total = torch.tensor(number)
         self._call(dist.all_reduce, total, group=self.hosts)
-        return total.to(number.device)
+        return total.item()
 
     def norm(self, norm: Tensor) -> Tensor:
         """Return the norm over all ranks, given the norm of this rank's part."""

@@ -256,7 +256,7 @@ def as_one(words, monkeypatch):
             slots = torch.cat([2 * part["slots"] + rank for rank, part in enumerate(parts)])
             found = update(model, optimizers, Batch(inputs, slots, batch.photos), *rest)
             for part in parts if same else ():
-                assert found == pytest.approx(part["found"], rel=1e-3, abs=1e-7)
+                assert numbers_of(found) == pytest.approx(numbers_of(part["found"]), rel=1e-3, abs=1e-7)
             return found
 
         with monkeypatch.context() as patch:
@@ -265,6 +265,10 @@ def as_one(words, monkeypatch):
             train_meta.main(words(out, "--batch", 4, steps=steps))
 
     return call
+
+
+def numbers_of(found: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: number.item() for name, number in found.items()}
 
 
 def assert_close(a, b, atol: float = 1e-5) -> None:
@@ -419,7 +423,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_bit_by_bit(launch, pair, tmp_p
     assert victim == -signal.SIGKILL and survivor == 1 and time.time() - began < 60
     assert "ConnectionError: rank 0 of 2 cannot reach another rank" in said_by(tmp_path / "out", 0)
     assert not list((tmp_path / "out").rglob(".*.*"))
-    assert len(log_of(tmp_path / "out")) == 13
+    assert len(log_of(tmp_path / "out")) == 12  # the numbers of step 13 were still unread
     assert launch(tmp_path / "out") == [0, 0]
     assert_same(state_of(pair), state_of(tmp_path / "out"))
 

@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 import train_meta
 from flux.errors import UserError
 from run import checkpoints, files, log
+from run.bucket_run import BucketRun
 from run.checkpoints import BucketStore, Checkpoints, read_state
 from run.log import plot_curve
 
@@ -330,16 +331,17 @@ class Explode(torch.autograd.Function):
 def test_a_step_with_broken_numbers_moves_nothing(run, tmp_path, monkeypatch, capsys, how):
     states = []
 
-    def watched(position, update, model, optimizers, *rest):
-        parameters = *optimizers.meta_down, optimizers.personal
+    def watched(position, update, model, learner, *rest):
+        parameters = *learner.meta_down, learner.personal
         before = [p.detach().clone() for p in parameters]
-        numbers = update(model, optimizers, *rest)
+        numbers = update(model, learner, *rest)
         states.append(all(map(torch.equal, before, parameters)))
         return numbers
 
-    around_updates(monkeypatch, watched)
-    break_steps(monkeypatch, {3, 8}, how)
-    run(tmp_path, steps=12)
+    with monkeypatch.context() as patch:
+        around_updates(patch, watched)
+        break_steps(patch, {3, 8}, how)
+        run(tmp_path, "--ema", 0.9, steps=12)
     assert [step for step, same in enumerate(states) if same] == [3, 8]
     broken = [line for line in log_of(tmp_path) if "photos" in line]
     assert [line["step"] for line in broken] == [4, 9]
@@ -347,6 +349,28 @@ def test_a_step_with_broken_numbers_moves_nothing(run, tmp_path, monkeypatch, ca
     assert all((line["loss"] is None) == (how == "loss") for line in broken)
     text = capsys.readouterr().err
     assert broken[0]["photos"][0] in text and f"t = {broken[0]['t'][0]:.4f}" in text
+
+    # Moments, counts of steps and the average are, too, as if there had been no update at all.
+    left_out = lambda position, update, *arguments: (
+        {"loss": torch.tensor(math.nan)} if position.step in (3, 8) else update(*arguments)
+    )
+    around_updates(monkeypatch, left_out)
+    run(tmp_path / "left_out", "--ema", 0.9, steps=12)
+    assert_same(state_of(tmp_path), state_of(tmp_path / "left_out"))
+
+
+def test_numbers_are_logged_in_order(run, tmp_path, monkeypatch):
+    """A step's line is written when the next step has been taken, or a checkpoint, or after a skipped one."""
+    seen, write, advance = [], log.Log.write, BucketRun.advance
+    monkeypatch.setattr(log.Log, "write", lambda self, line: seen.append(line["step"]) or write(self, line))
+    monkeypatch.setattr(
+        BucketRun, "advance", lambda self, *rest: seen.append(f"step {self.step + 1}") or advance(self, *rest)
+    )
+    break_steps(monkeypatch, {6, 7})
+    run(tmp_path, steps=12)
+    expected = "step 1, step 2, 1, step 3, 2, step 4, 3, step 5, 4, 5, step 6, step 7, 6, step 8, 7, 8, "
+    expected += "step 9, 9, step 10, 10, step 11, step 12, 11, 12"
+    assert ", ".join(map(str, seen)) == expected
 
 
 def test_ten_in_a_row_stop_the_run(run, tmp_path, monkeypatch):

@@ -3,24 +3,32 @@
 The device is "meta", which knows shapes only: whatever wants to see a number there fails.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from helpers import log_of
 from test_personalize import some_crops, some_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flux
 import metaphd.side_by_side
 import personalize
-from metalora import eject
+import train_meta
+from metalora import eject, inject
 from metaphd.side_by_side import personalize_together
+from people.dataset import Batch, BucketData, LatentDataset
 from personalize import Personalization, add_adapters, draw_batches
-from run import late
+from run import bucket_run, late
+from run.bucket_run import BucketRun
+from run.command import Stop
+from run.ranks import Ranks
+from run.seeds import generator_for
 from run.settings import Training
 
 META = torch.device("meta")
-
-
-adamw = torch.optim.AdamW
 
 
 class Copies(TorchDispatchMode):
@@ -53,10 +61,10 @@ def events(monkeypatch) -> list[str]:
             events.append("read")
             return self.numbers.tolist()
 
-    for module in (late, metaphd.side_by_side):
+    for module in (late, metaphd.side_by_side, bucket_run):
         monkeypatch.setattr(module, "Late", Late)
-    # Only for devices that are there PyTorch has a fused AdamW.
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *rest, fused, **options: adamw(*rest, **options))
+    # Another optimizer, because PyTorch has a fused AdamW only for devices that are there.
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, lr, **_: torch.optim.RMSprop(params, lr))
     return events
 
 
@@ -101,6 +109,48 @@ def test_people_side_by_side(transformer, events):
         copies.append(counted.count)
     assert " ".join(events) == "queued read queued queued read queued read read queued queued read read"
     assert copies[1] - copies[0] == 2 * 3
+
+
+def test_meta_training(transformer, events, tmp_path):
+    """Posteriors, prompts, random numbers, and whose photos they are; all is read before a checkpoint."""
+    model = inject(transformer, 4, 1, 3)
+    learner, crops, stop = train_meta.MetaLearner(model, Training()), some_crops([(16, 24)] * 3), Stop()
+    data = BucketData(
+        [Path("a"), Path("b"), Path("c")],
+        [0, 1, 2],
+        [(16, 24)] * 3,
+        [(crop.posterior, some_prompt()) for crop in crops],
+    )
+    dataset = SimpleNamespace(device=META, dtype=torch.float32)
+    copies = Copies()
+
+    def dataloader(bucket: list[int]) -> Iterator[Batch]:
+        for step in range(6):
+            before = copies.count
+            batch = LatentDataset.batch(
+                dataset, data, [step % 3, 0], generator_for("noise", 0, step), Training()
+            )
+            yield batch
+            if step != 2:  # a checkpoint
+                assert copies.count - before == 4
+
+    run = BucketRun(
+        tmp_path,
+        learner,
+        q_buckets=[6],
+        q_total=6,
+        bucket_warmup=0.3,
+        seed=0,
+        ranks=Ranks(),
+        stop=stop,
+        device=META,
+        save_every=3,
+    )
+    with copies, run:
+        train_meta.meta_train(model, learner, [[0, 1, 2]], dataloader, run, Training())
+    eject(model)
+    assert " ".join(events) == "queued queued read queued read read queued queued read queued read read"
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_waiting_is_noticed(transformer, events, monkeypatch):
