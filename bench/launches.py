@@ -65,13 +65,13 @@ def stage2_step(args: Namespace, adapted: bool = True) -> Callable:
 def stage1_updates(args: Namespace) -> Callable:
     """Return clipping and both optimizers of a step of stage 1."""
     model = inject(our_model(args), 8, 1, 4)
-    learner, slots = MetaLearner(model, Training()), torch.tensor([0, 2])
+    learner, slots, finite = MetaLearner(model, Training()), torch.tensor([0, 2]), torch.tensor(True)
     for p in model.factors.parameters():
         p.grad = torch.ones_like(p)
 
     def update() -> None:
-        learner.step_mid_and_up(slots)
-        learner.step_meta_down(1.0)
+        learner.step_mid_and_up(slots, finite)
+        learner.step_meta_down(torch.ones(()), finite)
 
     return update
 

@@ -113,13 +113,12 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 def compute_deterministically() -> None:
     """Let PyTorch give the same bits for the same input on the same machine, or raise RuntimeError.
 
-    Attention, too, has then a deterministic backward pass. PyTorch's own choice (since 2.6,
-    aten/src/ATen/native/transformers/cuda) leaves out cuDNN's, and its FlashAttention and memory-efficient
-    attention take other kernels than usual. It must be called before CUDA is used: cuBLAS reads its setting
-    once.
+    For attention PyTorch then leaves out cuDNN, and the backward passes of FlashAttention and of the memory-
+    efficient kernel add up in a fixed order (sdp_utils.cpp and attention_backward.cu in its
+    aten/src/ATen/native/transformers/cuda). Call it before CUDA is used: cuBLAS reads its setting once.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Not needed, because nothing reads memory that was not written, and slow: pinned host memory, too.
+    # Else PyTorch fills all new memory, which takes time and helps only who reads what was never written.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
