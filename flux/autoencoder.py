@@ -135,7 +135,7 @@ class AutoEncoder(nn.Module):
 
 
 def starts(length: int, tile: int) -> list[int]:
-    """Return where tiles start that cover `length`, evenly, each overlapping the next by a quarter or more."""
+    """Return where tiles start that cover `length`, evenly, neighbours overlapping by a quarter or more."""
     steps = -(-(length - tile) // max(1, tile - -(-tile // 4)))
     return [round(i * (length - tile) / max(steps, 1)) for i in range(steps + 1)]
 

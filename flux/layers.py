@@ -85,7 +85,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.scale, eps=1e-6)
+        return F.rms_norm(x, x.shape[-1:], self.scale.type_as(x), eps=1e-6)
 
 
 class QKNorm(nn.Module):
@@ -114,7 +114,7 @@ class SelfAttention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN: SiLU of vec (b, d) -> `chunks` tensors (b, 1, d): shift, scale, gate, perhaps all three again."""
+    """AdaLN: SiLU of vec (b, d) -> `chunks` tensors (b, 1, d): shift, scale, gate, perhaps all again."""
 
     def __init__(self, hidden_size: int, chunks: int):
         super().__init__()

@@ -9,6 +9,8 @@ import torch
 from compare import difference
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flux import sampling
 from flux.sampling import (
@@ -60,6 +62,21 @@ def test_position_ids():
     expected = [[0, row, column] for row in range(2) for column in range(3)]
     assert img_ids.tolist() == [expected, expected]
     assert txt_ids.shape == (2, 5, 3) and not txt_ids.any()
+
+
+def test_position_ids_are_made_on_the_device():
+    """No tensor of theirs is made elsewhere and copied, which would make the host wait."""
+    devices = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **kwargs or {})
+            devices.update(part.device.type for part in tree_leaves(result) if isinstance(part, Tensor))
+            return result
+
+    with Watch():
+        position_ids(2, 4, 6, 5, "meta")
+    assert devices == {"meta"}
 
 
 def test_a_seed_gives_the_same_noise_in_any_batch():
