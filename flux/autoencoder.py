@@ -223,9 +223,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # fused kernels want adjacent channels
-        h = F.scaled_dot_product_attention(q, k, v)
+        tokens = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        # Fused kernels want the channels of a position side by side in memory.
+        h = F.scaled_dot_product_attention(*(part.contiguous() for part in tokens))
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
 
 

@@ -93,7 +93,7 @@ class _ReplayAttention(_RecordAttention):
 
 # --- Compiling ----------------------------------------------------------------------------------------------
 
-GRAPHS = 32  # compiled for a kind of block at most; beyond them, and torch allows 8, it runs uncompiled
+GRAPHS = 32  # that a kind of block may have; torch's own limit is 8, and beyond it a block runs uncompiled
 
 
 def compile_blocks(model: Flux) -> None:

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import difference, header, randomize, reference, shapes_of
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux import layers, model
 from flux.layers import rope_table, timestep_embedding
@@ -294,6 +296,32 @@ def test_rotation_is_a_complex_product():
         assert difference(rotate(x, pe), expected(angles)) < 1e-6
         assert difference(rotate(x, pe), expected(angles + 1e-5)) > 1e-6
     assert "complex" not in graphs[0].code and "stack" in graphs[0].code
+
+
+def copies(model: Flux, given: dict[str, Tensor]) -> int:
+    """Return how many tensors are only moved in memory in a forward pass."""
+    copied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            copied.extend([op] * (op.name() == "aten::clone"))
+            return op(*args, **kwargs or {})
+
+    with Watch():
+        model(**given)
+    return len(copied)
+
+
+def test_heads_are_laid_out_as_attention_returns_them(monkeypatch):
+    """Fused kernels take any order of heads and tokens, and return their result in that of q."""
+    given = {name: value[:1] for name, value in inputs(DEV).items()}
+    attend = F.scaled_dot_product_attention
+    like_q = lambda q, k, v: torch.empty_like(q).copy_(attend(q, k, v))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", like_q)
+    assert copies(Flux(DEV), given) == 0
+    heads_first = lambda q, k, v: like_q(q, k, v).contiguous()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", heads_first)
+    assert copies(Flux(DEV), given) == 2 * (DEV.depth + DEV.depth_single)  # there, and back
 
 
 def test_wrong_input_is_refused():

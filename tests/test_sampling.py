@@ -18,6 +18,7 @@ from flux.sampling import (
     denoise,
     draw_noise,
     euler_step,
+    generate,
     pack,
     position_ids,
     schedule,
@@ -180,6 +181,18 @@ def test_progress_and_precision():
     latents = denoise(flux, draw_noise([3, 4], 4, 6, 10), *prompts()[0], steps=3, progress=done.append)
     assert latents.dtype == torch.float32 and latents.shape == (2, 4, 6, 10)
     assert done == [1, 2, 3]
+
+
+def test_pictures_are_decoded_in_tiles(monkeypatch):
+    flux, _ = test_model.pair(DEV)
+    autoencoder, _ = test_autoencoder.pair(test_autoencoder.SIZES["like FLUX"])
+    seen, decoder = [], autoencoder.decoder.forward
+    monkeypatch.setattr(autoencoder.decoder, "forward", lambda z: seen.append(z.shape[-2:]) or decoder(z))
+    prompt = tuple(part[:1] for part in prompts()[0])
+    for tile in (None, 6):
+        (picture,) = generate(flux, autoencoder, prompt, [3], (HEIGHT, WIDTH), tile, steps=1)
+        assert picture.size == (WIDTH, HEIGHT)
+    assert seen == [(6, 10), (6, 6), (6, 6)]
 
 
 @pytest.mark.parametrize("n", [7, 50, 375])
