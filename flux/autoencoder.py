@@ -6,6 +6,7 @@ Layers, numbers and tensor names follow black-forest-labs/flux `src/flux/modules
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import product
 from typing import Self
 
 import torch
@@ -100,10 +101,43 @@ class AutoEncoder(nn.Module):
         std = torch.exp(0.5 * logvar.clamp(-30, 20))  # the clamp is diffusers'; upstream has none
         return self.sizes.scale_factor * (mean - self.sizes.shift_factor), self.sizes.scale_factor * std
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the image, clamped to [-1, 1]; to train the decoder call `decoder`, which does not clamp."""
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Return the image, clamped to [-1, 1]; to train the decoder call `decoder`, which does not clamp.
+
+        tile: side in latent pixels of square tiles, which are decoded one by one and blended. Memory is then
+        that for decoding one tile and, for each pixel of the image, 4 float32 numbers. The image differs a
+        little, since norms and attention see one tile instead of all. Raises UserError when it is below 4.
+        """
         z = latents / self.sizes.scale_factor + self.sizes.shift_factor
-        return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).float().clamp(-1, 1)
+        z = z.to(self.decoder.conv_in.weight.dtype)
+        if tile is not None:
+            return self._decode_tiles(z, tile)
+        return self.decoder(z).float().clamp(-1, 1)
+
+    def _decode_tiles(self, z: Tensor, tile: int) -> Tensor:
+        """Decode tiles that overlap by a quarter at least, and average them with weights that fade there."""
+        if tile < 4:
+            raise UserError(f"tiles of {tile} latent pixels, must be 4 or more")
+        b, _, h, w = z.shape
+        r, (th, tw) = self.sizes.reduction, (min(tile, h), min(tile, w))
+        # Positive everywhere, so that the sum of weights is nowhere 0.
+        fade = [torch.arange(0.5, n * r, device=z.device) for n in (th, tw)]
+        fade = [torch.minimum(x, x.flip(0)).clamp(max=tile * r / 4) for x in fade]
+        weight = fade[0][:, None] * fade[1]  # (th r, tw r)
+        image = torch.zeros(b, self.sizes.in_channels, h * r, w * r, device=z.device)
+        total = torch.zeros(h * r, w * r, device=z.device)
+        for y, x in product(starts(h, th), starts(w, tw)):
+            part = self.decoder(z[:, :, y : y + th, x : x + tw]).float().clamp(-1, 1)
+            place = (..., slice(y * r, (y + th) * r), slice(x * r, (x + tw) * r))
+            image[place].add_(part.mul_(weight))
+            total[place].add_(weight)
+        return image.div_(total)
+
+
+def starts(length: int, tile: int) -> list[int]:
+    """Return where tiles start that cover `length`, evenly, neighbours overlapping by a quarter or more."""
+    steps = -(-(length - tile) // max(1, tile - -(-tile // 4)))
+    return [round(i * (length - tile) / max(steps, 1)) for i in range(steps + 1)]
 
 
 class Encoder(nn.Module):
@@ -189,8 +223,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
+        tokens = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        # Fused kernels want the channels of a position side by side in memory.
+        h = F.scaled_dot_product_attention(*(part.contiguous() for part in tokens))
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
 
 

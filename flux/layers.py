@@ -26,29 +26,37 @@ def timestep_embedding(t: Tensor, channels: int = 256) -> Tensor:
 
 
 def rope_table(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
-    """Turn positions into rotations: ids (b, l, axes) -> complex64 (b, 1, l, head_dim / 2).
+    """Turn positions into rotations: ids (b, l, axes) -> float32 (b, l, 1, head_dim / 2, 2), cos and sin.
 
-    Axis n owns `axes[n]` channels of a head. Angles are computed in float64, as diffusers does, and
-    stored as unit complex numbers: rotating is then one multiplication.
+    Axis n owns `axes[n]` channels of a head. Angles are computed in float64, as diffusers does.
     """
     wide = torch.float32 if ids.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     angles = []
     for axis, channels in enumerate(axes):
         omega = theta ** -(torch.arange(0, channels, 2, dtype=wide, device=ids.device) / channels)
         angles.append(ids[..., axis, None].to(wide) * omega)
-    angles = torch.cat(angles, dim=-1)[:, None]  # (b, 1, l, head_dim / 2): one axis for the heads
-    return torch.complex(angles.cos().float(), angles.sin().float())
+    angles = torch.cat(angles, dim=-1)[:, :, None]  # (b, l, 1, head_dim / 2): one axis for the heads
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotate adjacent channel pairs (2k, 2k + 1) of x (b, heads, l, head_dim) by pe, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * pe).flatten(-2).type_as(x)
+    """Rotate adjacent channel pairs (2k, 2k + 1) of x (b, l, heads, head_dim) by pe, in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # it fuses real numbers with what is around them, but not complex ones
+        (even, odd), (cos, sin) = pairs.unbind(-1), pe.unbind(-1)
+        pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:  # a rotation is one complex product
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe))
+    return pairs.flatten(-2).type_as(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """Attend with rotary positions and no mask: three (b, heads, l, head_dim) -> (b, l, heads * head_dim)."""
-    x = F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v)
+    """Attend with rotary positions and no mask: three (b, l, heads, head_dim) -> (b, l, heads * head_dim).
+
+    The heads' axis changes its place as a view: fused kernels take that, and lay out their result like q.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (rotate(q, pe), rotate(k, pe), v))
+    x = F.scaled_dot_product_attention(q, k, v)
     return rearrange(x, "b h l d -> b l (h d)")
 
 
@@ -77,7 +85,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.scale
+        return F.rms_norm(x, x.shape[-1:], self.scale.type_as(x), eps=1e-6)
 
 
 class QKNorm(nn.Module):
@@ -88,9 +96,10 @@ class QKNorm(nn.Module):
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split and norm: (b, l, 3 * heads * head_dim), rows q | k | v -> three (b, heads, l, head_dim)."""
-        q, k, v = rearrange(qkv, "b l (n h d) -> n b h l d", n=3, d=self.query_norm.scale.numel()).unbind()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split into heads and norm: three (b, l, heads * head_dim) -> (b, l, heads, head_dim)."""
+        head_dim = self.query_norm.scale.numel()
+        q, k, v = (rearrange(x, "b l (h d) -> b l h d", d=head_dim) for x in (q, k, v))
         return self.query_norm(q), self.key_norm(k), v
 
 
@@ -105,7 +114,7 @@ class SelfAttention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN: vec (b, d) -> `chunks` tensors (b, 1, d): shift, scale, gate, and perhaps the three again."""
+    """AdaLN: SiLU of vec (b, d) -> `chunks` tensors (b, 1, d): shift, scale, gate, perhaps all again."""
 
     def __init__(self, hidden_size: int, chunks: int):
         super().__init__()
@@ -113,7 +122,7 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden_size, chunks * hidden_size)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(F.silu(vec))[:, None].chunk(self.chunks, dim=-1)
+        return self.lin(vec)[:, None].chunk(self.chunks, dim=-1)
 
 
 class DoubleBlock(nn.Module):
@@ -136,9 +145,10 @@ class DoubleBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-        img_qkv = self.img_attn.norm(self.img_attn.qkv(modulate(img, img_shift1, img_scale1)))
-        txt_qkv = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, txt_shift1, txt_scale1)))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))  # (b, heads, l, head_dim)
+        img_qkv = self.img_attn.qkv(modulate(img, img_shift1, img_scale1)).chunk(3, dim=-1)
+        txt_qkv = self.txt_attn.qkv(modulate(txt, txt_shift1, txt_scale1)).chunk(3, dim=-1)
+        pairs = zip(self.txt_attn.norm(*txt_qkv), self.img_attn.norm(*img_qkv))
+        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)  # (b, l, heads, head_dim)
         txt_attn, img_attn = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
 
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
@@ -153,7 +163,7 @@ class SingleBlock(nn.Module):
 
     def __init__(self, hidden_size: int, head_dim: int, mlp_size: int):
         super().__init__()
-        self.split = [3 * hidden_size, mlp_size]
+        self.split = [hidden_size] * 3 + [mlp_size]
         self.linear1 = nn.Linear(hidden_size, sum(self.split))
         self.linear2 = nn.Linear(hidden_size + mlp_size, hidden_size)
         self.norm = QKNorm(head_dim)
@@ -162,8 +172,8 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
         """x (b, l, d), text before image; vec (b, d) -> (b, l, d)."""
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
-        attn = attention(*self.norm(qkv), pe)
+        q, k, v, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
+        attn = attention(*self.norm(q, k, v), pe)
         both = torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1)  # (b, l, d + mlp_size)
         return torch.addcmul(x, gate, self.linear2(both))
 

@@ -93,15 +93,16 @@ class _ReplayAttention(_RecordAttention):
 
 # --- Compiling ----------------------------------------------------------------------------------------------
 
-SHAPES = 64  # shapes for which a block is compiled at most; torch's 8 are too few for up to 25 crops
+GRAPHS = 32  # that a kind of block may have; torch's own limit is 8, and beyond it a block runs uncompiled
 
 
 def compile_blocks(model: Flux) -> None:
-    """Compile every block with torch.compile, once for each shape; blocks of the same kind share the result.
+    """Compile every block with torch.compile; blocks of the same kind share the result.
 
-    Call it after `checkpoint_blocks`, which would undo it; recomputation is then compiled as well. Raises
-    UserError for streamed blocks, whose weights move, and for blocks that keep their attention, within whose
-    contexts torch would compile nothing.
+    It is made for the first number of tokens alone, and on the second one for any number; anew for batches of
+    one and of more samples, and for passes with and without gradients. Call it after `checkpoint_blocks`,
+    which would undo it; recomputation is then compiled as well. Raises UserError for streamed blocks, whose
+    weights move, and for blocks that keep their attention, within whose contexts torch would compile nothing.
     """
     if any(getattr(layer, "stream", None) for layer in model.modules()):
         raise UserError("streamed blocks cannot be compiled: compile or stream them, not both")
@@ -109,13 +110,13 @@ def compile_blocks(model: Flux) -> None:
     if any(isinstance(forward, partial) and "context_fn" in forward.keywords for forward in forwards):
         raise UserError("blocks that keep their attention cannot be compiled: recompute attention too")
     config = torch._dynamo.config
-    config.cache_size_limit = max(config.cache_size_limit, SHAPES)  # recompile_limit, from torch 2.7 on
+    config.cache_size_limit = max(config.cache_size_limit, GRAPHS)  # recompile_limit, from torch 2.7 on
     for block, forward in zip(blocks_of(model), forwards):
         if isinstance(forward, partial):  # checkpointed
-            compiled = torch.compile(*forward.args, dynamic=False)
+            compiled = torch.compile(*forward.args)
             block.forward = partial(forward.func, compiled, **forward.keywords)
         else:
-            block.forward = torch.compile(forward, dynamic=False)
+            block.forward = torch.compile(forward)
 
 
 def device_memory(device: torch.device) -> float:

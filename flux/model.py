@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.errors import UserError
@@ -109,12 +110,13 @@ class Flux(nn.Module):
             if guidance is None:
                 raise UserError("this model has a guidance input: pass guidance, a (b,) tensor such as 3.5")
             vec = vec + self.guidance_in(timestep_embedding(guidance))
+        activated = F.silu(vec)  # here, since the modulation of every block begins with it
         pe = rope_table(torch.cat([txt_ids, img_ids], dim=1), self.sizes.axes, self.sizes.theta)
 
         img, txt = self.img_in(img), self.txt_in(txt)
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe)
+            img, txt = block(img, txt, activated, pe)
         x = torch.cat([txt, img], dim=1)
         for block in self.single_blocks:
-            x = block(x, vec, pe)
+            x = block(x, activated, pe)
         return self.final_layer(x[:, txt.shape[1] :], vec)

@@ -91,11 +91,11 @@ def position_ids(
 
     img_ids (b, height/2 * width/2, 3): 0, row, column; txt_ids (b, txt_length, 3): zeros.
     """
-    sides = [torch.arange(side // 2, device=device) for side in (height, width)]
-    rows, columns = torch.meshgrid(sides, indexing="ij")
+    sides = torch.arange(height // 2, device=device), torch.arange(width // 2, device=device)
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     img_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
-    img_ids = img_ids.expand(batch, -1, -1)
-    return img_ids, torch.zeros(batch, txt_length, 3, dtype=img_ids.dtype, device=device)
+    txt_ids = torch.zeros(batch, txt_length, 3, dtype=img_ids.dtype, device=device)
+    return img_ids.expand(batch, -1, -1), txt_ids
 
 
 def draw_noise(seeds: list[int], channels: int, height: int, width: int) -> Tensor:
@@ -170,11 +170,13 @@ def generate(
     prompt: tuple[Tensor, Tensor],
     seeds: list[int],
     size: tuple[int, int],
+    tile: int | None = None,
     **settings,
 ) -> list[Image.Image]:
     """Make one picture of `size` (height, width) per seed, all in one batch.
 
-    prompt: txt (b, l, d) and pooled (b, d), of each seed, or (1, ...) of all; settings: those of `denoise`.
+    prompt: txt (b, l, d) and pooled (b, d), of each seed, or (1, ...) of all; tile: as for
+    `AutoEncoder.decode`; settings: those of `denoise`.
     Both sides are multiples of the pixels per image token, twice the autoencoder's reduction.
     """
     height, width = (side // autoencoder.sizes.reduction for side in size)
@@ -182,7 +184,7 @@ def generate(
     txt, pooled = (part.expand(len(seeds), *part.shape[1:]) for part in prompt)
     latents = denoise(model, noise, txt, pooled, **settings)
     # One after the other, because a picture takes more memory in the autoencoder than in the transformer.
-    pixels = [to_pixels(autoencoder.decode(one))[0] for one in latents.split(1)]
+    pixels = [to_pixels(autoencoder.decode(one, tile))[0] for one in latents.split(1)]
     return [Image.fromarray(picture.numpy()) for picture in pixels]
 
 

@@ -6,6 +6,7 @@ Shazeer 2020. Left out: the decoder, dropout and attention masks (FLUX was train
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 import torch
@@ -93,7 +94,7 @@ class SelfAttention(nn.Module):
 
     def position_bias(self, length: int) -> Tensor:
         """Return what every head adds to its scores, (1, heads, query, key)."""
-        buckets = relative_buckets(length).to(self.relative_attention_bias.weight.device)
+        buckets = relative_buckets(length, self.relative_attention_bias.weight.device)
         return rearrange(self.relative_attention_bias(buckets), "query key heads -> 1 heads query key")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -124,8 +125,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype) * self.weight
 
 
-def relative_buckets(length: int) -> Tensor:
-    """Return the row of the bias table for each pair of positions, (query, key).
+@cache
+@torch.inference_mode(False)  # in training, autograd refuses what inference has made
+def relative_buckets(length: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the row of the bias table for each pair of positions, (query, key); it is made once and shared.
 
     Keys behind the query have rows 0 .. 15, keys ahead of it 16 .. 31; in both halves the first 8 are for
     exact distances and the others grow logarithmically up to a distance of 128.
@@ -137,4 +140,4 @@ def relative_buckets(length: int) -> Tensor:
     half = BUCKETS // 2
     log_ratio = torch.log(distance.clamp(min=EXACT) / EXACT) / math.log(MAX_DISTANCE / EXACT)  # 0 .. 1
     far = (EXACT + (log_ratio * (half - EXACT)).long()).clamp(max=half - 1)
-    return torch.where(distance < EXACT, distance, far) + half * (offset > 0)
+    return (torch.where(distance < EXACT, distance, far) + half * (offset > 0)).to(device)

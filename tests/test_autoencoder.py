@@ -3,15 +3,22 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import difference, header, randomize, shapes_of
 from diffusers import AutoencoderKL
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux import autoencoder
+from bench.memory import Tracker
+from flux import autoencoder, load_autoencoder
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
+from run.models import SHIPPED
 
 TOLERANCE = 1e-5
 SIZES = {
@@ -146,6 +153,108 @@ def test_config_gives_scale_and_shift():
     assert (sizes.scale_factor, sizes.shift_factor) == (0.5, 0.25)
 
 
+def attention_ran(model: AutoEncoder) -> set[str]:
+    """Return which kernels of attention run when a model decodes."""
+    ran = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            ran.update({op.name()} if "attention" in op.name() else ())
+            return op(*args, **kwargs or {})
+
+    with Watch(), torch.no_grad():
+        model.decode(torch.zeros(1, model.sizes.z_channels, 4, 6))
+    return ran
+
+
+def test_attention_is_fused(monkeypatch):
+    ours = AutoEncoder(SIZES["like FLUX"])
+    assert attention_ran(ours) == {"aten::_scaled_dot_product_flash_attention_for_cpu"}
+    monkeypatch.setattr(Tensor, "contiguous", lambda x: x)
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" not in attention_ran(ours)
+
+
+@torch.no_grad()
+def test_channels_last_gives_the_same(tmp_path):
+    ours = randomize(AutoEncoder(SIZES["like FLUX"]))
+    save_file(ours.state_dict(), tmp_path / "ae.safetensors")
+    loaded = load_autoencoder(tmp_path / "ae.safetensors", dtype=torch.float32)
+    assert loaded.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    latents = torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
+    image = ours.decode(latents)
+    assert difference(loaded.decode(latents), image) < TOLERANCE
+    assert difference(loaded.encode(image), ours.encode(image)) < TOLERANCE
+    loaded.decoder.conv_in.weight.data *= 1.01
+    assert difference(loaded.decode(latents), image) > TOLERANCE
+
+
+# --- Tiles -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[AutoEncoder, Tensor, Tensor]:
+    """Return the toy model's autoencoder, latents of a sheet of pictures, and the image decoded whole."""
+    ours = load_autoencoder(SHIPPED["tiny"] / "ae.safetensors", dtype=torch.float32)
+    with Image.open(SHIPPED["tiny"] / "samples.png") as sheet:
+        image = torch.from_numpy(np.array(sheet.convert("RGB").crop((0, 0, 256, 192))))
+    with torch.inference_mode():
+        latents = ours.encode(rearrange(image / 127.5 - 1, "h w c -> 1 c h w"))
+        return ours, latents, ours.decode(latents)
+
+
+def root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tile", [16, 24, 32])
+def test_tiles_are_as_near_as_those_of_diffusers(tile, shipped):
+    ours, latents, whole = shipped
+    _, theirs = pair(ours.sizes)
+    theirs.load_state_dict(to_diffusers(ours.state_dict(), len(ours.sizes.ch_mult)))
+    theirs.enable_tiling()
+    theirs.tile_latent_min_size, theirs.tile_sample_min_size = tile, tile * ours.sizes.reduction
+    z = latents / ours.sizes.scale_factor + ours.sizes.shift_factor
+    error = root_mean_square(ours.decode(latents, tile) - whole)
+    assert 0 < error < root_mean_square(theirs.decode(z).sample.clamp(-1, 1) - whole) < 0.03
+
+
+@torch.inference_mode()
+def test_tiles_that_hold_all_change_nothing(shipped):
+    ours, latents, whole = shipped
+    for tile in (64, 1000):
+        assert difference(ours.decode(latents, tile), whole) < 1e-6
+    assert difference(ours.decode(latents, 63), whole) > 1e-6
+
+
+@torch.inference_mode()
+def test_seams_are_blended(shipped, monkeypatch):
+    """Tiles side by side, without overlap, are further off."""
+    ours, latents, whole = shipped
+    error = root_mean_square(ours.decode(latents, 16) - whole)
+    monkeypatch.setattr(autoencoder, "starts", lambda length, tile: range(0, length, tile))
+    assert root_mean_square(ours.decode(latents, 16) - whole) > 1.5 * error
+
+
+@pytest.mark.parametrize("length, tile, expected", [(8, 8, [0]), (9, 8, [0, 1]), (20, 8, [0, 6, 12])])
+def test_where_tiles_start(length, tile, expected):
+    assert autoencoder.starts(length, tile) == expected
+
+
+@torch.inference_mode()
+def test_memory_of_tiles_is_as_documented():
+    ours, tile = AutoEncoder(SIZES["like FLUX"]), 8
+
+    def peak(side: int, *tile: int) -> int:
+        latents = torch.zeros(1, ours.sizes.z_channels, side, side)
+        with Tracker() as tracker:
+            ours.decode(latents, *tile)
+        return tracker.peak
+
+    most = peak(tile) + 4 * 4 * (32 * ours.sizes.reduction) ** 2
+    assert 0.9 * most < peak(32, tile) < 1.05 * most < 0.5 * peak(32)
+
+
 def test_same_seed_same_sample():
     ours, image = randomize(AutoEncoder(SIZES["like FLUX"])), torch.zeros(1, 3, 8, 8)
     draw = [ours.encode(image, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
@@ -171,3 +280,5 @@ def test_wrong_input_is_refused():
         AutoEncoderSizes(ch_mult=(1, 2), encoder_blocks=0)
     with pytest.raises(ValueError, match="not a FLUX autoencoder"):
         AutoEncoderSizes.from_shapes({"decoder.up_blocks.0.resnets.0.conv1.weight": (1,)}, {})
+    with pytest.raises(ValueError, match="tiles of 3 latent pixels, must be 4 or more"):
+        ours.decode(torch.zeros(1, 4, 8, 8), tile=3)

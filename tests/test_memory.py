@@ -1,6 +1,7 @@
 """Memory against nothing done: the same numbers however weights are kept; copies and pages as promised."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -306,6 +307,23 @@ def test_compiled_blocks_give_the_same_numbers(checkpoint, fp8, backend, monkeyp
         assert error(step(model), step(expected)) < 1e-5
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic, shapes, graphs", [(None, 6, 2), (False, 3, 3)])
+def test_six_shapes_need_two_graphs(dynamic, shapes, graphs, monkeypatch):
+    """For each kind of block: one of the first shape, and one of any number of tokens."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Flux(replace(SIZES, depth=1, depth_single=1))
+    # Graphs are counted as they are traced; what a backend makes of them does not matter.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", dynamic=dynamic))
+    compile_blocks(model)
+    txt, pooled = torch.ones(1, 7, SIZES.txt_size), torch.ones(1, SIZES.pooled_size)
+    for height, width in [(6, 10), (8, 8), (4, 14), (10, 4), (4, 4), (8, 12)][:shapes]:
+        latents = torch.ones(1, 4, height, width)
+        flow_loss(model, latents, latents, torch.ones(1), txt, pooled, 3.5).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * graphs
 
 
 def test_some_blocks_are_not_compiled():

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import difference, header, randomize, reference, shapes_of
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux import layers, model
 from flux.layers import rope_table, timestep_embedding
@@ -164,7 +166,7 @@ def return_the_first_tokens(ours, monkeypatch):
 
 def rotate_halves(ours, monkeypatch):
     def rotate(x: Tensor, pe: Tensor) -> Tensor:
-        x = torch.complex(*x.chunk(2, dim=-1)) * pe
+        x = torch.complex(*x.chunk(2, dim=-1)) * torch.view_as_complex(pe)
         return torch.cat([x.real, x.imag], dim=-1)
 
     monkeypatch.setattr(layers, "rotate", rotate)
@@ -274,6 +276,52 @@ def test_bfloat16_is_near_float32():
     result = ours.bfloat16()(**given | half)
     assert result.dtype == torch.bfloat16
     assert (result - expected).norm() < 0.05 * expected.norm()
+
+
+def test_rotation_is_a_complex_product():
+    """In eager and compiled code; the latter has no complex numbers, which inductor does not fuse."""
+    x = torch.rand(2, 5, 3, 32, generator=torch.Generator().manual_seed(1))
+    ids = 100 * torch.rand(2, 5, 3, generator=torch.Generator().manual_seed(2)).double()
+    omega = torch.cat([10_000 ** -(torch.arange(0, n, 2).double() / n) for n in DEV.axes])
+    angles = ids.repeat_interleave(torch.tensor(DEV.axes) // 2, dim=-1)[:, :, None] * omega
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+
+    def expected(angles: Tensor) -> Tensor:
+        return torch.view_as_real(pairs * torch.exp(1j * angles)).flatten(-2)
+
+    graphs = []
+    compiled = torch.compile(layers.rotate, backend=lambda graph, _: graphs.append(graph) or graph)
+    pe = rope_table(ids, DEV.axes, DEV.theta)
+    for rotate in (layers.rotate, compiled):
+        assert difference(rotate(x, pe), expected(angles)) < 1e-6
+        assert difference(rotate(x, pe), expected(angles + 1e-5)) > 1e-6
+    assert "complex" not in graphs[0].code and "stack" in graphs[0].code
+
+
+def copies(model: Flux, given: dict[str, Tensor]) -> int:
+    """Return how many tensors are only moved in memory in a forward pass."""
+    copied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            copied.extend([op] * (op.name() == "aten::clone"))
+            return op(*args, **kwargs or {})
+
+    with Watch():
+        model(**given)
+    return len(copied)
+
+
+def test_heads_are_laid_out_as_attention_returns_them(monkeypatch):
+    """Fused kernels take any order of heads and tokens, and return their result in that of q."""
+    given = {name: value[:1] for name, value in inputs(DEV).items()}
+    attend = F.scaled_dot_product_attention
+    like_q = lambda q, k, v: torch.empty_like(q).copy_(attend(q, k, v))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", like_q)
+    assert copies(Flux(DEV), given) == 0
+    heads_first = lambda q, k, v: like_q(q, k, v).contiguous()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", heads_first)
+    assert copies(Flux(DEV), given) == 2 * (DEV.depth + DEV.depth_single)  # there, and back
 
 
 def test_wrong_input_is_refused():

@@ -9,6 +9,8 @@ import torch
 from compare import difference
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flux import sampling
 from flux.sampling import (
@@ -16,6 +18,7 @@ from flux.sampling import (
     denoise,
     draw_noise,
     euler_step,
+    generate,
     pack,
     position_ids,
     schedule,
@@ -60,6 +63,21 @@ def test_position_ids():
     expected = [[0, row, column] for row in range(2) for column in range(3)]
     assert img_ids.tolist() == [expected, expected]
     assert txt_ids.shape == (2, 5, 3) and not txt_ids.any()
+
+
+def test_position_ids_are_made_on_the_device():
+    """No tensor of theirs is made elsewhere and copied, which would make the host wait."""
+    devices = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **kwargs or {})
+            devices.update(part.device.type for part in tree_leaves(result) if isinstance(part, Tensor))
+            return result
+
+    with Watch():
+        position_ids(2, 4, 6, 5, "meta")
+    assert devices == {"meta"}
 
 
 def test_a_seed_gives_the_same_noise_in_any_batch():
@@ -163,6 +181,18 @@ def test_progress_and_precision():
     latents = denoise(flux, draw_noise([3, 4], 4, 6, 10), *prompts()[0], steps=3, progress=done.append)
     assert latents.dtype == torch.float32 and latents.shape == (2, 4, 6, 10)
     assert done == [1, 2, 3]
+
+
+def test_pictures_are_decoded_in_tiles(monkeypatch):
+    flux, _ = test_model.pair(DEV)
+    autoencoder, _ = test_autoencoder.pair(test_autoencoder.SIZES["like FLUX"])
+    seen, decoder = [], autoencoder.decoder.forward
+    monkeypatch.setattr(autoencoder.decoder, "forward", lambda z: seen.append(z.shape[-2:]) or decoder(z))
+    prompt = tuple(part[:1] for part in prompts()[0])
+    for tile in (None, 6):
+        (picture,) = generate(flux, autoencoder, prompt, [3], (HEIGHT, WIDTH), tile, steps=1)
+        assert picture.size == (WIDTH, HEIGHT)
+    assert seen == [(6, 10), (6, 6), (6, 6)]
 
 
 @pytest.mark.parametrize("n", [7, 50, 375])

@@ -84,7 +84,7 @@ def scale_t5_scores(ours, monkeypatch):
 
 
 def mirror_t5_buckets(ours, monkeypatch):
-    monkeypatch.setattr(t5, "relative_buckets", lambda length: relative_buckets(length).T)
+    monkeypatch.setattr(t5, "relative_buckets", lambda *args: relative_buckets(*args).T)
 
 
 def swap_t5_gate(ours, monkeypatch):
@@ -148,6 +148,19 @@ def test_relative_buckets():
     offsets = position[None] - position[:, None]
     theirs = T5Attention._relative_position_bucket(offsets, num_buckets=32, max_distance=128)
     assert torch.equal(relative_buckets(600), theirs)
+
+
+def test_relative_buckets_are_made_once(monkeypatch):
+    """For all prompts of a length; and what inference has made serves training too."""
+    model, made = randomize(T5(T5_SIZES)), []
+    log = torch.log
+    monkeypatch.setattr(torch, "log", lambda x: made.append(x.shape) or log(x))
+    for length in (23, 23, 29):
+        with torch.inference_mode():
+            model(torch.ones(1, length, dtype=torch.long))
+    model(torch.ones(1, 23, dtype=torch.long)).sum().backward()
+    assert made == [(23, 23), (29, 29)]
+    assert model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad.any()
 
 
 @pytest.mark.parametrize("model", [T5(T5_SIZES), CLIPText(CLIP_SIZES)], ids=["t5", "clip"])

@@ -420,18 +420,15 @@ def build(args: argparse.Namespace) -> nn.ModuleDict:
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     """`flux.layers.attention` for training on a CPU in bfloat16.
 
-    Written out with real numbers because the compiler does not fuse complex ones, and with two plain products
-    because the CPU's fused attention takes half of a bfloat16 step for its backward.
+    Written out with two plain products because the CPU's fused attention takes half of a bfloat16 step for
+    its backward.
     """
     with torch.autocast("cpu", enabled=False):
-
-        def rotate(x: Tensor) -> Tensor:
-            even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-            turned = even * pe.real - odd * pe.imag, even * pe.imag + odd * pe.real
-            return torch.stack(turned, -1).flatten(-2)
-
-        scores = (rotate(q).bfloat16() @ rotate(k).bfloat16().mT).float() / math.sqrt(q.shape[-1])
-        x = scores.softmax(dim=-1).bfloat16() @ v.bfloat16()
+        turned_q, turned_k, values = (
+            x.bfloat16().transpose(1, 2) for x in (layers.rotate(q, pe), layers.rotate(k, pe), v)
+        )
+        scores = (turned_q @ turned_k.mT).float() / math.sqrt(q.shape[-1])
+        x = scores.softmax(dim=-1).bfloat16() @ values
     return rearrange(x.to(v.dtype), "b h l d -> b l (h d)")
 
 
