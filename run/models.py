@@ -1,6 +1,8 @@
 """Which model a command loads, on which device and in which precision: the options, and what they mean."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -87,6 +89,7 @@ def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Return what --device and --dtype mean; UserError when there is no such device."""
+    let_segments_grow()
     default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(args.device or default)
@@ -97,3 +100,15 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     plans_for_a_gpu = getattr(args, "plan", False) and args.vram  # of another machine, perhaps
     on_cpu = device.type == "cpu" and not plans_for_a_gpu
     return device, dtype or (torch.float32 if on_cpu else torch.bfloat16)
+
+
+def let_segments_grow() -> None:
+    """Let the GPU's allocator grow its segments, since crops of many shapes would fragment fixed ones.
+
+    It does nothing if the user has set up the allocator, or where torch has no such segments. Through torch's
+    setter, because recent versions read the environment when they are imported.
+    """
+    ours = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}.isdisjoint(os.environ)
+    if ours and sys.platform == "linux" and torch.version.cuda:
+        recent = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        (recent or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")

@@ -1,13 +1,15 @@
 """The options that name a model, and what is said when they name nothing."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from run import models
-from run.models import add_model_arguments, find_model
+from run.models import add_model_arguments, choose_device, find_model
 
 
 def find(model: Path | str, *options: object):
@@ -47,3 +49,29 @@ def test_what_is_wrong_is_said(model):
         find("flux-dev")
     for part in ("--model FILE or FOLDER, --ae, --clip-l, --t5, --tokenizers", "--model tiny", "HF_TOKEN"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("recent", [True, False])
+@pytest.mark.parametrize(
+    "platform, cuda, variable",
+    [("linux", "12.8", None), ("linux", None, None)]
+    + [
+        ("win32", "12.8", None),
+        ("linux", "12.8", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("linux", "12.8", "PYTORCH_ALLOC_CONF"),
+    ],
+)
+def test_the_allocator_of_a_gpu_is_set_up_unless_the_user_has(monkeypatch, platform, cuda, variable, recent):
+    told = []
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(sys, "platform", platform)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "")
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings", raising=False)
+    place = torch._C if recent else torch.cuda.memory
+    name = "_accelerator_setAllocatorSettings" if recent else "_set_allocator_settings"
+    monkeypatch.setattr(place, name, told.append, raising=False)
+    choose_device(argparse.Namespace(device="cpu", dtype=None))
+    assert told == ["expandable_segments:True"] * ((platform, cuda, variable) == ("linux", "12.8", None))
