@@ -85,6 +85,7 @@ def simulate(work: Workload, plan: Plan) -> int:
     # Fake tensors have no addresses. The device is a CPU, to which streamed weights are copied as to a GPU.
     with (
         patch("flux.streaming.file_ranges", list),
+        patch("flux.streaming.host_slab", lambda size: torch.empty(size, dtype=torch.uint8)),
         patch("flux.streaming.Stream.COPY", True),
         FakeTensorMode(),
     ):
