@@ -242,11 +242,11 @@ class Stream:
         with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
             slab, size = self.slabs[number], self.sizes[number]
             if slab is None:
-                slab = self.buffer_slabs[buffer]
+                slab = self.buffer_slabs[buffer][:size]
                 if self.copied_events[buffer]:
                     self.copied_events[buffer].synchronize()  # what was in the slab has been copied
                 self._gather(self.blocks[number], slab)
-            self.buffers[buffer][:size].copy_(slab[:size], non_blocking=self.copy_stream is not None)
+            self.buffers[buffer][:size].copy_(slab, non_blocking=self.copy_stream is not None)
             if self.copy_stream:
                 self.copied_events[buffer] = self.copy_stream.record_event()
 
