@@ -15,7 +15,7 @@ MEASURED_SHARE = 0.7  # fraction of the measured speed of products that a step r
 
 PRODUCT = (4608, 3072, 12288)  # tokens, inputs, outputs: an MLP of FLUX.1 at 1024x1024
 COPY = 2**26  # bytes
-PATIENCE = 0.01  # seconds for which each of the two is repeated
+PATIENCE = 0.01  # seconds for which each of the two is repeated, and before that to warm up
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def speeds_of(card: str) -> Speeds:
 
 
 def measure(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Speeds | None:
-    """Time a matrix product and a copy, 40 ms on a GPU; None when it has no bfloat16 or too little memory."""
+    """Time a matrix product and a copy; None when the device has no bfloat16 or too little memory."""
     try:
         flops, bus = product_and_copy(device, clock)
     except RuntimeError:

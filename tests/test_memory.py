@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux import T5, load_flux, pages
-from flux.memory import arrange, blocks_of, checkpoint_blocks, compile_blocks
+from flux.memory import arrange, blocks_of, checkpoint_blocks, compile_blocks, release
 from flux.model import Flux, FluxSizes
 from flux.sampling import flow_loss
 from flux.streaming import FrozenLinear, Stream, quantize_rows, spread
@@ -588,6 +588,16 @@ V2, V1 = {"proc/self/cgroup": "0::/a/b\n"}, {"proc/self/cgroup": "5:cpu:/x\n4:hu
 )
 def test_available_memory_is_that_of_the_container(tmp_path, files, expected):
     assert pages.available_memory(write_files(tmp_path, files)) == expected
+
+
+def test_the_peak_is_counted_anew_once_a_model_has_left(monkeypatch):
+    calls = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, name=name: calls.append((name, *device)))
+    release("cpu")
+    assert not calls
+    release("cuda:1")
+    assert calls == [("empty_cache",), ("reset_peak_memory_stats", "cuda:1")]
 
 
 # --- The memory map ----------------------------------------------------------------------------------------
