@@ -61,7 +61,8 @@ def pin(slab: Tensor, device: torch.device) -> bool:
 def unpin(slab: Tensor, stream: torch.cuda.Stream) -> None:
     """Undo `pin`, after the copies of a stream."""
     stream.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
+    with torch.cuda.device(stream.device):
+        torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
 
 
 def available_memory(root: Path = Path("/")) -> int:
@@ -95,6 +96,6 @@ def memory_of_groups(root: Path) -> Iterator[int]:
             if all(file.exists() for file in files):  # not of the root, and a container may see its own alone
                 most, used, stat = (file.read_text() for file in files)
                 stat = dict(line.split() for line in stat.splitlines())
-                cached = sum(int(stat[f"{total}{kind}_file"]) for kind in ("active", "inactive"))
+                cached = sum(int(stat.get(f"{total}{kind}_file", 0)) for kind in ("active", "inactive"))
                 if most.strip() != "max":
                     yield max(0, int(most) - int(used) + cached)

@@ -167,17 +167,17 @@ class Stream:
         """
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's ranks on this host pin as much each
         # On Apple's GPUs, which share the host's memory, a slab would only be one more copy.
-        room = 0.7 * available_memory() / ranks if self.copy_stream or self.COPY else -1
+        room = 0.7 * available_memory() / ranks if self.copy_stream or self.COPY else 0
         self.slabs: list[Tensor | None] = []
         for block, size in zip(self.blocks, self.sizes):
-            room -= size
-            slab = host_slab(size) if room >= 0 else None
+            slab = host_slab(size) if size <= room else None
             if slab is not None and self._pin(slab):
+                room -= size
                 self._gather(block, slab)
                 for layer, place in zip(block, places(slab, block)):
                     layer.stored = place
             else:
-                slab, room = None, -1  # what was refused once is not asked for again
+                slab, room = None, 0  # what was refused once is not asked for again
                 for layer in block:
                     layer.stored = layer.stored.cpu()
             self.slabs.append(slab)

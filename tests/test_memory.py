@@ -218,6 +218,7 @@ class FakeCuda:
     """What `Stream` asks of CUDA, on the CPU: logs the calls, and refuses to pin more slabs than `pins`."""
 
     def __init__(self, monkeypatch, pins: int):
+        self.device = torch.device("cpu")
         self.log, self.pins, self.pinned, self.refused = [], pins, {}, 0
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
