@@ -36,7 +36,7 @@ from people.photos import read_photo
 from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
 from run.checkpoints import check_settings
-from run.command import Stop, command_line, explain_out_of_memory, run_script
+from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
 from run.costs import Plan
 from run.files import alone
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
@@ -235,7 +235,9 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 result = train(args, files, device, dtype, stop, ranks)
                 print(f"{result}: next, python personalize.py PHOTO --model {args.model} --meta {result}")
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise UserError(explain_out_of_memory(error, device, stop.resident)) from error
             except (Stopped, KeyboardInterrupt) as stopped:
                 if isinstance(stopped, KeyboardInterrupt) and (stop.wanted or ranks.size > 1):

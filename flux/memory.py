@@ -174,16 +174,23 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def release(device: torch.device | str) -> None:
-    """Free what a model took on a device, after the caller has dropped its last reference to the model."""
+    """Free what a model took on a device, after the caller has dropped its last reference to the model.
+
+    The peak is counted anew from here on, so that of training leaves the encoders out.
+    """
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         if hasattr(torch._C, "_host_emptyCache"):  # frees pinned memory; torch has no public function for it
             torch._C._host_emptyCache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device | str) -> float:
-    """Return the peak of memory so far in GiB: of the GPU's allocator, or of the process; NaN if unknown."""
+    """Return the peak of memory in GiB: of the GPU's allocator since `release`, or of the process so far.
+
+    NaN if unknown.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:

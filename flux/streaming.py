@@ -1,6 +1,8 @@
 """Frozen weights that are whole on the device only while used: streamed from the host, or in 8 bits."""
 
 import os
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux.pages import advise, available_memory, drop_pages, file_ranges
+from flux.pages import advise, available_memory, drop_pages, file_ranges, host_slab, pin, unpin
 
 FP8 = torch.float8_e4m3fn
 LINE = 256  # bytes: in a buffer weights begin at multiples of it, as the GPU's allocator would place them
@@ -33,8 +35,21 @@ class FrozenLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (d_out, d_in) on the device in the compute dtype; valid until another block is used."""
+        return self.weight_for(self.in_features)[0]
+
+    def weight_for(self, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Return `weight`; or, for few tokens, without its scale, and the scale (d_out,) of the outputs.
+
+        What has fewer numbers is scaled, the weight or the outputs: that moves 4 bytes for each of them, and
+        converting the weight from 8 bits moves 3.
+        """
         stored = self.places[self.stream.use(self.block)] if self.stream else self.stored
-        return stored if self.scale is None else stored.to(self.scale.dtype).mul_(self.scale)
+        if self.scale is None:
+            return stored, None
+        converted = stored.to(self.scale.dtype)
+        if tokens < self.in_features:
+            return converted, self.scale[:, 0]
+        return converted.mul_(self.scale), None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stream:
@@ -48,11 +63,16 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.weight, layer.bias)
+        weight, scale = layer.weight_for(x.shape[:-1].numel())
+        if scale is None:
+            return F.linear(x, weight, layer.bias)
+        y = F.linear(x, weight)
+        return torch.addcmul(layer.bias, y, scale, out=y)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.weight, None
+        weight, scale = ctx.layer.weight_for(grad.shape[:-1].numel())
+        return (grad if scale is None else grad * scale) @ weight, None
 
 
 def linears(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -109,8 +129,9 @@ class Stream:
     """Copies the weights of blocks to the device one block ahead of their use, forward and backward.
 
     Two buffers on the device hold the block in use and the next one; a second CUDA stream fills one buffer
-    while the GPU computes with the other. Each layer asks for its block when it runs. Blocks may run in any
-    order; it only changes which block is prefetched. A block's recomputation and backward pass share one
+    while the GPU computes with the other. In host memory a block's weights lie in a slab, placed as in the
+    buffer, so that one copy brings them all. Each layer asks for its block when it runs. Blocks may run in
+    any order; it only changes which block is prefetched. A block's recomputation and backward pass share one
     copy. On a CPU weights are used where they are, and the pages of a memory-mapped file are dropped after
     use.
     """
@@ -121,6 +142,7 @@ class Stream:
         self.device = torch.device(device)
         self.copy = self.COPY or self.device.type != "cpu"
         self.blocks = [freeze(block) for block in blocks]
+        self.sizes = [sum(whole_lines(layer.stored) for layer in block) for block in self.blocks]
         self.files = file_ranges()
         self.held_blocks: list[int | None] = [None, None]  # the block in each buffer
         self.copied_events = [None, None]  # CUDA events: the copy to the buffer is complete
@@ -128,30 +150,61 @@ class Stream:
         self.copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.buffers = []
         if self.copy:
-            largest = max(sum(whole_lines(layer.stored) for layer in block) for block in self.blocks)
-            self.buffers = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
-            self._move_to_host()
+            place = {"dtype": torch.uint8, "device": self.device}
+            self.buffers = [torch.empty(max(self.sizes), **place) for _ in range(2)]
+            self._fill_slabs()
         for number, block in enumerate(self.blocks):
-            start = 0
-            for layer in block:
-                size, shape, dtype = layer.stored.nbytes, layer.stored.shape, layer.stored.dtype
-                places = [buffer[start : start + size].view(dtype).view(shape) for buffer in self.buffers]
-                layer.stream, layer.block, layer.places = self, number, places or [layer.stored] * 2
-                start += whole_lines(layer.stored)
+            held = [places(buffer, block) for buffer in self.buffers]
+            for k, layer in enumerate(block):
+                layer.stream, layer.block = self, number
+                layer.places = [parts[k] for parts in held] or [layer.stored] * 2
 
-    def _move_to_host(self) -> None:
-        """Move weights to host memory, and pin them if there is enough; else they stay mapped to files."""
-        layers = [layer for block in self.blocks for layer in block]
-        # PyTorch pins memory in powers of two.
-        needed = sum(1 << (layer.stored.nbytes - 1).bit_length() for layer in layers)
+    def _fill_slabs(self) -> None:
+        """Gather each block's weights in a slab of pinned host memory, as long as there is enough of it.
+
+        A block without a slab stays where it is, as a rule mapped to its file. Whenever it is used, the host
+        gathers it in the slab that is kept for the buffer.
+        """
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's ranks on this host pin as much each
-        pin = self.copy_stream and ranks * needed < 0.7 * available_memory()
-        for layer in layers:
-            layer.stored = layer.stored.cpu()
-            if pin:
-                layer.stored = layer.stored.pin_memory()
-        if pin:
-            self.files = []  # nothing is mapped any more
+        # On Apple's GPUs, which share the host's memory, a slab would only be one more copy.
+        room = 0.7 * available_memory() / ranks if self.copy_stream or self.COPY else 0
+        self.slabs: list[Tensor | None] = []
+        for block, size in zip(self.blocks, self.sizes):
+            slab = host_slab(size) if size <= room else None
+            if slab is not None and self._pin(slab):
+                room -= size
+                self._gather(block, slab)
+                for layer, place in zip(block, places(slab, block)):
+                    layer.stored = place
+            else:
+                slab, room = None, 0  # what was refused once is not asked for again
+                for layer in block:
+                    layer.stored = layer.stored.cpu()
+            self.slabs.append(slab)
+        left = sum(size for slab, size in zip(self.slabs, self.sizes) if slab is None)
+        self.buffer_slabs = [host_slab(max(self.sizes)) for buffer in self.buffers if left]
+        for slab in self.buffer_slabs:
+            self._pin(slab)  # works without, but the GPU waits
+        if left and self.copy_stream:
+            warnings.warn(
+                f"{left / 2**30:.1f} of {sum(self.sizes) / 2**30:.1f} GiB of streamed weights find no "
+                "room in pinned memory of the host, which copies them again for each use",
+                stacklevel=2,
+            )
+
+    def _pin(self, slab: Tensor) -> bool:
+        """Pin a slab until this stream is gone, if it copies to a GPU; return False if CUDA refuses it."""
+        if self.copy_stream:
+            if not pin(slab, self.device):
+                return False
+            weakref.finalize(self, unpin, slab, self.copy_stream).atexit = False
+        return True
+
+    def _gather(self, block: list[FrozenLinear], slab: Tensor) -> None:
+        """Copy a block's weights to a slab."""
+        for layer, place in zip(block, places(slab, block)):
+            place.copy_(layer.stored)
+            drop_pages(layer.stored, self.files)
 
     def use(self, number: int) -> int:
         """Return which buffer holds the block, ready for the current stream; begin to copy the next block."""
@@ -187,13 +240,24 @@ class Stream:
             # What is queued may still read the buffer.
             self.copy_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
-            for layer in self.blocks[number]:
-                # A copy is asynchronous only from pinned memory, which torch's allocator uses again.
-                source = layer.stored.pin_memory() if self.copy_stream else layer.stored
-                layer.places[buffer].copy_(source, non_blocking=True)
-                drop_pages(layer.stored, self.files)
+            slab, size = self.slabs[number], self.sizes[number]
+            if slab is None:
+                slab = self.buffer_slabs[buffer][:size]
+                if self.copied_events[buffer]:
+                    self.copied_events[buffer].synchronize()  # what was in the slab has been copied
+                self._gather(self.blocks[number], slab)
+            self.buffers[buffer][:size].copy_(slab, non_blocking=self.copy_stream is not None)
             if self.copy_stream:
                 self.copied_events[buffer] = self.copy_stream.record_event()
+
+
+def places(slab: Tensor, block: list[FrozenLinear]) -> list[Tensor]:
+    """Return where the weights of a block lie in a slab or a buffer of bytes, one after the other."""
+    start, found = 0, []
+    for stored in (layer.stored for layer in block):
+        found.append(slab[start : start + stored.nbytes].view(stored.dtype).view(stored.shape))
+        start += whole_lines(stored)
+    return found
 
 
 def whole_lines(tensor: Tensor) -> int:

@@ -33,11 +33,9 @@ def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
     except (UserError, OSError) as error:
         sys.exit(printable_lines(f"{name}: {error}"))
     except (MemoryError, RuntimeError) as error:
-        reason = first_line(error)
-        # On a CPU torch raises a plain RuntimeError when memory runs out.
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", reason):
+        if not is_out_of_memory(error):
             raise
-        sys.exit(printable_lines(f"{name}: out of memory ({reason})"))
+        sys.exit(printable_lines(f"{name}: out of memory ({first_line(error)})"))
     except KeyboardInterrupt:
         sys.exit(f"\n{stopped}")
 
@@ -89,6 +87,17 @@ def _quoted(word: str) -> str:
     if word.isprintable():
         return shlex.quote(word)
     return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(word)) + "'"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory ran out, of the host or of a GPU.
+
+    On a CPU torch raises a plain RuntimeError then, and so it does for what CUDA, cuBLAS and cuDNN report.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = r"out of memory|allocate memory|(BLAS|DNN)_STATUS_(\w+_)?ALLOC(ATION)?_FAILED"
+    return isinstance(error, RuntimeError) and bool(re.search(words, first_line(error)))
 
 
 def explain_out_of_memory(error: Exception, device: torch.device, resident: dict[str, int]) -> str:

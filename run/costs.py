@@ -11,25 +11,26 @@ import torch
 from flux.memory import arrange, recomputed_blocks
 from flux.model import Flux, FluxSizes
 from flux.streaming import LINE, spread
+from run.speeds import Speeds, speeds_of
 
 FLUX_DEV = FluxSizes(64, 64, 768, 4096, 3072, 12288, 24, 19, 38, True, (16, 56, 56), 10_000)
 GIB = 2**30
-BUS = 25e9  # bytes that reach the device over PCIe 4 x16 in a second
+PAPERS_CARD = speeds_of("A6000")
 VISIBLE = 0.2  # fraction of the copying that computing does not hide; a cautious guess
-SHARE = 0.6  # fraction of its peak that a GPU reaches in large matrix products
-PEAKS = {"A6000": 155e12, "4090": 165e12, "A100": 312e12, "H100": 989e12}  # dense bf16 FLOP/s
+TILE = 64  # side in latent pixels of the tiles in which a picture is decoded that does not fit whole
 
 # Activations, counted with bench/memory.py. The unit is one hidden state of all tokens, (b, l, d); an MLP is
-# 4 d wide.
+# 4 d wide. Of two numbers the second is with a fused RMSNorm, which keeps its input, a part of what the layer
+# before it returns; the operations on a CPU keep float32 copies of queries and keys.
 
 # What a block's forward pass stores for its backward pass.
-KEPT = {"double": 25.07, "single": 23.06}
+KEPT = {"double": (25.07, 24.07), "single": (23.06, 19.06)}
 # The same of attention alone: its output, and the logarithm of the softmax's sum.
 KEPT_ATTENTION = 1.02
 # The peak within a block's backward pass, KEPT included.
-WORK = {"double": 33.1, "single": 32.16}
+WORK = {"double": (33.1, 29.2), "single": (32.16, 28.16)}
 # With 8-bit weights the peak may be where a whole weight is in memory as well: without that weight.
-WORK_FP8 = {"double": 33.0, "single": 28.15}
+WORK_FP8 = {"double": (33.0, 29.1), "single": (28.65, 24.65)}
 # The peak while sampling, with exact and with 8-bit weights.
 WORK_SAMPLE, WORK_SAMPLE_FP8 = 19.4, 16.5
 # Added to WORK of a double block with several samples: its two streams are not contiguous, and are copied.
@@ -38,9 +39,10 @@ SPLIT = 1.0
 PRODUCTS = 0.8
 # The autoencoder is on the device while sampling, and decodes one picture at a time, after the transformer.
 AUTOENCODER = 83_819_683  # parameters of FLUX.1's
-DECODE = 769  # numbers for each pixel of the picture, in the last convolutions
+DECODE = 769  # numbers for each pixel of the picture or tile, in the last convolutions
 # Numbers for each pair of latent pixels, without a fused kernel, and for each pixel of the picture.
 DECODE_ATTENTION = (4, 113)
+BLEND = 16  # bytes for each pixel of a picture that is decoded in tiles
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Workload:
     average: bool = False  # an average of meta_down is held beside it
     pixels: int = 16  # side of an image token in pixels
     width: int = 2  # bytes of the compute dtype
+    fused_norm: bool = True  # RMSNorm is one kernel, as CUDA has it, or seven operations as on a CPU
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -75,12 +78,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the transformer fits: the arguments of `flux.memory.arrange`."""
+    """How a model fits: the arguments of `flux.memory.arrange`, and the tiles to decode pictures in."""
 
     checkpoint: str | int = "none"
     stream: int = 0
     fp8: bool = False
     compiled: bool = False
+    tile: int | None = None  # side in latent pixels; None: pictures are decoded whole
 
     @property
     def resident(self) -> bool:
@@ -153,8 +157,8 @@ def adapter_bytes(work: Workload, kind: str) -> tuple[int, int]:
     return meta_down, personal * work.identities
 
 
-def estimate(work: Workload, plan: Plan, peak_flops: float = PEAKS["A6000"]) -> Cost:
-    """Return what a step costs under a plan; peak_flops: the GPU's, per second."""
+def estimate(work: Workload, plan: Plan, speeds: Speeds = PAPERS_CARD) -> Cost:
+    """Return what a step costs under a plan."""
     sizes, blocks = work.sizes, kinds(work.sizes)
     streamed = set(spread(plan.stream, len(blocks))) if plan.stream else set()
     weights = {kind: block_bytes(sizes, kind, plan.fp8, work.width) for kind in set(blocks)}
@@ -169,47 +173,63 @@ def estimate(work: Workload, plan: Plan, peak_flops: float = PEAKS["A6000"]) -> 
     adapters = sum(n * size for kind in blocks for n, size in zip(copies, adapter_bytes(work, kind)))
     if work.merge and plan.resident:
         adapters = 0
-    if training:
-        activations = training_peak(work, plan.checkpoint, plan.fp8)
-    else:
-        activations = sampling_peak(work, plan.fp8)
+    rest = training_peak(work, plan) if training else sampling_peak(work, plan)
 
     flops = step_flops(work, plan.checkpoint)
     traffic = sum(weights[blocks[k]][0] for k in streamed) * (2 if training else 1)
-    seconds = max(flops / peak_flops / SHARE, traffic / BUS) + VISIBLE * traffic / BUS
-    return Cost(resident, adapters, resident + adapters + round(activations), flops, seconds)
+    seconds = max(flops / speeds.flops, traffic / speeds.bus) + VISIBLE * traffic / speeds.bus
+    return Cost(resident, adapters, resident + adapters + round(rest), flops, seconds)
+
+
+def training_peak(work: Workload, plan: Plan) -> float:
+    """Return the largest number of bytes of activations and gradients in a backward pass.
+
+    It goes back block by block. At each block there are its activations and the gradients so far.
+    """
+    totals = map(sum, zip(activations(work, plan.checkpoint, plan.fp8), adapter_gradients(work), strict=True))
+    # The products of the factors for each sample, in the widest layer.
+    d_in, d_out, parts = linear_sizes(work.sizes, "single")[1]
+    return max(totals) + PRODUCTS * 4 * work.batch * work.r2 * parts * (d_in + d_out)
 
 
 @cache
-def training_peak(work: Workload, checkpoint: str | int, fp8: bool) -> float:
-    """Return the largest number of bytes of activations and gradients in a backward pass.
+def activations(work: Workload, checkpoint: str | int, fp8: bool) -> list[float]:
+    """Return the bytes of activations in each block's backward pass.
 
-    It goes back block by block: at each there are what the blocks before it keep, what it needs itself, and
-    the gradients so far. A recomputed block keeps its input only, and perhaps what attention returned.
+    They are what the blocks up to this one keep, and what it needs itself. A recomputed block keeps its input
+    only, and perhaps what attention returned.
     """
-    blocks, unit = kinds(work.sizes), work.state
+    blocks, fused = kinds(work.sizes), work.fused_norm
     count = recomputed_blocks(checkpoint, len(blocks))
     attention = KEPT_ATTENTION if checkpoint == "attention" else 0.0
-    kept = [1 + attention if k < count else KEPT[kind] for k, kind in enumerate(blocks)]
-    before, worst, gradients = sum(kept), 0.0, 0
-    for k in reversed(range(len(blocks))):
-        kind = blocks[k]
+    before, peaks = 0.0, []
+    for k, kind in enumerate(blocks):
+        kept = 1 + attention if k < count else KEPT[kind][fused]
+        before += kept
+        # `before` counts this much of WORK already.
+        counted = (attention if k < count else kept) - SPLIT * (kind == "double" and work.batch > 1)
+        peak = (before + WORK[kind][fused] - counted) * work.state
+        if fp8:
+            beside_weight = (before + WORK_FP8[kind][fused] - counted) * work.state
+            peak = max(peak, beside_weight + last_weight(work, kind))
+        peaks.append(peak)
+    return peaks
+
+
+@cache
+def adapter_gradients(work: Workload) -> list[int]:
+    """Return the bytes of the factors' gradients when a block's backward pass is at its peak.
+
+    The peak is in a double block at its MLPs, where its backward pass begins. In a single block it is at the
+    first layer, where the backward pass ends: the block's own gradients are there by then.
+    """
+    gradients, present = 0, []
+    for kind in reversed(kinds(work.sizes)):
         meta_down, personal = adapter_bytes(work, kind)
         new = personal + meta_down * (work.kind == "stage1")
-        # Most is there in a double block at its MLPs, where its backward pass begins. In a single block it is
-        # at the first layer, where the backward pass ends: the block's own gradients are there by then.
-        present = gradients + new * (kind == "single")
+        present.append(gradients + new * (kind == "single"))
         gradients += new
-        # `before` counts this much of WORK already.
-        counted = (attention if k < count else KEPT[kind]) - SPLIT * (kind == "double" and work.batch > 1)
-        passing = (WORK[kind] - counted) * unit
-        if fp8:
-            passing = max(passing, (WORK_FP8[kind] - counted) * unit + last_weight(work, kind))
-        worst = max(worst, before * unit + passing + present)
-        before -= kept[k]
-    # The products of the factors for each sample, in the widest layer.
-    d_in, d_out, parts = linear_sizes(work.sizes, "single")[1]
-    return worst + PRODUCTS * 4 * work.batch * work.r2 * parts * (d_in + d_out)
+    return present[::-1]
 
 
 def last_weight(work: Workload, kind: str) -> int:
@@ -218,15 +238,16 @@ def last_weight(work: Workload, kind: str) -> int:
     return d_in * d_out * work.width
 
 
-def sampling_peak(work: Workload, fp8: bool) -> float:
+def sampling_peak(work: Workload, plan: Plan) -> float:
     """Return the largest number of bytes in a step: at a single block's MLP, or while decoding."""
     forward = WORK_SAMPLE * work.state
-    if fp8:
+    if plan.fp8:
         forward = max(forward, WORK_SAMPLE_FP8 * work.state + last_weight(work, "single"))
-    pixels = work.resolution**2
+    picture = work.resolution**2
+    pixels = min(picture, (plan.tile * work.pixels // 2) ** 2) if plan.tile else picture
     pair, each = DECODE_ATTENTION
     decode = max(DECODE * pixels, pair * (pixels / 64) ** 2 + each * pixels)
-    return max(forward, decode * work.width)
+    return max(forward, decode * work.width + BLEND * picture * bool(plan.tile))
 
 
 @cache

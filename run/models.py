@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -92,10 +93,11 @@ def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Return what --device and --dtype mean, and do as --deterministic says, before anything is computed.
+    """Return what --device and --dtype mean, and set PyTorch up before anything is computed.
 
     Raises UserError when there is no such device.
     """
+    let_segments_grow()
     if getattr(args, "deterministic", False):
         compute_deterministically()
     default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -122,3 +124,15 @@ def compute_deterministically() -> None:
     # Else PyTorch fills all new memory, which takes time and helps only who reads what was never written.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def let_segments_grow() -> None:
+    """Let the GPU's allocator grow its segments, since crops of many shapes would fragment fixed ones.
+
+    It does nothing if the user has set up the allocator, or where torch has no such segments. Through torch's
+    setter, because recent versions read the environment when they are imported.
+    """
+    ours = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}.isdisjoint(os.environ)
+    if ours and sys.platform == "linux" and torch.version.cuda:
+        recent = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        (recent or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")

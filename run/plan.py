@@ -6,6 +6,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +16,8 @@ from flux.conditioner import load_tokenizers
 from flux.errors import UserError
 from flux.loading import folder_around, load_autoencoder, load_flux, native_size
 from flux.memory import device_memory
-from run.costs import GIB, PEAKS, SHARE, Cost, Plan, Workload, estimate, kinds
+from run.costs import GIB, PAPERS_CARD, TILE, Cost, Plan, Workload, estimate, kinds
+from run.speeds import Speeds, measure
 
 RESERVE = 1.5  # GiB for the GPU's context and the allocator's gaps
 
@@ -57,22 +59,24 @@ def plans(work: Workload, options: MemoryOptions, fp8: bool) -> Iterator[Plan]:
         checkpoints = [int(checkpoint) if checkpoint.isdecimal() else checkpoint]
     if options.compile:  # streamed blocks cannot be compiled
         stream = "0"
-    for recomputed in checkpoints:
-        for count in range(total + 1) if stream == "auto" else [int(stream)]:
-            yield Plan(recomputed, count, fp8, options.compile)
+    counts = range(total + 1) if stream == "auto" else [int(stream)]
+    tiles = [None, TILE] if work.kind == "sample" else [None]  # training takes more than decoding
+    for recomputed, count, tile in product(checkpoints, counts, tiles):
+        yield Plan(recomputed, count, fp8, options.compile, tile)
 
 
 def choose(
     work: Workload,
     budget: float,
     options: MemoryOptions = MemoryOptions(),
-    peak_flops: float = PEAKS["A6000"],
+    speeds: Speeds = PAPERS_CARD,
 ) -> tuple[Plan, Cost]:
     """Return the fastest plan that fits the budget in GiB, and its cost.
 
     Of the plans that are at most 3 % slower it is the one that streams least. Weights are rounded to 8 bits
     only if the user asks for it, or if no plan with exact weights fits, not even with all other options on
-    auto. Raises UserError with both numbers when nothing fits.
+    auto; pictures are decoded in tiles only if no plan fits otherwise. Raises UserError with both numbers
+    when nothing fits.
     """
 
     def fits(cost: Cost) -> bool:
@@ -84,8 +88,9 @@ def choose(
 
     peaks = []
     for fp8 in {"auto": [False, True], "bf16": [False], "fp8": [True]}[options.base_dtype]:
-        costs = {plan: estimate(work, plan, peak_flops) for plan in plans(work, options, fp8)}
+        costs = {plan: estimate(work, plan, speeds) for plan in plans(work, options, fp8)}
         fitting = {plan: cost for plan, cost in costs.items() if fits(cost)}
+        fitting = {plan: cost for plan, cost in fitting.items() if plan.tile is None} or fitting
         if fitting:
             enough = 1.03 * min(cost.seconds for cost in fitting.values())
             fast = [(plan, cost) for plan, cost in fitting.items() if cost.seconds <= enough]
@@ -102,19 +107,20 @@ def choose(
 
 
 def table(
-    work: Workload, plan: Plan, cost: Cost, budget: float, fp8_asked: bool = False, card: str | None = None
+    work: Workload, plan: Plan, cost: Cost, budget: float, fp8_asked: bool = False, source: str = ""
 ) -> str:
-    """Return the plan as text; card: a key of PEAKS, for the time of a step, or None."""
+    """Return the plan as text; source: how the speeds are known, without which the time is left out."""
     total = len(kinds(work.sizes))
     images = f"batch {work.batch}, {work.resolution}x{work.resolution} pixels, {work.tokens[1]} text tokens"
     recomputed = {"none": "no block", "all": "all blocks", "attention": "all blocks but their attention"}
     rounded = f"rounded to 8 bits: {'as asked' if fp8_asked else 'nothing exact fits'}"
-    time = f", {cost.seconds:.2f} s at {SHARE:.0%} of an {card}'s peak" if card else ""
+    time = f", {cost.seconds:.2f} s {source}" if source else ""
     rows = {
         "plan": f"{work.kind}, {images}; {budget:.4g} GiB",
         "weights": rounded if plan.fp8 else "exact, as they are in the file",
         "recomputed": recomputed.get(plan.checkpoint, f"the first {plan.checkpoint} of {total} blocks"),
         "streamed": f"{plan.stream} of {total} blocks",
+        "decoded": f"in tiles of {plan.tile} x {plan.tile} latent pixels",
         "resident": _gib(cost.resident),
         "adapters, AdamW": _gib(cost.adapters),
         "activations": _gib(cost.activations) + ", with gradients" * (work.kind != "sample"),
@@ -122,6 +128,7 @@ def table(
         "a step": f"{cost.flops / 1e12:8.3g} TFLOP{time}",
     }
     hidden = ["recomputed"] * (work.kind == "sample") + ["adapters, AdamW"] * (not cost.adapters)
+    hidden += ["decoded"] * (plan.tile is None)
     return "\n".join(f"{name:16}{text}" for name, text in rows.items() if name not in hidden)
 
 
@@ -153,20 +160,25 @@ def make_plan(
         sizes["pixels"] = load_autoencoder(parts["autoencoder"], "meta").sizes.token_pixels
     if "tokenizers" in parts:
         sizes["t5_length"] = load_tokenizers(parts["tokenizers"], t5_length).t5.length
+    sizes["fused_norm"] = norm_is_fused(device) or (options.dry and options.vram is not None)
     work = Workload(kind, resolution=resolution or Workload.resolution, **sizes, **settings)
     if options.compile and (options.stream not in ("auto", "0") or options.checkpoint == "attention"):
         raise UserError("--compile works neither with --stream nor with --checkpoint attention")
-    card = "A6000" if options.dry else None  # the paper's
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        card = next((known for known in PEAKS if known in name), card)
+    measured = measure(device) if device.type == "cuda" else None
+    speeds = measured or PAPERS_CARD
     budget = options.vram or device_memory(device) / GIB
-    plan, cost = choose(work, budget, options, PEAKS[card or "A6000"])
+    plan, cost = choose(work, budget, options, speeds)
     older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
     if plan.compiled and plan.fp8 and older:
         raise UserError("--compile: GPUs before Ada cannot compile 8-bit weights; leave it out")
-    print(table(work, plan, cost, budget, options.base_dtype == "fp8", card))
+    source = speeds.source if measured or options.dry else ""
+    print(table(work, plan, cost, budget, options.base_dtype == "fp8", source))
     return plan
+
+
+def norm_is_fused(device: torch.device) -> bool:
+    """Say whether RMSNorm is one operation on a device, also backward: on CUDA, from torch 2.9 on."""
+    return device.type == "cuda" and hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True) -> argparse._ArgumentGroup:

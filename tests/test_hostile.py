@@ -36,7 +36,7 @@ from metaphd import admission, benchmark, user_study
 from people import crops, faces
 from people.cache import TensorCache
 from run.checkpoints import Checkpoints
-from run.command import command_line, run_script
+from run.command import command_line, is_out_of_memory, run_script
 from run.files import atomic
 from run.log import Log
 from run.models import choose_device
@@ -155,8 +155,24 @@ def test_out_of_memory_is_a_message_and_a_bug_a_traceback(monkeypatch, capsys):
 
     full = lambda: torch.empty(10**15)
     assert "out of memory" in cli(full, monkeypatch, capsys)[2]
-    with pytest.raises(RuntimeError, match="a bug"):
-        cli(lambda: fails(RuntimeError("a bug")), monkeypatch, capsys)
+    for text in ("a bug", "CUBLAS_STATUS_INVALID_VALUE", "a bug\nnot out of memory"):
+        with pytest.raises(RuntimeError, match=text):
+            cli(lambda: fails(RuntimeError(text)), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("Tried to allocate 20.00 MiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    ],
+)
+def test_libraries_of_a_gpu_run_out_of_memory_too(error):
+    assert is_out_of_memory(error) and not is_out_of_memory(OSError(str(error)))
 
 
 # --- Files of tensors --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,29 @@ def test_deterministic(parse, words, nondeterministic):
         unrepeatable()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("recent", [True, False])
+@pytest.mark.parametrize(
+    "platform, cuda, variable",
+    [("linux", "12.8", None), ("linux", None, None)]
+    + [
+        ("win32", "12.8", None),
+        ("linux", "12.8", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("linux", "12.8", "PYTORCH_ALLOC_CONF"),
+    ],
+)
+def test_the_allocator_of_a_gpu_is_set_up_unless_the_user_has(monkeypatch, platform, cuda, variable, recent):
+    told = []
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(sys, "platform", platform)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "")
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings", raising=False)
+    place = torch._C if recent else torch.cuda.memory
+    name = "_accelerator_setAllocatorSettings" if recent else "_set_allocator_settings"
+    monkeypatch.setattr(place, name, told.append, raising=False)
+    choose_device(argparse.Namespace(device="cpu", dtype=None))
+    assert told == ["expandable_segments:True"] * ((platform, cuda, variable) == ("linux", "12.8", None))

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from flux.memory import arrange, blocks_of, checkpoint_blocks
 from flux.model import Flux
 from flux.streaming import FrozenLinear
 from metalora import inject
+from run import speeds
 from run.costs import (
     FLUX_DEV,
     GIB,
+    TILE,
     Plan,
     Workload,
     adapter_bytes,
@@ -24,6 +27,7 @@ from run.costs import (
     kinds,
     linear_sizes,
     outer_parameters,
+    sampling_peak,
     step_flops,
 )
 from run.models import files_to_plan
@@ -74,6 +78,7 @@ CASES = [
     (replace(STAGE1, batch=2, r2=8), Plan("attention", 5), Plan("none", 5)),
     (replace(STAGE2, resolution=512), Plan(2, fp8=True), Plan("none", fp8=True)),
     (SAMPLE, Plan("none", 5), Plan("none", 4)),
+    (replace(STAGE2, fused_norm=False), Plan("none"), Plan(1)),
 ]
 
 
@@ -83,10 +88,12 @@ def test_the_plan_predicts_the_simulated_peak(work, chosen, other):
     simulated = memory.simulate(work, chosen)
     assert abs(estimate(work, chosen).peak / simulated - 1) < 0.02
     assert abs(estimate(work, other).peak / simulated - 1) > 0.03
+    norm = replace(work, fused_norm=not work.fused_norm)
+    assert work.kind == "sample" or abs(estimate(norm, chosen).peak / simulated - 1) > 0.02
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", range(len(memory.ROWS)))
 def test_whole_model(number):
     work, chosen, limit = memory.ROWS[number]
     simulated = memory.simulate(work, chosen)
@@ -256,6 +263,80 @@ def test_sizes_come_from_the_headers(capsys):
     options = MemoryOptions.of(parse("--plan"))
     assert make_plan("stage2", files, options, torch.device("cpu"), torch.float32) == Plan()
     assert "64x64 pixels, 16 text tokens" in capsys.readouterr().out
+
+
+def measured(monkeypatch, seconds_per_call: float) -> speeds.Speeds:
+    """Measure the CPU by a clock that moves with the calls of the work, a tiny product and a tiny copy."""
+    monkeypatch.setattr(speeds, "PRODUCT", (8, 16, 32))
+    monkeypatch.setattr(speeds, "COPY", 4096)
+    ticks = count()
+    return speeds.measure(torch.device("cpu"), lambda: next(ticks) * seconds_per_call)
+
+
+def test_speeds_are_measured(monkeypatch):
+    """Between two looks at the clock there is one call, as long as its time is not up."""
+    for seconds in (1e-3, 0.5):
+        given = measured(monkeypatch, seconds)
+        assert given.flops == pytest.approx(speeds.MEASURED_SHARE * 2 * 8 * 16 * 32 / seconds)
+        assert given.bus == pytest.approx(4096 / seconds)
+    assert f"{given.bus / 1e9:.3g} GB/s" in given.source
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *_, **__: torch.empty(10**15))  # as if the GPU were full
+        assert measured(patch, 1.0) is None
+    assert speeds.measure(torch.device("cpu")).flops > 1e6  # by the real clock
+
+
+def test_the_plan_takes_what_was_measured(monkeypatch, capsys):
+    """On a GPU; with a slow bus less is streamed than with a fast one."""
+    gpu = argparse.Namespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    options, chosen = MemoryOptions(vram=24), []
+    for bus in (1e9, 100e9):
+        found = speeds.Speeds(400e12, bus, "as measured")
+        monkeypatch.setattr("run.plan.measure", lambda device: found)
+        chosen.append(make_plan("stage2", {}, options, gpu, torch.bfloat16))
+        assert " s as measured" in capsys.readouterr().out
+    assert chosen[0].stream < chosen[1].stream
+    monkeypatch.setattr("run.plan.measure", lambda device: None)
+    make_plan("stage2", {}, replace(options, dry=True), gpu, torch.bfloat16)
+    assert "at 60% of an A6000's peak" in capsys.readouterr().out
+
+
+def test_the_plan_counts_the_norm_of_its_device(monkeypatch):
+    """As one operation on CUDA, and for --plan --vram, which is for some GPU; as seven on a CPU."""
+    works = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("run.plan.measure", lambda device: None)
+    monkeypatch.setattr("run.plan.choose", lambda work, *rest: works.append(work) or choose(work, *rest))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for device, dry, vram in ((gpu, False, 80), (cpu, False, 80), (cpu, True, 80), (cpu, True, None)):
+        make_plan("stage2", {}, MemoryOptions(vram=vram, dry=dry), device, torch.bfloat16)
+    assert [work.fused_norm for work in works] == [True, False, True, False]
+    peaks = [estimate(replace(STAGE2, fused_norm=fused), Plan()).peak / GIB for fused in (True, False)]
+    assert peaks[1] - peaks[0] > 4
+
+
+def test_a_picture_is_decoded_in_tiles_only_if_it_does_not_fit_whole():
+    large = replace(SAMPLE, resolution=2048)
+    whole = min(estimate(large, Plan(stream=n)).peak for n in range(58)) / GIB + RESERVE
+    chosen, cost = choose(large, whole + 0.01)
+    assert chosen.tile is None and "decoded" not in table(large, chosen, cost, whole)
+    chosen, cost = choose(large, whole - 0.01)
+    assert chosen.tile == TILE and not chosen.fp8 and cost.peak / GIB + RESERVE <= whole - 0.01
+    assert "in tiles of 64 x 64 latent pixels" in table(large, chosen, cost, whole)
+    assert choose(SAMPLE, 8)[0].tile is None and choose(STAGE2, 8)[0].tile is None
+    # A tile takes as much as a picture of its size, and the picture that it is a part of.
+    large = replace(large, sizes=replace(FLUX_DEV, hidden_size=24))  # so that the transformer takes nothing
+    tile = sampling_peak(replace(large, resolution=512), Plan())
+    assert sampling_peak(large, Plan(tile=64)) == tile + 4 * 4 * 2048**2
+
+
+def test_training_has_room_to_decode():
+    """So pictures are made with the plan of training, and decoded whole."""
+    for resolution in (256, 512, 1024):
+        work = replace(STAGE2, resolution=resolution)
+        training, sampling = (estimate(x, Plan("all", 57)) for x in (work, replace(work, kind="sample")))
+        assert training.peak >= sampling.peak
 
 
 def test_the_document_shows_what_is_chosen():

@@ -443,15 +443,16 @@ def test_a_disk_that_is_really_full(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_out_of_gpu_memory_is_explained(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_out_of_gpu_memory_is_explained(run, tmp_path, monkeypatch, kind):
     def fails(*_):
-        raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB\nand more")
+        raise kind("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\nand more")
 
     monkeypatch.setattr(train_meta, "update", fails)
     with pytest.raises(UserError) as error:
         run(tmp_path)
     text = str(error.value)
-    assert "Tried to allocate 20.00 MiB)" in text and "and more" not in text
+    assert "CUBLAS_STATUS_ALLOC_FAILED)" in text and "and more" not in text
     for words in ("the frozen base", "mid and up of a bucket", "--batch 1", "--resolution", "--bucket-ids"):
         assert words in text
 

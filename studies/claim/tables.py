@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from run.costs import PEAKS, SHARE, Plan, Workload
+from run.costs import Plan, Workload
 from run.costs import estimate as estimate_cost
+from run.speeds import SHARE, speeds_of
 from scoring.tables import markdown
 from studies.claim.scores import (
     ADHERENT,
@@ -167,7 +168,7 @@ def flux_cost(study: Study) -> str:
         (f"stage 2, {runs} trainings", Workload("stage2"), Plan("all"), runs * steps),
         (f"{pictures:,} pictures", Workload("sample"), Plan("none"), pictures * euler),
     ):
-        seconds = np.array([estimate_cost(workload, memory_plan, PEAKS[card]).seconds for card in cards])
+        seconds = np.array([estimate_cost(workload, memory_plan, speeds_of(card)).seconds for card in cards])
         days = seconds * number_of / 86400
         total += days
         lines.append([name, f"{number_of:,}", *(f"{s:.2g} s" for s in seconds), *(f"{d:.1f}" for d in days)])
