@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
 from flux.model import Flux
+from flux.streaming import bring, multiply, multiply_back
 from lora.fitting import clean, refuse
 from lora.merging import add_up, merge_loras
 from lora.names import PARTS, Lora, part_sizes
@@ -63,22 +64,20 @@ class MetaLoRALinear(nn.Module):
             h = self.base(tokens.flatten(0, 1)).unflatten(0, (s, -1))
             h = torch.baddbmm(h, tokens @ self.down.mT, self.up)
         else:
-            h = _AdaptedLinear.apply(tokens, self.base, self.base.weight, self.down, self.up)
+            bring(self.base)
+            h = _AdaptedLinear.apply(tokens, self.base, self.down, self.up)
         return h.view(*x.shape[:-1], -1)
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """Compute W0 x + up (down x) in place, in as few operations as it takes. It has no second derivative.
-
-    The weight is asked for again in the backward pass instead of saved: it may be streamed.
-    """
+    """Compute W0 x + up (down x) in as few operations as it takes. It has no second derivative."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, base: nn.Linear, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, base: nn.Linear, down: Tensor, up: Tensor) -> Tensor:
         z = x @ down.mT  # (s, l, parts * r2)
         ctx.save_for_backward(x, z, down, up)
         ctx.base = base
-        h = nn.functional.linear(x.flatten(0, 1), weight, base.bias).unflatten(0, x.shape[:2])
+        h = multiply(base, x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return h.baddbmm_(z, up)  # (s, l, d_out)
 
     @staticmethod
@@ -87,8 +86,8 @@ class _AdaptedLinear(torch.autograd.Function):
         x, z, down, up = ctx.saved_tensors
         grad_z, grad_x = grad @ up.mT, None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad.flatten(0, 1) @ ctx.base.weight).view_as(x).baddbmm_(grad_z, down)
-        return grad_x, None, None, grad_z.mT @ x, z.mT @ grad
+            grad_x = multiply_back(ctx.base, grad.flatten(0, 1)).view_as(x).baddbmm_(grad_z, down)
+        return grad_x, None, grad_z.mT @ x, z.mT @ grad
 
 
 class Factors(nn.Module):

@@ -52,8 +52,7 @@ class FrozenLinear(nn.Module):
         return converted.mul_(self.scale), None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stream:
-            self.stream.use(self.block)  # before autograd is off: `use` asks if a backward pass will follow
+        bring(self)
         return _FrozenLinear.apply(x, self)
 
 
@@ -63,16 +62,39 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        weight, scale = layer.weight_for(x.shape[:-1].numel())
-        if scale is None:
-            return F.linear(x, weight, layer.bias)
-        y = F.linear(x, weight)
-        return torch.addcmul(layer.bias, y, scale, out=y)
+        return multiply(layer, x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        weight, scale = ctx.layer.weight_for(grad.shape[:-1].numel())
-        return (grad if scale is None else grad * scale) @ weight, None
+        return multiply_back(ctx.layer, grad), None
+
+
+# What an autograd function of a frozen layer is made of, whether its weight is plain, streamed or in 8 bits.
+
+
+def bring(layer: nn.Linear | FrozenLinear) -> None:
+    """Begin to use a layer, while autograd still says whether a backward pass will follow."""
+    if isinstance(layer, FrozenLinear) and layer.stream:
+        layer.stream.use(layer.block)
+
+
+def multiply(layer: nn.Linear | FrozenLinear, x: Tensor) -> Tensor:
+    """Return W0 x and the bias: x (..., d_in) -> (..., d_out)."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, layer.weight, layer.bias)
+    weight, scale = layer.weight_for(x.shape[:-1].numel())
+    if scale is None:
+        return F.linear(x, weight, layer.bias)
+    y = F.linear(x, weight)
+    return torch.addcmul(layer.bias, y, scale, out=y)
+
+
+def multiply_back(layer: nn.Linear | FrozenLinear, grad: Tensor) -> Tensor:
+    """Return the gradient of x from that of `multiply`: (..., d_out) -> (..., d_in)."""
+    if isinstance(layer, nn.Linear):
+        return grad @ layer.weight
+    weight, scale = layer.weight_for(grad.shape[:-1].numel())
+    return (grad if scale is None else grad * scale) @ weight
 
 
 def linears(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -30,8 +30,8 @@ def test_an_adapter_adds_few_operations(monkeypatch, recomputed, most):
     """Two forward and four backward, the gradients of modulation, a few for all products."""
     assert 6 < added_by_a_layer(recomputed) < most
 
-    def by_autograd(x, base, weight, down, up):
-        h = nn.functional.linear(x.flatten(0, 1), weight, base.bias).unflatten(0, x.shape[:2])
+    def by_autograd(x, base, down, up):
+        h = nn.functional.linear(x.flatten(0, 1), base.weight, base.bias).unflatten(0, x.shape[:2])
         return torch.baddbmm(h, x @ down.mT, up)
 
     monkeypatch.setattr(_AdaptedLinear, "apply", by_autograd)

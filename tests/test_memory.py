@@ -327,8 +327,8 @@ def test_no_copy_of_a_weight_is_kept_for_backward(options):
 
 
 def test_the_test_above_would_see_a_kept_copy(monkeypatch):
-    def kept(x, base, weight, down, up):
-        h = nn.functional.linear(x.flatten(0, 1), weight, base.bias).unflatten(0, x.shape[:2])
+    def kept(x, base, down, up):
+        h = nn.functional.linear(x.flatten(0, 1), base.weight, base.bias).unflatten(0, x.shape[:2])
         return torch.baddbmm(h, x @ down.mT, up)
 
     monkeypatch.setattr(_AdaptedLinear, "apply", kept)
