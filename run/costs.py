@@ -35,8 +35,8 @@ WORK_FP8 = {"double": (33.0, 29.1), "single": (28.65, 24.65)}
 WORK_SAMPLE, WORK_SAMPLE_FP8 = 19.4, 16.5
 # Added to WORK of a double block with several samples: its two streams are not contiguous, and are copied.
 SPLIT = 1.0
-# The products of mid, up and meta_down of each sample: the fraction of their bytes that is in memory at once.
-PRODUCTS = 0.8
+# The gradients of the products, again stacked and in float32, when they become those of the factors.
+AT_THE_END = 2
 # The autoencoder is on the device while sampling, and decodes one picture at a time, after the transformer.
 AUTOENCODER = 83_819_683  # parameters of FLUX.1's
 DECODE = 769  # numbers for each pixel of the picture or tile, in the last convolutions
@@ -150,11 +150,25 @@ def block_bytes(sizes: FluxSizes, kind: str, fp8: bool, width: int) -> tuple[int
 
 @cache
 def adapter_bytes(work: Workload, kind: str) -> tuple[int, int]:
-    """Return the bytes of a block's meta_down, and of its mid and up of all identities."""
+    """Return the bytes of a block's meta_down, and of its mid and up of all identities.
+
+    What is trained is in float32; stage 2 keeps meta_down in half precision, and LoRAs that are not merged
+    are in the compute dtype.
+    """
     layers = linear_sizes(work.sizes, kind)
-    meta_down = sum(4 * parts * (work.r1 or 0) * d_in for d_in, _, parts in layers)
-    personal = sum(4 * work.r2 * (parts * (work.r1 or d_in) + d_out) for d_in, d_out, parts in layers)
+    width = work.width if work.kind == "sample" else 4
+    frozen_width = 2 if work.kind == "stage2" else 4
+    meta_down = sum(frozen_width * parts * (work.r1 or 0) * d_in for d_in, _, parts in layers)
+    personal = sum(width * work.r2 * (parts * (work.r1 or d_in) + d_out) for d_in, d_out, parts in layers)
     return meta_down, personal * work.identities
+
+
+@cache
+def product_bytes(work: Workload, kind: str) -> int:
+    """Return the bytes of a block's `down` and `up` of each identity in the batch."""
+    layers = linear_sizes(work.sizes, kind)
+    numbers = sum(parts * (d_in + d_out) for d_in, d_out, parts in layers)
+    return work.width * (work.batch if work.kind == "stage1" else 1) * work.r2 * numbers
 
 
 def estimate(work: Workload, plan: Plan, speeds: Speeds = PAPERS_CARD) -> Cost:
@@ -184,12 +198,19 @@ def estimate(work: Workload, plan: Plan, speeds: Speeds = PAPERS_CARD) -> Cost:
 def training_peak(work: Workload, plan: Plan) -> float:
     """Return the largest number of bytes of activations and gradients in a backward pass.
 
-    It goes back block by block. At each block there are its activations and the gradients so far.
+    It goes back block by block. At each block there are its activations, the products of all factors and
+    their gradients so far. At its end these become the gradients of the factors, shape by shape.
     """
-    totals = map(sum, zip(activations(work, plan.checkpoint, plan.fp8), adapter_gradients(work), strict=True))
-    # The products of the factors for each sample, in the widest layer.
-    d_in, d_out, parts = linear_sizes(work.sizes, "single")[1]
-    return max(totals) + PRODUCTS * 4 * work.batch * work.r2 * parts * (d_in + d_out)
+    blocks = kinds(work.sizes)
+    products = [product_bytes(work, kind) for kind in blocks]
+    peaks = activations(work, plan.checkpoint, plan.fp8)
+    # In a double block the peak is at its MLPs, where its backward pass begins; in a single block at its
+    # first layer, where the backward pass ends.
+    later = (sum(products[k + (kind == "double") :]) for k, kind in enumerate(blocks))
+    within = max(map(sum, zip(peaks, later, strict=True)))
+    meta_down, personal = map(sum, zip(*(adapter_bytes(work, kind) for kind in blocks)))
+    end = personal + (meta_down if work.kind == "stage1" else 0)
+    return sum(products) + max(within, end + AT_THE_END * sum(products))
 
 
 @cache
@@ -214,22 +235,6 @@ def activations(work: Workload, checkpoint: str | int, fp8: bool) -> list[float]
             peak = max(peak, beside_weight + last_weight(work, kind))
         peaks.append(peak)
     return peaks
-
-
-@cache
-def adapter_gradients(work: Workload) -> list[int]:
-    """Return the bytes of the factors' gradients when a block's backward pass is at its peak.
-
-    The peak is in a double block at its MLPs, where its backward pass begins. In a single block it is at the
-    first layer, where the backward pass ends: the block's own gradients are there by then.
-    """
-    gradients, present = 0, []
-    for kind in reversed(kinds(work.sizes)):
-        meta_down, personal = adapter_bytes(work, kind)
-        new = personal + meta_down * (work.kind == "stage1")
-        present.append(gradients + new * (kind == "single"))
-        gradients += new
-    return present[::-1]
 
 
 def last_weight(work: Workload, kind: str) -> int:
