@@ -33,7 +33,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float | str:
-    """Return the time of a kernel, or in a word why it does not run here."""
+    """Return the time of a kernel, or why it does not run here."""
     try:
         return round(1e3 * timed(function, device, 3, repeats), 4)
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -87,12 +87,11 @@ def kernels(device: torch.device, sizes: FluxSizes, tokens: int) -> dict[str, fl
         return torch._scaled_mm((x / top).to(FP8), rows.T, top, columns, out_dtype=x.dtype)
 
     found["8 bits: a weight to bfloat16"] = milliseconds(lambda: rows.to(x.dtype).mul_(scale), device)
-    found["8 bits: _scaled_mm, x rounded first"] = milliseconds(product, device)
-    if isinstance(found["8 bits: _scaled_mm, x rounded first"], float):
+    found["8 bits: _scaled_mm, x rounded first"] = time = milliseconds(product, device)
+    if isinstance(time, float):
         exact = F.linear(x, weight)
-        found["8 bits: error of _scaled_mm, relative"] = round(
-            ((product() - exact).norm() / exact.norm()).item(), 4
-        )
+        error = (product() - exact).norm() / exact.norm()
+        found["8 bits: _scaled_mm, relative error"] = round(error.item(), 4)
     return found
 
 

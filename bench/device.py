@@ -91,9 +91,10 @@ def limited(device: torch.device, budget: float) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget * GIB - context(device)) / total), device)
+    # Of the current device: the function takes no torch.device("cuda") without a number.
+    share = (budget * GIB - context(device)) / torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)

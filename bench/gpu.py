@@ -85,7 +85,7 @@ class Scale:
 
 
 TOY = Scale(
-    flux=replace(parity.SIZES, hidden_size=128, mlp_size=256, num_heads=1),
+    flux=replace(parity.SIZES, hidden_size=128, mlp_size=256, num_heads=1, depth=2, depth_single=3),
     autoencoder=AutoEncoderSizes(3, 32, (1, 1, 1, 1), 0, 1, 4),
     t5=T5Sizes(32128, parity.SIZES.txt_size, 20, 2, 80, 2),
     clip=CLIPSizes(49408, 77, parity.SIZES.pooled_size, 2, 48, 1),
@@ -189,6 +189,7 @@ class Cases:
 
     def transformer(self, plan: Plan) -> Flux:
         """Return the transformer, arranged as planned."""
+        release(self.device)  # what others have left in the allocator's cache
         if plan.resident:
             return plan.apply(self.make(Flux, self.scale.flux), self.device)
         with torch.device("meta"):
@@ -261,7 +262,7 @@ class Cases:
         work = self.work("stage2")
         if self.scale == TOY:  # as small beside the toy
             budget = RESERVE + estimate(work, Plan()).peak / GIB * (0.5 + budget / 150)
-        assert self.prior and self.host_weights  # which are made on the card, without the limit
+        assert self.prior and self.host_weights  # made before there is a limit
         plan = self.planned(work, budget)
         with limited(self.device, budget):
             return {**self.stage2(1024, plan), "budget_gib": round(budget, 4)}

@@ -35,8 +35,8 @@ def table(result: dict) -> str:
     """Return what one run found, all of it on one card, as Markdown."""
     cases = result["cases"]
     about = ", ".join(f"{name} {value}" for name, value in result["about"].items() if name != "card")
-    parts = [f"### {result['about']['card']}", about, markdown(aims(cases)), markdown(steps(cases))]
-    return "\n\n".join(parts)
+    tables = (markdown(lines(cases)) for lines in (aims, steps, figures))
+    return "\n\n".join([f"### {result['about']['card']}", about, *tables])
 
 
 def aims(cases: dict[str, dict]) -> list[list[str]]:
@@ -65,6 +65,16 @@ def steps(cases: dict[str, dict]) -> list[list[str]]:
             row = [found["seconds"], found["tflop_s"], allocated, planned, off]
             row += [found.get(key) for key in ("used_gib", "budget_gib", "up_off")]
             lines.append([name, *("" if value is None else str(value) for value in row)])
+    return lines
+
+
+def figures(cases: dict[str, dict]) -> list[list[str]]:
+    """Return the lines of a table: all other figures."""
+    lines = [["case", "what", "figure"]]
+    for name, found in cases.items():
+        if "tflop_s" not in found and "wrong" not in found and not missing(cases, name):
+            items = ((key, value) for key, value in found.items() if not isinstance(value, dict))
+            lines += [[name, key, str(value)] for key, value in items if key != "case_s"]
     return lines
 
 

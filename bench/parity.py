@@ -20,7 +20,6 @@ import lora.__main__ as lora_command
 import personalize
 import sample
 import train_meta
-from bench.device import made_on
 from flux import load_autoencoder, load_conditioner
 from flux.errors import first_line
 from flux.memory import recomputed_blocks
@@ -79,9 +78,7 @@ def training_step(
     multiplied by. Also returns the kernels of attention that the training step ran.
     """
     torch.manual_seed(0)
-    cpu = torch.device("cpu")
-    with made_on(cpu, torch.float32):
-        model = Flux(SIZES).to(dtype)
+    model = Flux(SIZES).to(dtype)
     model.single_blocks[0].linear2.weight.data.mul_(factor)
     inject(model, r1=6, r2=2, slots=3)
     for parameter in factors(model, "meta_down", "mid", "up"):
@@ -104,14 +101,11 @@ def training_step(
     return {name: tensor.float().cpu() for name, tensor in result.items()}, kernels.ran
 
 
-def distances(given: dict[str, Tensor], expected: dict[str, Tensor]) -> list[float]:
-    """Return the distance of each tensor to the expected one, relative to that one's norm."""
+def distances(given: dict[str, Tensor], expected: dict[str, Tensor]) -> Tensor:
+    """Return the distance of each tensor to the expected one, relative to that one's norm: (n,)."""
     assert given.keys() == expected.keys()
-    return [((given[name] - x).norm() / x.norm().clamp(min=1e-12)).item() for name, x in expected.items()]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    pairs = ((given[name], tensor) for name, tensor in expected.items())
+    return torch.stack([(a - b).norm() / b.norm().clamp(min=1e-12) for a, b in pairs])
 
 
 def compare_plans(device: torch.device, plans: dict[str, Plan]) -> dict:
@@ -124,7 +118,7 @@ def compare_plans(device: torch.device, plans: dict[str, Plan]) -> dict:
     expected = {}
     for fp8 in {plan.fp8 for plan in plans.values()}:
         exact, half = (training_step(cpu, dtype, Plan(fp8=fp8))[0] for dtype in CONTROLS)
-        expected[fp8] = exact, mean(distances(half, exact))
+        expected[fp8] = exact, distances(half, exact).mean().item()
 
     def measure(dtype: torch.dtype, plan: Plan, factor: float = 1.0) -> tuple[float, bool]:
         """Return how far off a plan is, and whether that is near enough."""
@@ -135,11 +129,9 @@ def compare_plans(device: torch.device, plans: dict[str, Plan]) -> dict:
         again = 0 if plan.checkpoint == "attention" else recomputed_blocks(plan.checkpoint, BLOCKS)
         if not plan.compiled and forward != BLOCKS + again:
             raise AssertionError(f"attention ran {forward} times, not {BLOCKS} + {again}: {dict(ran)}")
-        if dtype == torch.float32:
-            off = max(distances(given, exact))
-            return off, off <= EXACT
-        off = mean(distances(given, exact)) / half
-        return off, off <= NEAR
+        off = distances(given, exact)
+        off, most = (off.max().item(), EXACT) if dtype == torch.float32 else (off.mean().item() / half, NEAR)
+        return off, off <= most
 
     found = {"float32": {}, "bfloat16": {}}
     for dtype, factor in CONTROLS.items():
@@ -170,8 +162,8 @@ def compare_encoders(device: torch.device) -> dict:
         return {name: tensor.float().cpu() for name, tensor in found.items()}
 
     expected = outputs(torch.device("cpu"))
-    off, control = (max(distances(outputs(device, factor), expected)) for factor in (1.0, 1.01))
-    wrong = [f"{off:.1e}"] if off > EXACT else []
+    off, control = (distances(outputs(device, x), expected).max().item() for x in (1.0, 1.01))
+    wrong = [] if off <= EXACT else [f"{off:.1e}"]  # also if it is not a number
     wrong += ["a changed weight goes unnoticed"] if control <= EXACT else []
     return {"wrong": wrong, "float32": off, "negative control": control}
 
@@ -207,7 +199,7 @@ def run_scripts(device: torch.device) -> dict:
         def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
             """Return the largest difference of two runs; exactly 0 if they are the same bit by bit."""
             assert a.keys() == b.keys()
-            return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+            return torch.stack([(a[name].double() - b[name].double()).abs().max() for name in a]).max().item()
 
         whole = meta_train("whole", 12)
         found["the same run again, off by"] = difference(meta_train("again", 12), whole)
@@ -254,6 +246,6 @@ def run_scripts(device: torch.device) -> dict:
         for name, other in others.items():
             off = (first - other).abs().max().item()
             found[f"picture {name}, off by levels"] = off
-            if (off > 4) != ("control" in name):  # of 255: rounding, and bfloat16 in the merged file
+            if (off > 4) != ("control" in name):  # of 255, for rounding and the merged file's bfloat16
                 wrong.append(f"picture {name}: {off} levels off")
     return {"wrong": wrong, **found}

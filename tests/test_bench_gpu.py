@@ -128,6 +128,14 @@ def test_what_is_wrong_is_listed(monkeypatch):
         assert "failing: RuntimeError: out of memory" in failing and "goes unnoticed" in control
 
 
+def test_what_is_no_number_is_far_off():
+    whole, broken = {"a": torch.ones(2), "b": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2) / 0}
+    broken["b"] -= broken["b"]
+    for given in ({**broken}, dict(reversed(broken.items()))):
+        assert not parity.distances(given, whole).max() <= parity.EXACT
+    assert parity.distances(whole, whole).max() == 0
+
+
 def test_the_encoders_are_right_on_the_cpu():
     found = parity.compare_encoders(CPU)
     assert found["wrong"] == [] and found["float32"] == 0 < parity.EXACT < found["negative control"]
@@ -208,6 +216,7 @@ def test_the_tables_of_a_card():
     row = ["0.41", "400.0", "51.0", "50.0", "+2.0%", "53.5", "", "0.0"]
     assert cells(text, "stage2 1024 none") == row
     assert cells(text, "budget 24 GB") == ["0.6", "400.0", "", "50.0", "", "", "23.5", ""]
+    assert cells(text, "peft 1024") == ["seconds", "0.82"]
 
 
 def test_cards_are_not_compared(tmp_path):
