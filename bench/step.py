@@ -15,20 +15,20 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
-from peft import LoraConfig
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
+from bench.theirs import their_forward, their_transformer
 from flux.memory import checkpoint_blocks
 from flux.model import Flux, FluxSizes
 from flux.sampling import position_ids
-from metalora import collapse, export_lora, inject, linear_names, load_lora, use_slots
+from metalora import collapse, export_lora, inject, load_lora, use_slots
 from scoring.tables import markdown
 
 
-def our_model(args: argparse.Namespace) -> Flux:
-    sizes = FluxSizes(
+def model_sizes(args: argparse.Namespace) -> FluxSizes:
+    return FluxSizes(
         in_channels=64,
         out_channels=64,
         pooled_size=768,
@@ -42,28 +42,16 @@ def our_model(args: argparse.Namespace) -> Flux:
         axes=(16, 56, 56),
         theta=10_000,
     )
+
+
+def our_model(args: argparse.Namespace) -> Flux:
     torch.manual_seed(0)
-    return Flux(sizes).to(args.device, args.dtype).requires_grad_(False)
+    return Flux(model_sizes(args)).to(args.device, args.dtype).requires_grad_(False)
 
 
 def their_model(args: argparse.Namespace, rank: int = 0) -> FluxTransformer2DModel:
     torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=args.depth,
-        num_single_layers=args.depth_single,
-        attention_head_dim=128,
-        num_attention_heads=args.hidden_size // 128,
-        joint_attention_dim=args.txt_size,
-        pooled_projection_dim=768,
-        guidance_embeds=True,
-        axes_dims_rope=(16, 56, 56),
-    )
-    model = model.to(args.device, args.dtype).requires_grad_(False)
-    if rank:
-        names = [part for _, parts in linear_names(our_model(args)) for part in parts]
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
-    return model
+    return their_transformer(model_sizes(args), rank).to(args.device, args.dtype)
 
 
 def inputs(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -77,19 +65,6 @@ def inputs(args: argparse.Namespace) -> dict[str, Tensor]:
     given = {"img": draw(b, side**2, 64), "img_ids": img_ids, "txt": draw(b, args.txt_tokens, args.txt_size)}
     given |= {"txt_ids": txt_ids, "t": torch.rand(b, device=args.device), "pooled": draw(b, 768)}
     return given | {"guidance": torch.ones(b, device=args.device)}
-
-
-def their_forward(model: FluxTransformer2DModel, given: dict[str, Tensor]) -> Tensor:
-    return model(
-        hidden_states=given["img"],
-        encoder_hidden_states=given["txt"],
-        pooled_projections=given["pooled"],
-        timestep=given["t"],
-        img_ids=given["img_ids"][0],
-        txt_ids=given["txt_ids"][0],
-        guidance=given["guidance"],
-        return_dict=False,
-    )[0]
 
 
 def ours_training(args: argparse.Namespace, r1: int) -> Callable:
