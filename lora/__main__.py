@@ -12,6 +12,7 @@ from flux.errors import UserError
 from lora.fitting import clean
 from lora.merging import merge_file, pair_strengths
 from lora.names import FORMATS
+from lora.others import base_of
 from lora.reading import read_lora
 from lora.writing import name_tensors, without_stale, write_tensors
 from run.arguments import HelpFormatter, Parser
@@ -95,7 +96,7 @@ def show_lora(
     """Print method, format, rank and base of a LoRA; return name, rank and norm of each projection."""
     lora, _ = read_lora(path)
     method = clean(metadata.get("method", "LoRA"))
-    base = clean(metadata.get("base_model", metadata.get("ss_sd_model_name", "unknown")))
+    base = clean(base_of(metadata) or "unknown")
     size = sum(a.numel() + b.numel() for a, b in lora.values())
     ranks = sorted({len(a) for a, _ in lora.values()})
     form = format_of(tensors)

@@ -379,6 +379,10 @@ OTHERS = {
     "lokr_w2": "LoKr",
     "oft_blocks": "OFT",
     "diff_b": "a full difference",
+    "w_norm": "a trained norm",
+    "lora_B.bias": "a trained bias",
+    "lora_B.default.bias": "a trained bias",
+    "a1.weight": "GLoRA",
 }
 
 
@@ -426,8 +430,7 @@ def test_broken_files_each_get_a_clear_error(path, tmp_path):
     )
     for odd, method in OTHERS.items():
         refused(f"to_q.{odd} is {method}, not LoRA", **{f"{short}.{odd}": torch.ones(1)})
-    for odd in ("lora_B.bias", "dora"):
-        refused(f"to_q.{odd} is for no layer", **{f"{short}.{odd}": torch.ones(1)})
+    refused("to_q.dora is for no layer", **{f"{short}.dora": torch.ones(1)})
     for odd in ("double_blocks.#.img_in", "transformer_blocks.#.attn.to_q", "single_blocks.0", "", "a.b"):
         refused("is for no layer", **{f"{odd}.lora_A.weight": torch.ones(1)})
     fused = {
