@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from flux.autoencoder import AutoEncoder
 from flux.checkpoint import opened, shards
 from flux.clip import CLIPText
-from flux.errors import UserError
+from flux.errors import UserError, listed
 from flux.formats import kinds_inside
 from flux.hub import hub_file, hub_listing
 from flux.loading import LOADERS, ModelFiles, folder_around
@@ -158,7 +158,7 @@ def part_in(folder: Path, part: str) -> Path | None:
     for pattern in PLACES[part]:
         places = sorted(folder.glob(pattern))
         if len(places) > 1:
-            names = ", ".join(place.name for place in places)
+            names = listed(place.name for place in places)
             raise FileNotFoundError(f"{folder} must hold exactly one {pattern}; found {names}")
         if places:
             shards(places[0])  # raises when one of them is missing
@@ -235,7 +235,7 @@ def hub_names(repo: str, names: list[str], part: str) -> list[str]:
         else:
             chosen = [name for name in names if re.fullmatch(f"{place}/({HUB_WEIGHTS})", name)]
         if "." in place and len(chosen) > 1:
-            raise UserError(f"{repo} has several models, {', '.join(chosen)}: download one and name its file")
+            raise UserError(f"{repo} has several models, {listed(chosen)}: download one and name its file")
         if chosen:
             return chosen
     return []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
+from lora.finding import find_lora
 from lora.fitting import clean
 from lora.merging import merge_file, pair_strengths
 from lora.names import FORMATS
@@ -55,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.command == "info":
         for file in args.file:
-            show_info(file)
+            show_info(find_lora(file))
         return
     if args.out.exists():
         raise FileExistsError(f"{args.out} is there already; name a new file")
     check_writable(args.out.parent, "out")
     if args.command == "convert":
-        lora, metadata = read_lora(args.file)
+        lora, metadata = read_lora(find_lora(args.file))
         write_tensors(name_tensors(lora, args.format), args.out, without_stale(metadata))
     else:
-        merge_file(args.checkpoint, pair_strengths(args.lora, args.strength), args.out)
+        merge_file(args.checkpoint, pair_strengths([*map(find_lora, args.lora)], args.strength), args.out)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -95,7 +95,7 @@ def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path)
     updates = {weights[f"{layer}.weight"]: of_layer for layer, of_layer in updates.items()}
 
     stems = ", ".join([checkpoint.stem, *(path.stem for path, _ in loras)])
-    metadata = {**without_stale(metadata), "modelspec.merged_from": stems}
+    metadata = dict(sorted({**without_stale(metadata), "modelspec.merged_from": stems}.items()))
     text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     needed, free = checkpoint.stat().st_size, shutil.disk_usage(out.parent).free
