@@ -4,27 +4,10 @@ import re
 
 from torch import Tensor
 
-from flux.formats import WIDER_INPUT
+from flux import formats
+from flux.formats import OTHER_FILES, WIDER_INPUT
 from lora.names import find_name, flatten
 
-# Names of modules, without a prefix and with underscores, that FLUX.1 does not have.
-MODELS = {
-    r"(input|output|middle|down|up|mid)_blocks?_": "Stable Diffusion 1, 2 or XL",
-    r"transformer_blocks_\d+_attn1_": "PixArt",
-    r"joint_blocks_|transformer_blocks_\d+_attn2_": "Stable Diffusion 3",
-    r".*(_stream_modulation|to_qkv_mlp_proj|ff(_context)?_linear_(in|out))": "FLUX.2",
-    r"distilled_guidance_layer": "Chroma",
-    r"(double|single)_blocks_\d+_\w*fc[12]": "HunyuanVideo",
-    r"transformer_blocks_\d+_(img|txt)_(mlp|mod)_": "Qwen-Image",
-    r"blocks_\d+_(self|cross)_attn_": "Wan",
-    r"double_stream_blocks_": "HiDream",
-    r"layers_\d+_attention_": "Z-Image or Lumina",
-}
-NO_LORAS = {
-    r"(input|controlnet)_hint_|controlnet_": "a ControlNet",
-    r".*ip_adapter": "an IP-Adapter",
-    r"redux_": "FLUX.1-Redux, an image encoder",
-}
 # Inputs of attention, 3072 in FLUX.1; and rows of lora_B in FLUX.2-klein-4B, whose inputs are as many.
 WIDTHS = {
     1536: "Stable Diffusion 3 or 3.5 medium",
@@ -70,10 +53,10 @@ def other_model(modules: dict[str, dict[str, Tensor]]) -> str | None:
 
     modules: the tensors called A and B of each module, by its name without prefix.
     """
-    for pattern, kind in (NO_LORAS | {name: f"a LoRA for {model}" for name, model in MODELS.items()}).items():
-        for module in modules:
-            if re.match(pattern, flatten(module)):
-                return f"{kind}: it has {module}"
+    for module in modules:
+        model = formats.other_model(flatten(module))
+        if model:
+            return f"{model if model in OTHER_FILES.values() else f'a LoRA for {model}'}: it has {module}"
     shapes = {
         module: (entry["A"].shape[1], len(entry["B"]))
         for module, entry in modules.items()

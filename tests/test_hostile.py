@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 import zlib
 from io import StringIO
 from pathlib import Path
