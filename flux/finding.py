@@ -54,6 +54,11 @@ TOKENIZER_FILES = (
     "tokenizer_2/tokenizer_config.json",
 )
 T5_TOKENIZERS = ("tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model")  # one of them is enough
+# Free repositories with the same tokenizers, for who has the weights as single files: CLIP's, and T5's.
+FREE_TOKENIZERS = {
+    "openai/clip-vit-large-patch14": ("vocab.json", "merges.txt", "tokenizer_config.json"),
+    "google/t5-v1_1-xxl": ("spiece.model", "tokenizer_config.json"),
+}
 HUB_WEIGHTS = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json"
 
 
@@ -94,6 +99,8 @@ def find_files(model: str, given: dict[str, Path] | None = None) -> ModelFiles:
             parts = parts_inside(parts) | parts
     for other in HUB_MODELS.values():
         parts |= cached_parts(other, missing(parts))
+    if missing(parts) == ["tokenizers"]:
+        parts |= free_tokenizers()
     if missing(parts):
         parts |= download_parts(HUB_MODELS["flux-dev"], missing(parts))
     files = ModelFiles(**parts)
@@ -193,6 +200,17 @@ def cached_parts(repo: str, wanted: Sequence[str]) -> dict[str, Path]:
                 if place:
                     parts[part] = place
     return parts
+
+
+def free_tokenizers() -> dict[str, tuple[Path, Path]]:
+    """Return the tokenizers of two free repositories, cached or downloaded; nothing if these are not to be had."""
+    folders = []
+    try:
+        for repo, files in FREE_TOKENIZERS.items():
+            folders.append([hub_file(repo, file).parent for file in files][0])
+    except OSError:
+        return {}
+    return {"tokenizers": tuple(folders)}
 
 
 def download_parts(repo: str, wanted: Sequence[str]) -> dict[str, Path]:

@@ -105,6 +105,12 @@ SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")  # ComfyUI's older and 
 ACCEPTED = (
     "FLUX.1 dev, schnell, Krea-dev and Kontext-dev, FLUX.1-lite, flux-mini, and what was made from them"
 )
+SIGNS = {  # how names of a part begin, and of no other part
+    Flux: ("a transformer", r"(double_|transformer_)blocks\."),
+    AutoEncoder: ("an autoencoder", r"(en|de)coder\.(conv_in|mid|up|down)"),
+    CLIPText: ("CLIP's text encoder", r"text_model\.(embeddings|encoder\.layers)\."),
+    T5: ("T5", r"(text_model\.)?(en|de)coder\.block\."),
+}
 QUANTIZED = {  # names that only such files have
     r".+\.(nested_)?(absmax|quant_map)|.+\.quant_state\..+": "quantized to 4 bits by bitsandbytes (NF4)",
     r".+\.(SCB|weight_format)": "quantized to int8 by bitsandbytes",
@@ -190,6 +196,7 @@ def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source],
     """
     ours = _without_prefix(kind, header)  # to the names in the file
     _refuse_quantized(ours, header)
+    _refuse_other_parts(kind, ours)
     if kind is Flux:
         _refuse_others(ours, header)
     ignored = {
@@ -297,6 +304,12 @@ def _refuse_quantized(ours: dict[str, str], header: Header) -> None:
         shape, dtype = header[stored]
         if dtype in INTEGERS and len(shape) == 2:
             raise UserError(f"it is quantized: {stored} is of {dtype}; {take}")
+
+
+def _refuse_other_parts(kind: type[nn.Module], ours: dict[str, str]) -> None:
+    parts = [part for part, (_, sign) in SIGNS.items() if any(re.match(sign, name) for name in ours)]
+    if kind in SIGNS and parts and kind not in parts:
+        raise UserError(f"this is {SIGNS[parts[0]][0]}")
 
 
 def other_model(name: str) -> str | None:
