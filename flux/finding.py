@@ -203,7 +203,7 @@ def cached_parts(repo: str, wanted: Sequence[str]) -> dict[str, Path]:
 
 
 def free_tokenizers() -> dict[str, tuple[Path, Path]]:
-    """Return the tokenizers of two free repositories, cached or downloaded; nothing if these are not to be had."""
+    """Return the tokenizers of two free repositories, cached or downloaded; nothing where that fails."""
     folders = []
     try:
         for repo, files in FREE_TOKENIZERS.items():

@@ -42,7 +42,7 @@ def find_on_hub(repo: str, file: str | None) -> Path:
 def names_on_hub(repo: str) -> list[str]:
     """Return the safetensors files of a repository; those in the cache when the hub does not answer."""
     try:
-        return [name for name in hub_listing(repo) if name.endswith(SUFFIX)]
+        return sorted(name for name in hub_listing(repo) if name.endswith(SUFFIX))
     except OSError:
         snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
         names = {path.name for path in snapshots.glob(f"*/*{SUFFIX}")}

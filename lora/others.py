@@ -21,7 +21,7 @@ METHODS = {  # ends of names that belong to more, or to something else, than B A
     r"dora_scale|lora_magnitude_vector.*": "DoRA",
     r"hada_\w+": "LoHa",
     r"lokr_\w+": "LoKr",
-    r"b?oft_\w+(\.weight)?": "OFT",
+    r"b?oft_\w+(\.\w+)?": "OFT",
     r"[ab][12]\.weight": "GLoRA",
     r"on_input|ia3_l(\.\w+)?": "(IA)3",
     r"vera_lambda_\w+": "VeRA",

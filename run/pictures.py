@@ -13,7 +13,10 @@ from PIL.PngImagePlugin import PngInfo
 from run.files import atomic
 from run.terminal import printable
 
-TAG = re.compile(r"\s*<(?:lora|lyco):([^<>]+?)(?::(-?[0-9]*\.?[0-9]+(?:e-?[0-9]+)?))?>")
+# Some write the name with its folder or with its suffix.
+TAG = re.compile(
+    r"\s*<(?:lora|lyco):(?:[^<>]*[\\/])?([^<>]+?)(?:\.safetensors)?(?::(-?[0-9]*\.?[0-9]+(?:e-?[0-9]+)?))?>"
+)
 
 
 def contact_sheet(

@@ -378,6 +378,7 @@ OTHERS = {
     "hada_w1_a": "LoHa",
     "lokr_w2": "LoKr",
     "oft_blocks": "OFT",
+    "oft_blocks.0": "OFT",
     "diff_b": "a full difference",
     "w_norm": "a trained norm",
     "lora_B.bias": "a trained bias",
