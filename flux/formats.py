@@ -310,6 +310,8 @@ def _refuse_other_parts(kind: type[nn.Module], ours: dict[str, str]) -> None:
     parts = [part for part, (_, sign) in SIGNS.items() if any(re.match(sign, name) for name in ours)]
     if kind in SIGNS and parts and kind not in parts:
         raise UserError(f"this is {SIGNS[parts[0]][0]}")
+    if kind is AutoEncoder and "quant_conv.weight" in ours:  # Stable Diffusion 1, 2 and XL, FLUX.2
+        raise UserError(f"this is another model's autoencoder: it has {ours['quant_conv.weight']}")
 
 
 def other_model(name: str) -> str | None:

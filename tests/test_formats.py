@@ -483,9 +483,9 @@ def test_an_autoencoder_with_the_prefix_of_a_whole_checkpoint():
     _, sources = fitted(AutoEncoder, header | {"model.diffusion_model.img_in.bias": ((2,), "F32")})
     assert sources.keys() == published("ae").keys()
     with pytest.raises(
-        ValueError, match="unexpected first_stage_model.quant_conv.bias|unexpected quant_conv.bias"
+        ValueError, match="this is another model's autoencoder: it has first_stage_model.quant"
     ):
-        fitted(AutoEncoder, header | {"first_stage_model.quant_conv.bias": ((16,), "F32")})
+        fitted(AutoEncoder, header | {"first_stage_model.quant_conv.weight": ((8, 8, 1, 1), "F32")})
 
 
 @pytest.mark.parametrize(

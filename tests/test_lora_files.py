@@ -358,6 +358,27 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(path, tmp_path):
     refused("is no FLUX.1 file with the original names", x=torch.zeros(1))
 
 
+def test_merging_into_8_bits_says_what_it_costs(path, tmp_path, recwarn):
+    """Of an update of a hundredth of the weights, fp8 keeps little: few of the numbers move."""
+    shape = Flux(DEV).get_submodule("double_blocks.0.img_attn.proj").weight.shape
+    a, b = noise(1, shape[1]) / 8, noise(shape[0], 1) / 8
+    save_file(
+        {f"double_blocks.0.img_attn.proj.lora_{x}.weight": tensor for x, tensor in (("A", a), ("B", b))}, path
+    )
+    moved = {}
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        files = [tmp_path / f"{name}-{dtype}.safetensors" for name in ("flux1-x", "out")]
+        save_file(
+            {key: tensor.to(dtype) for key, tensor in randomize(Flux(DEV)).state_dict().items()}, files[0]
+        )
+        run("merge", *files, "--lora", path)
+        before, after = (load_file(file)["double_blocks.0.img_attn.proj.weight"].float() for file in files)
+        moved[dtype] = (before != after).float().mean()
+        told = [warning for warning in recwarn if "is in 8 bits" in str(warning.message)]
+        assert len(told) == (dtype == torch.float8_e4m3fn)
+    assert moved[torch.float8_e4m3fn] < 0.2 < 0.4 < moved[torch.bfloat16]
+
+
 def test_merging_needs_room_on_the_disk(path, tmp_path, monkeypatch):
     checkpoint, out = tmp_path / "flux1-x.safetensors", tmp_path / "out.safetensors"
     save_file(randomize(Flux(DEV)).half().state_dict(), checkpoint)
