@@ -258,7 +258,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in {*NEEDS.values()} - needed:
         setattr(args, name, None)
     what = "scores" if args.command == "report" else args.command
-    args.out = args.out or Path("out") / f"{args.images.absolute().name}_{what}.json"
+    args.out = args.out or Path("out") / f"{args.images.resolve().name}_{what}.json"
     return args
 
 

@@ -350,7 +350,7 @@ def beside(path: Path, ending: str) -> Path:
 def name_of(photo: Path) -> str:
     """Name a photo's LoRA: as the photo, with its folder before a mere number, as in anna/001.png."""
     is_number = not any(map(str.isalpha, photo.stem))
-    return "_".join(filter(None, [photo.absolute().parent.name if is_number else "", photo.stem]))
+    return "_".join(filter(None, [photo.parent.resolve().name if is_number else "", photo.stem]))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -314,7 +314,7 @@ def _refuse_other_parts(kind: type[nn.Module], ours: dict[str, str]) -> None:
         raise UserError(f"this is another model's autoencoder: it has {ours['quant_conv.weight']}")
 
 
-def other_model(name: str) -> str | None:
+def named_model(name: str) -> str | None:
     """Return the other model, or kind of file, that a name without prefix shows; None if it shows none."""
     flat = name.replace(".", "_")
     return next(
@@ -324,7 +324,7 @@ def other_model(name: str) -> str | None:
 
 def _refuse_others(ours: dict[str, str], header: Header) -> None:
     for name, stored in ours.items():
-        model = "a LoRA" if LORA.match(name) else other_model(name)
+        model = "a LoRA" if LORA.match(name) else named_model(name)
         if model:
             raise UserError(f"this is {model}: it has {stored}; accepted are {ACCEPTED}")
     shapes = {name: header[stored][0] for name, stored in ours.items()}

@@ -4,8 +4,7 @@ import re
 
 from torch import Tensor
 
-from flux import formats
-from flux.formats import OTHER_FILES, WIDER_INPUT
+from flux.formats import OTHER_FILES, WIDER_INPUT, named_model
 from lora.names import find_name, flatten
 
 # Inputs of attention, 3072 in FLUX.1; and rows of lora_B in FLUX.2-klein-4B, whose inputs are as many.
@@ -15,7 +14,7 @@ WIDTHS = {
     4096: "FLUX.2-klein-9B",
     6144: "FLUX.2-dev",
 }
-ROWS = {("linear1", 27648): "FLUX.2-klein-4B", ("mlp.0", 18432): "FLUX.2-klein-4B"}
+ROWS = {("linear1", 27648): "FLUX.2-klein-4B", ("mlp_0", 18432): "FLUX.2-klein-4B"}
 CHANNELS = 64  # that come out of FLUX.1; as many go in
 METHODS = {  # ends of names that belong to more, or to something else, than B A
     r"dora_scale|lora_magnitude_vector.*": "DoRA",
@@ -54,7 +53,10 @@ def other_model(modules: dict[str, dict[str, Tensor]]) -> str | None:
     modules: the tensors called A and B of each module, by its name without prefix.
     """
     for module in modules:
-        model = formats.other_model(flatten(module))
+        layer, dot, end = module.rpartition(".")
+        if end in ("weight", "bias") and find_name(layer):
+            return f"a file of whole weights, not a LoRA: it has {module}"
+        model = named_model(flatten(module))
         if model:
             return f"{model if model in OTHER_FILES.values() else f'a LoRA for {model}'}: it has {module}"
     shapes = {
@@ -64,7 +66,9 @@ def other_model(modules: dict[str, dict[str, Tensor]]) -> str | None:
     }
     for module, (inputs, rows) in shapes.items():
         model = WIDTHS.get(inputs) if re.search(r"attn.(qkv|(to|add)_[qkv])", module) else None
-        wide = next((of for (end, n), of in ROWS.items() if module.endswith(end) and rows == n), None)
+        wide = next(
+            (of for (end, n), of in ROWS.items() if flatten(module).endswith(end) and rows == n), None
+        )
         if model or wide:
             return f"a LoRA for {model or wide}: its {module} has {inputs} inputs and {rows} outputs"
     for module, (inputs, _) in shapes.items():

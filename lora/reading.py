@@ -73,7 +73,7 @@ def leave_out(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
     kept, counts = {}, Counter()
     for key, tensor in tensors.items():
         kind = next((kind for start, kind in LEFT_OUT.items() if re.match(start, key)), None)
-        if kind is None and ADDED.fullmatch(key) and not tensor.any():
+        if kind is None and ADDED.fullmatch(key) and not tensor.float().any():
             kind = "of biases, norms and differences that are all zero"
         if kind:
             counts[kind] += 1
@@ -83,9 +83,9 @@ def leave_out(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
 
 
 def sort_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[Entries, list[str]]:
-    """Return a file's tensors by layer, in the order of the model; and what is wrong with the others.
+    """Return a file's tensors by layer, in the order of the model; and those that are for no layer.
 
-    Raises UserError for a LoRA of another known model.
+    Raises UserError for another model's LoRA and for other methods.
     """
     matches = {key: KEY.fullmatch(key) for key in sorted(tensors)}
     modules = defaultdict(dict)
@@ -94,12 +94,17 @@ def sort_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[Entries, list[
     model = other_model(modules)
     if model:
         raise UserError(f"{path} is {clean(model)}; accepted are LoRAs for {ACCEPTED}")
+    others = [key for key in matches if other_method(key)]
+    if others:
+        raise UserError(
+            f"{path} cannot be read as a LoRA: {clean(others[0])} is {other_method(others[0])}, not LoRA "
+            f"({len(others)} such tensors); the program that trained it may merge it into a checkpoint"
+        )
     entries, wrong = defaultdict(dict), []
     for key, match in matches.items():
         place = find_name(match["module"]) if match and match.lastgroup != "module" else None
         if place is None:
-            method = other_method(key)
-            wrong.append(f"{key} is {method}, not LoRA" if method else f"{key} is for no layer of FLUX.1")
+            wrong.append(f"{key} is for no layer of FLUX.1")
             continue
         name, number = place
         entry = entries[name.replace("#", number)]

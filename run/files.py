@@ -64,8 +64,8 @@ def check_new(path: Path, force: bool) -> None:
 
 
 def next_number(folder: Path) -> int:
-    """Return the number after the highest that begins a picture's name, as in 03_beach.png; else 0."""
-    numbers = [re.match(r"([0-9]{2,6})_", path.name) for path in folder.glob("*.png")]
+    """Return the number after the highest that a picture has in its name, as 03_beach.png or grid_03.png."""
+    numbers = [re.match(r"(?:grid_)?([0-9]{2,6})[._]", path.name) for path in folder.glob("*.png")]
     return max((int(match[1]) + 1 for match in numbers if match), default=0)
 
 

@@ -70,6 +70,16 @@ def test_names_are_short_enough_for_a_disk(letter, tmp_path):
 
 def test_numbers_go_on(tmp_path):
     assert next_number(tmp_path) == 0
-    for name in ("00_a.png", "07_b_3.png", "grid_11.png", "20260101_holiday.png", "9.png", "12_x.txt"):
+    for name in (
+        "00_a.png",
+        "07_b_3.png",
+        "grid_07.png",
+        "grid.png",
+        "20260101_holiday.png",
+        "9.png",
+        "12_x.txt",
+    ):
         (tmp_path / name).touch()
     assert next_number(tmp_path) == 8
+    (tmp_path / "grid_11.png").touch()
+    assert next_number(tmp_path) == 12

@@ -228,6 +228,14 @@ OTHERS = {
     "Qwen": (lora_of("transformer.transformer_blocks.0.img_mlp.net.2", 8, 8), "a LoRA for Qwen-Image"),
     "Wan": (lora_of("diffusion_model.blocks.0.self_attn.q", 8, 8), "a LoRA for Wan"),
     "HunyuanVideo": (lora_of("transformer.double_blocks.0.img_mlp.fc1", 8, 8), "a LoRA for HunyuanVideo"),
+    "klein of kohya": (
+        lora_of("lora_unet_double_blocks_0_img_mlp_0", 3072, 18432),
+        "FLUX.2-klein-4B: .*18432",
+    ),
+    "a checkpoint": (
+        {"model.diffusion_model.img_in.weight": noise(4, 4)},
+        "a file of whole weights, not a LoRA",
+    ),
     "Redux": ({"redux_up.weight": noise(4, 4)}, "is FLUX.1-Redux, an image encoder"),
     "IP-Adapter": (
         {"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": noise(4, 4)},
