@@ -19,7 +19,7 @@ PARTS = {
 }
 LAYER_OF = {part: layer for layer, parts in PARTS.items() for part in parts}
 # Other programs' names, with the same parts. XLabs': 1 is the image, 2 the text; in single blocks it leaves
-# out the MLP. OneTrainer's (OMI): it counts the parts of fused layers.
+# out the MLP. OneTrainer's (OMI): it counts the parts of fused layers. mflux': it numbers the MLPs' layers.
 ALIASES = {
     "double_blocks.#.processor.qkv_lora1": PARTS["double_blocks.#.img_attn.qkv"],
     "double_blocks.#.processor.qkv_lora2": PARTS["double_blocks.#.txt_attn.qkv"],
@@ -29,6 +29,11 @@ ALIASES = {
     "single_blocks.#.processor.proj_lora": PARTS["single_blocks.#.linear2"],
     **{f"{layer}.{k}": [x] for layer, parts in PARTS.items() if parts[1:] for k, x in enumerate(parts)},
     "img_in.proj": PARTS["img_in"],
+    **{
+        f"transformer_blocks.#.{ff}.linear{number}": [f"transformer_blocks.#.{ff}.net.{theirs}"]
+        for ff in ("ff", "ff_context")
+        for number, theirs in ((1, "0.proj"), (2, "2"))
+    },
 }
 # Kohya writes underscores for dots, which cannot be undone; so every name is looked up with underscores.
 FLAT = {name.replace(".", "_"): name for name in [*PARTS, *LAYER_OF, *ALIASES]}

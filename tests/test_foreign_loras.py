@@ -176,6 +176,25 @@ def test_prefixes(name, path):
     assert found[0] == "transformer_blocks.0.attn.to_out.0" and difference(found[1], (b @ a).double()) < 1e-6
 
 
+def test_mflux_numbers_the_mlps_and_writes_no_suffix(path):
+    pairs = {
+        f"transformer_blocks.3.{ff}.linear{n}": f"transformer_blocks.3.{ff}.net.{x}"
+        for ff in ("ff", "ff_context")
+        for n, x in ((1, "0.proj"), (2, "2"))
+    } | {"transformer_blocks.3.attn.to_out.0": "transformer_blocks.3.attn.to_out.0"}
+    factors = {name: (noise(2, WIDTH, seed=k), noise(WIDTH, 2, seed=-k - 1)) for k, name in enumerate(pairs)}
+    save_file(
+        {
+            f"transformer.{name}.lora_{half}": tensor
+            for name, pair in factors.items()
+            for half, tensor in zip("AB", pair)
+        },
+        path,
+    )
+    expected = {pairs[name]: (b @ a).double() for name, (a, b) in factors.items()}
+    assert same(updates(read_lora(path)[0]), expected)
+
+
 def test_mixed_ranks_without_alpha_each_have_strength_one(path):
     names = {"transformer_blocks.0.attn.to_out.0": 8, "transformer_blocks.0.attn.to_add_out": 2}
     pairs = {name: (noise(rank, WIDTH), noise(WIDTH, rank)) for name, rank in names.items()}
