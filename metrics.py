@@ -231,7 +231,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--references", **file, help='other references, {"anna": "03.jpg"}')
     parser.add_argument("--classes", **file, help='{"anna": "woman"}; default: by name, as woman_anna')
-    parser.add_argument("--out", **file, help="default: out/scores.json, or out/<command>.json")
+    parser.add_argument(
+        "--out", **file, help="default: out/<images>_scores.json, or out/<images>_<command>.json"
+    )
     parser.add_argument("--incomplete", action="store_true", help="score although pictures are missing")
     add_evaluator_arguments(parser)
     group = parser.add_argument_group("model")
@@ -255,13 +257,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{args.command} needs --{name}")
     for name in {*NEEDS.values()} - needed:
         setattr(args, name, None)
-    args.out = args.out or Path("out") / f"{'scores' if args.command == 'report' else args.command}.json"
+    what = "scores" if args.command == "report" else args.command
+    args.out = args.out or Path("out") / f"{args.images.resolve().name}_{what}.json"
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     check_writable(args.out.parent, "--out")
+    if args.out.exists():
+        print(f"{args.out} is replaced")
     samples, photos, prompts = scan_samples(args.images), None, None
     people = sorted({sample.person for sample in samples})
     if args.people:

@@ -44,7 +44,7 @@ from people.photos import Box, Size, read_photo
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
 from run.costs import Plan
-from run.files import check_writable
+from run.files import check_new, check_writable
 from run.late import read_late
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
 from run.pictures import contact_sheet, save_sheet
@@ -276,6 +276,9 @@ def main(argv: list[str] | None = None) -> None:
     # What can be wrong shows before anything takes long: the photos, the stage-1 file, the face, the rest.
     photos = {path: read_photo(path) for path in args.photos}
     check_writable(args.out.parent, "--out")
+    if not args.show_crops:
+        for path in [args.out, *([beside(args.out, "_samples.png")] if args.samples else [])]:
+            check_new(path, args.force)
     if args.meta:
         read_header(existing_prior(args.meta))  # is it a safetensors file?
     crops = list_crops(photos, settings.augment, args.face, args.detector)
@@ -344,8 +347,9 @@ def show_crops(photos: dict[Path, Image.Image], crops: list[tuple[Path, Box]], p
     pictures = [photos[photo].crop(box) for photo, box in crops]
     rows = [pictures[start : start + 5] for start in range(0, len(pictures), 5)]
     labels = [", ".join(f"{crop.width}x{crop.height}" for crop in row) for row in rows]
+    note = ", replacing an earlier sheet" if path.exists() else ""
     save_sheet(contact_sheet(rows, labels), path)
-    print(f"{path}: {len(pictures)} crops")
+    print(f"{path}: {len(pictures)} crops{note}")
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -353,12 +357,19 @@ def beside(path: Path, ending: str) -> Path:
     return path.with_name(path.stem + ending)
 
 
+def name_of(photo: Path) -> str:
+    """Name a photo's LoRA: as the photo, with its folder before a mere number, as in anna/001.png."""
+    is_number = not any(map(str.isalpha, photo.stem))
+    return "_".join(filter(None, [photo.parent.resolve().name if is_number else "", photo.stem]))
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument(
         "photos", type=Path, nargs="+", metavar="photo", help="one photo of the person, or several"
     )
-    parser.add_argument("--out", type=Path, help="LoRA file to write; default: <photo>.safetensors here")
+    parser.add_argument("--out", type=Path, help="LoRA file to write; default: named after the photo, here")
+    parser.add_argument("--force", action="store_true", help="replace files that are there already")
     parser.add_argument(
         "--meta", type=Path, help="file of stage 1; default: meta.safetensors beside the model's weights"
     )
@@ -400,7 +411,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--format", choices=FORMATS, default="diffusers", help="names in the file")
     add_memory_arguments(parser)
     args = parser.parse_args(argv)
-    args.out = args.out or Path(f"{args.photos[0].stem}.safetensors")
+    args.out = args.out or Path(f"{name_of(args.photos[0])}.safetensors")
     args.steps = STEPS[args.method] if args.steps is None else args.steps
     args.rank = args.rank if args.rank is not None else 1 if len(args.photos) == 1 else 4
     args.caption = args.caption or f"a photo of a {args.class_word}"

@@ -18,6 +18,7 @@ from flux.errors import UserError
 from flux.loading import ModelFiles, native_size
 from flux.memory import release
 from flux.sampling import generate
+from lora.finding import find_lora
 from lora.fitting import linear_shapes, misfits, refuse
 from lora.merging import merge_loras, pair_strengths
 from lora.names import Lora
@@ -26,9 +27,9 @@ from metalora import inject_loras, split_loras
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
 from run.costs import Plan
-from run.files import check_writable
+from run.files import check_writable, next_number, slug
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
-from run.pictures import contact_sheet, parameters, save_picture, save_sheet
+from run.pictures import contact_sheet, parameters, read_tags, save_picture, save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 
 MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
     # What can be wrong shows before anything is downloaded.
+    args.lora = [(find_lora(path), strength) for path, strength in args.lora]
+    args.prompt = [without_tags(prompt, args.lora) for prompt in args.prompt]
     loras = [(read_lora(path)[0], strength) for path, strength in args.lora]
     if args.plan:
         plan(args, loras, device, dtype, files_to_plan(args))
@@ -73,21 +76,24 @@ def main(argv: list[str] | None = None) -> None:
 
     seeds, rows = [args.seed + k for k in range(args.n)], []
     bar = tqdm(total=len(prompts) * args.n * args.steps, desc="sampling", unit="step", dynamic_ncols=True)
-    sampler |= {"negative": negative, "progress": lambda _: bar.update()}
-    for number, (text, prompt) in enumerate(zip(args.prompt, prompts)):
+    sampler |= {"negative": negative, "tile": chosen.tile, "progress": lambda _: bar.update()}
+    start = next_number(args.out)  # so that no earlier picture is replaced
+    used = slug(" ".join(path.stem for path, _ in args.lora))
+    for number, (text, prompt) in enumerate(zip(args.prompt, prompts), start):
         rows.append([])
         for seed in seeds:
             (picture,) = generate(model, autoencoder, prompt, [seed], size, **sampler)
             about = {"prompt": text, "seed": seed, **settings}
             about["parameters"] = parameters(text, seed, settings, hashes)
-            save_picture(picture, args.out / f"{number:02d}_{slug(text)}_{seed}.png", about)
+            name = "_".join(filter(None, [f"{number:02d}", slug(text), used, str(seed)]))
+            save_picture(picture, args.out / f"{name}.png", about)
             rows[-1].append(picture)
     bar.close()
     if len(prompts) * args.n > 1:
         cell = tuple(min(max(side, 192), 512) for side in size)
         titles = [f"seed {seed}" for seed in seeds]
-        save_sheet(contact_sheet(rows, args.prompt, titles, cell), args.out / "grid.png")
-    print(f"{len(prompts) * args.n} pictures in {args.out}")
+        save_sheet(contact_sheet(rows, args.prompt, titles, cell), args.out / f"grid_{start:02d}.png")
+    print(f"{len(prompts) * args.n} pictures in {args.out}, from number {start:02d} on")
 
 
 def load_model(
@@ -137,9 +143,15 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
         )
 
 
-def slug(text: str) -> str:
-    """Return a prompt as a part of a file name: letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"
+def without_tags(prompt: str, loras: Sequence[tuple[Path, float]]) -> str:
+    """Take <lora:name:strength> tags out of a prompt; UserError for one that --lora does not say, too."""
+    text, tags = read_tags(prompt)
+    given = {(path.stem, strength) for path, strength in loras}
+    if not given.issuperset(tags):
+        options = f"--lora {' '.join(name for name, _ in tags)} --strength"
+        options += "".join(f" {strength:g}" for _, strength in tags)
+        raise UserError(f"the prompt {prompt!r} has tags, which only options can follow: {options}")
+    return text
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -150,7 +162,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         default=[],
-        help="LoRA files, of this program, diffusers, kohya or ai-toolkit; default: the base model alone",
+        help="LoRA files of any program, folders that hold one, or repositories on the hub (owner/name); "
+        "default: the base model alone",
     )
     parser.add_argument(
         "--strength",

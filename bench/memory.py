@@ -121,7 +121,7 @@ def simulate(work: Workload, plan: Plan) -> int:
             for tensor in on_device(model) + (list(autoencoder.parameters()) if autoencoder else []):
                 tracker.add(tensor)
             if autoencoder:
-                sample(model, autoencoder, work)
+                sample(model, autoencoder, work, plan)
             else:
                 train(model, work, tracker)
     return tracker.peak
@@ -154,7 +154,7 @@ def inputs(work: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def sample(model: Flux, autoencoder: AutoEncoder, work: Workload) -> None:
+def sample(model: Flux, autoencoder: AutoEncoder, work: Workload, plan: Plan) -> None:
     """Do an Euler step and decode, as `flux.sampling.generate`."""
     latents, t, txt, pooled = inputs(work)
     img_ids, txt_ids = position_ids(work.batch, *latents.shape[2:], work.t5_length)
@@ -162,7 +162,7 @@ def sample(model: Flux, autoencoder: AutoEncoder, work: Workload) -> None:
     latents = unpack(euler_step(pack(latents), velocity, 1, 0), *latents.shape[2:])
     del velocity
     for one in latents.split(1):
-        autoencoder.decode(one)
+        autoencoder.decode(one, plan.tile)
 
 
 def train(model: Flux, work: Workload, tracker: Tracker) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flux.errors import UserError, first_line
+from flux.errors import UserError, first_line, listed
 from flux.formats import FLOATS, Header, Shape, Source, is_config_of, translate
 from flux.pages import drop_pages, file_ranges
 
@@ -97,9 +97,7 @@ def shards(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such safetensors file, or a folder without any")
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{path} lacks {', '.join(missing)}, of {len(names)} files that belong together"
-        )
+        raise FileNotFoundError(f"{path} lacks {listed(missing)}, of {len(names)} files that belong together")
     return [path / name for name in names]
 
 
@@ -192,7 +190,7 @@ class Checkpoint:
             tensors = {name: make(source, get, device, dtype) for name, source in sources.items()}
         broken = [name for name, tensor in tensors.items() if not _ends_are_finite(tensor)]
         if broken:
-            raise UserError(f"{self.path} is damaged: NaN or infinity in {', '.join(broken)}")
+            raise UserError(f"{self.path} is damaged: NaN or infinity in {listed(broken)}")
         return tensors
 
 
@@ -290,7 +288,7 @@ def fit(
         if name in floats and not {*source.dtypes} <= {*FLOATS}:
             problems.append(f"{called} is {', '.join(source.dtypes)}, must be {', '.join(FLOATS)}")
     if problems:
-        raise UserError(f"{path} does not fit {sizes}:\n  " + "\n  ".join(problems))
+        raise UserError(f"{path} does not fit {sizes}:\n  " + listed(problems, "\n  "))
     return model.to(dtype), sources
 
 

@@ -20,6 +20,9 @@ from flux.clip import CLIPText
 from flux.errors import UserError
 from flux.t5 import T5
 
+LENGTHS = {"CLIP": 77, "T5": 512}  # FLUX.1's, where a config is silent, as google/t5-v1_1-xxl's
+UNLIMITED = int(1e30)  # what transformers writes for that
+
 
 class Conditioner(nn.Module):
     """Both text encoders with their tokenizers; a module, so that the encoders move to a device together."""
@@ -68,13 +71,18 @@ class Tokenizers:
     t5: PromptTokenizer
 
 
-def load_tokenizers(folder: Path | str, t5_length: int | None = None) -> Tokenizers:
-    """Read both tokenizers of a model folder; lengths are the files' `model_max_length` unless given.
+def tokenizer_folders(place: Path | tuple[Path, Path]) -> tuple[Path, Path]:
+    """Return the folders of CLIP's and of T5's tokenizer: those in a model's folder, or the two as given."""
+    return place if isinstance(place, tuple) else (place / "tokenizer", place / "tokenizer_2")
+
+
+def load_tokenizers(place: Path | str | tuple[Path, Path], t5_length: int | None = None) -> Tokenizers:
+    """Read both tokenizers of a model's folder, or of two folders; lengths are the files' unless given.
 
     Raises FileNotFoundError that names the missing file, and UserError that names a damaged one.
     """
-    folder = Path(folder)
-    return Tokenizers(clip_tokenizer(folder / "tokenizer"), t5_tokenizer(folder / "tokenizer_2", t5_length))
+    clip, t5 = tokenizer_folders(Path(place) if isinstance(place, str) else place)
+    return Tokenizers(clip_tokenizer(clip), t5_tokenizer(t5, t5_length))
 
 
 def clip_tokenizer(folder: Path) -> PromptTokenizer:
@@ -141,9 +149,11 @@ def sentencepiece(file: Path) -> tuple[Callable[[str], list[int]], Callable[[lis
 
 
 def max_length(folder: Path, kind: str) -> int:
-    """Return the tokens per prompt that a tokenizer's config tells; UserError when it does not."""
+    """Return the tokens per prompt that a tokenizer's config tells, or FLUX.1's; UserError for no number."""
     file = find(folder, kind, "tokenizer_config.json")
-    length = read_json(file).get("model_max_length")
+    length = read_json(file).get("model_max_length", LENGTHS[kind])
+    if length == UNLIMITED:
+        return LENGTHS[kind]
     if type(length) is not int or length < 1:
         raise UserError(f"{file}: model_max_length {length!r}, must be a whole number above 0")
     return length

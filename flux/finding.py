@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from flux.autoencoder import AutoEncoder
 from flux.checkpoint import opened, shards
 from flux.clip import CLIPText
-from flux.errors import UserError
+from flux.errors import UserError, listed
 from flux.formats import kinds_inside
 from flux.hub import hub_file, hub_listing
 from flux.loading import LOADERS, ModelFiles, folder_around
@@ -54,6 +54,11 @@ TOKENIZER_FILES = (
     "tokenizer_2/tokenizer_config.json",
 )
 T5_TOKENIZERS = ("tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model")  # one of them is enough
+# Free repositories with the same tokenizers, for who has the weights as single files: CLIP's, and T5's.
+FREE_TOKENIZERS = {
+    "openai/clip-vit-large-patch14": ("vocab.json", "merges.txt", "tokenizer_config.json"),
+    "google/t5-v1_1-xxl": ("spiece.model", "tokenizer_config.json"),
+}
 HUB_WEIGHTS = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json"
 
 
@@ -94,6 +99,8 @@ def find_files(model: str, given: dict[str, Path] | None = None) -> ModelFiles:
             parts = parts_inside(parts) | parts
     for other in HUB_MODELS.values():
         parts |= cached_parts(other, missing(parts))
+    if missing(parts) == ["tokenizers"]:
+        parts |= free_tokenizers()
     if missing(parts):
         parts |= download_parts(HUB_MODELS["flux-dev"], missing(parts))
     files = ModelFiles(**parts)
@@ -158,7 +165,7 @@ def part_in(folder: Path, part: str) -> Path | None:
     for pattern in PLACES[part]:
         places = sorted(folder.glob(pattern))
         if len(places) > 1:
-            names = ", ".join(place.name for place in places)
+            names = listed(place.name for place in places)
             raise FileNotFoundError(f"{folder} must hold exactly one {pattern}; found {names}")
         if places:
             shards(places[0])  # raises when one of them is missing
@@ -193,6 +200,17 @@ def cached_parts(repo: str, wanted: Sequence[str]) -> dict[str, Path]:
                 if place:
                     parts[part] = place
     return parts
+
+
+def free_tokenizers() -> dict[str, tuple[Path, Path]]:
+    """Return the tokenizers of two free repositories, cached or downloaded; nothing where that fails."""
+    folders = []
+    try:
+        for repo, files in FREE_TOKENIZERS.items():
+            folders.append([hub_file(repo, file).parent for file in files][0])
+    except OSError:
+        return {}
+    return {"tokenizers": tuple(folders)}
 
 
 def download_parts(repo: str, wanted: Sequence[str]) -> dict[str, Path]:
@@ -235,7 +253,7 @@ def hub_names(repo: str, names: list[str], part: str) -> list[str]:
         else:
             chosen = [name for name in names if re.fullmatch(f"{place}/({HUB_WEIGHTS})", name)]
         if "." in place and len(chosen) > 1:
-            raise UserError(f"{repo} has several models, {', '.join(chosen)}: download one and name its file")
+            raise UserError(f"{repo} has several models, {listed(chosen)}: download one and name its file")
         if chosen:
             return chosen
     return []

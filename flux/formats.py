@@ -87,29 +87,58 @@ TABLES = {Flux: FLUX, AutoEncoder: AUTOENCODER}
 # Before the names of a part of a ComfyUI checkpoint; the longer one first.
 PREFIXES = {
     Flux: ("model.diffusion_model.", "diffusion_model."),
-    AutoEncoder: ("vae.",),
+    AutoEncoder: ("vae.", "first_stage_model."),
     CLIPText: ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
     T5: ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
 }
 # How the classes begin that diffusers and transformers name in a config.json.
 CLASSES = {Flux: "Flux", AutoEncoder: "Autoencoder", CLIPText: "CLIP", T5: "T5"}
-# FLUX has no use for them. The scales of fp8 inputs are for multiplying in fp8, which we do not.
-IGNORED = {CLIPText: ("logit_scale", "text_projection.weight"), T5: ("logit_scale",)}
+# FLUX has no use for them: CLIP's half that looks at pictures, T5's decoder. The scales of fp8 inputs are for
+# multiplying in fp8, which we do not.
+IGNORED = {
+    CLIPText: re.compile(r"logit_scale|(text|visual)_projection\.weight|vision_model\..+"),
+    T5: re.compile(r"logit_scale|decoder\..+|lm_head\.weight"),
+}
 NO_WEIGHTS = re.compile(r"scaled_fp8|.+\.(scale_input|input_scale|comfy_quant)")
 SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")  # ComfyUI's older and its newer name
 
 ACCEPTED = (
     "FLUX.1 dev, schnell, Krea-dev and Kontext-dev, FLUX.1-lite, flux-mini, and what was made from them"
 )
-OTHER_MODELS = {  # a name that FLUX.1 does not have
-    r"distilled_guidance_layer\.": "Chroma",
-    r"double_stream_modulation_img\.": "FLUX.2",
-    r"joint_blocks\.|pos_embed\.proj\.": "Stable Diffusion 3",
-    r"(input|down)_blocks\.": "Stable Diffusion 1, 2 or XL",
-    r"redux_": "FLUX.1-Redux, an image encoder",
-    r"controlnet_": "a ControlNet",
-    r"lora_unet_|.*\.lora_(A|B|down|up)\.": "a LoRA",
+SIGNS = {  # how names of a part begin, and of no other part
+    Flux: ("a transformer", r"(double_|transformer_)blocks\."),
+    AutoEncoder: ("an autoencoder", r"(en|de)coder\.(conv_in|mid|up|down)"),
+    CLIPText: ("CLIP's text encoder", r"text_model\.(embeddings|encoder\.layers)\."),
+    T5: ("T5", r"(text_model\.)?(en|de)coder\.block\."),
 }
+QUANTIZED = {  # names that only such files have
+    r".+\.(nested_)?(absmax|quant_map)|.+\.quant_state\..+": "quantized to 4 bits by bitsandbytes (NF4)",
+    r".+\.(SCB|weight_format)": "quantized to int8 by bitsandbytes",
+    r".+\.(wscales|smooth_factor|proj_down)": "quantized to 4 bits by SVDQuant",
+    r".+\.(qweight|qzeros|g_idx)": "quantized to 4 bits by SVDQuant, GPTQ or AWQ",
+    r".+\.weight_scale_2": "quantized to NVFP4",
+    r".+\.weight\._(data|scale)": "quantized by quanto",
+    r".+\.scales": "quantized by MLX",
+}
+INTEGERS = ("I8", "U8", "F4", "F8_E8M0")  # of matrices
+OTHER_MODELS = {  # how a name begins, with underscores for dots, that FLUX.1 does not have
+    r"distilled_guidance_layer_": "Chroma",
+    r".*(_stream_modulation|to_qkv_mlp_proj|ff(_context)?_linear_(in|out))": "FLUX.2",
+    r"transformer_blocks_\d+_attn1_": "PixArt",
+    r"joint_blocks_|pos_embed_proj_|transformer_blocks_\d+_attn2_": "Stable Diffusion 3",
+    r"(input|output|middle|down|up|mid)_blocks?_": "Stable Diffusion 1, 2 or XL",
+    r"(double|single)_blocks_\d+_\w*fc[12]|txt_in_individual_token_refiner": "HunyuanVideo",
+    r"transformer_blocks_\d+_(img|txt)_(mlp|mod)_": "Qwen-Image",
+    r"blocks_\d+_(self|cross)_attn_": "Wan",
+    r"double_stream_blocks_": "HiDream",
+    r"layers_\d+_attention_|(noise|context)_refiner_": "Z-Image or Lumina",
+}
+OTHER_FILES = {
+    r"redux_": "FLUX.1-Redux, an image encoder",
+    r"controlnet_|input_hint_": "a ControlNet",
+    r".*ip_adapter": "an IP-Adapter",
+}
+LORA = re.compile(r"lora_unet_|.*\.(lora_(A|B|down|up)|lokr_\w+|hada_\w+|dora_scale)\b|.*processor\.\w+_lora")
 WIDER_INPUT = {  # of img_in as a multiple of the latents: what else goes in
     2: "FLUX.1-Canny or FLUX.1-Depth, which want a control image",
     6: "FLUX.1-Fill, which wants a masked image",
@@ -166,9 +195,14 @@ def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source],
     Raises UserError with the model's name when the file is of another known model.
     """
     ours = _without_prefix(kind, header)  # to the names in the file
+    _refuse_quantized(ours, header)
+    _refuse_other_parts(kind, ours)
     if kind is Flux:
         _refuse_others(ours, header)
-    ignored = (*getattr(kind, "IGNORED", ()), *IGNORED.get(kind, ()))
+    ignored = {
+        *getattr(kind, "IGNORED", ()),
+        *(x for x in ours if kind in IGNORED and IGNORED[kind].fullmatch(x)),
+    }
     if kind is T5 and "shared.weight" not in ours and "encoder.embed_tokens.weight" in ours:
         ours["shared.weight"] = ours.pop("encoder.embed_tokens.weight")  # two names of one table
     scales = {f"{m[1]}.weight": ours[m[0]] for m in map(SCALE.fullmatch, ours) if m}
@@ -260,11 +294,39 @@ PATTERNS = {
 }
 
 
+def _refuse_quantized(ours: dict[str, str], header: Header) -> None:
+    take = "take the same weights in bf16, fp16 or fp8"
+    for pattern, how in QUANTIZED.items():
+        name = next((stored for name, stored in ours.items() if re.fullmatch(pattern, name)), None)
+        if name:
+            raise UserError(f"it is {how}, as {name} shows; {take}")
+    for stored in ours.values():
+        shape, dtype = header[stored]
+        if dtype in INTEGERS and len(shape) == 2:
+            raise UserError(f"it is quantized: {stored} is of {dtype}; {take}")
+
+
+def _refuse_other_parts(kind: type[nn.Module], ours: dict[str, str]) -> None:
+    parts = [part for part, (_, sign) in SIGNS.items() if any(re.match(sign, name) for name in ours)]
+    if kind in SIGNS and parts and kind not in parts:
+        raise UserError(f"this is {SIGNS[parts[0]][0]}")
+    if kind is AutoEncoder and "quant_conv.weight" in ours:  # Stable Diffusion 1, 2 and XL, FLUX.2
+        raise UserError(f"this is another model's autoencoder: it has {ours['quant_conv.weight']}")
+
+
+def named_model(name: str) -> str | None:
+    """Return the other model, or kind of file, that a name without prefix shows; None if it shows none."""
+    flat = name.replace(".", "_")
+    return next(
+        (model for pattern, model in (OTHER_MODELS | OTHER_FILES).items() if re.match(pattern, flat)), None
+    )
+
+
 def _refuse_others(ours: dict[str, str], header: Header) -> None:
-    for pattern, model in OTHER_MODELS.items():
-        for name, stored in ours.items():
-            if re.match(pattern, name):
-                raise UserError(f"this is {model}: it has {stored}; accepted are {ACCEPTED}")
+    for name, stored in ours.items():
+        model = "a LoRA" if LORA.match(name) else named_model(name)
+        if model:
+            raise UserError(f"this is {model}: it has {stored}; accepted are {ACCEPTED}")
     shapes = {name: header[stored][0] for name, stored in ours.items()}
     first = shapes.get("img_in.weight", shapes.get("x_embedder.weight", ()))
     last = shapes.get("final_layer.linear.weight", shapes.get("proj_out.weight", ()))

@@ -24,7 +24,7 @@ class ModelFiles:
     autoencoder: Path
     clip: Path
     t5: Path
-    tokenizers: Path  # holds tokenizer/ and tokenizer_2/
+    tokenizers: Path | tuple[Path, Path]  # holds tokenizer/ and tokenizer_2/; or these are two folders
 
     @property
     def folder(self) -> Path:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
+from lora.finding import find_lora
 from lora.fitting import clean
 from lora.merging import merge_file, pair_strengths
 from lora.names import FORMATS
+from lora.others import base_of
 from lora.reading import read_lora
 from lora.writing import name_tensors, without_stale, write_tensors
 from run.arguments import HelpFormatter, Parser
@@ -54,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.command == "info":
         for file in args.file:
-            show_info(file)
+            show_info(find_lora(file))
         return
     if args.out.exists():
         raise FileExistsError(f"{args.out} is there already; name a new file")
     check_writable(args.out.parent, "out")
     if args.command == "convert":
-        lora, metadata = read_lora(args.file)
+        lora, metadata = read_lora(find_lora(args.file))
         write_tensors(name_tensors(lora, args.format), args.out, without_stale(metadata))
     else:
-        merge_file(args.checkpoint, pair_strengths(args.lora, args.strength), args.out)
+        merge_file(args.checkpoint, pair_strengths([*map(find_lora, args.lora)], args.strength), args.out)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -95,7 +97,7 @@ def show_lora(
     """Print method, format, rank and base of a LoRA; return name, rank and norm of each projection."""
     lora, _ = read_lora(path)
     method = clean(metadata.get("method", "LoRA"))
-    base = clean(metadata.get("base_model", metadata.get("ss_sd_model_name", "unknown")))
+    base = clean(base_of(metadata) or "unknown")
     size = sum(a.numel() + b.numel() for a, b in lora.values())
     ranks = sorted({len(a) for a, _ in lora.values()})
     form = format_of(tensors)

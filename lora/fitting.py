@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from flux.errors import UserError
+from flux.errors import UserError, listed
 from lora.names import Lora, layer_of, part_sizes
 from run.terminal import printable
 
@@ -35,12 +35,8 @@ def misfits(lora: Lora, shapes: Shapes) -> list[str]:
 
 def refuse(path: Path, problems: list[str], fault: str = "does not fit this model") -> None:
     """Raise UserError if there are problems with a file: it says the fault and lists the first twenty."""
-    if not problems:
-        return
-    lines = problems[:20]
-    if len(problems) > 20:
-        lines.append(f"... and {len(problems) - 20} more")
-    raise UserError(f"{path} {fault}:\n  " + "\n  ".join(map(clean, lines)))
+    if problems:
+        raise UserError(f"{path} {fault}:\n  " + listed(map(clean, problems), "\n  "))
 
 
 def clean(text: object, length: int = 300) -> str:

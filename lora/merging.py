@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from flux.checkpoint import opened, read_header
 from flux.errors import UserError
-from flux.formats import SWAPPED
+from flux.formats import FP8, SWAPPED
 from flux.pages import drop_pages, file_ranges
 from lora.fitting import Shapes, clean, linear_shapes, misfits, refuse
 from lora.names import Lora, layer_of, part_sizes, swap_halves
@@ -93,9 +94,14 @@ def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path)
     if any(f"{layer}.{scale}" in weights for layer in updates for scale in ("scale_weight", "weight_scale")):
         raise UserError(f"{checkpoint} holds scaled 8-bit weights; merge into the 16-bit file")
     updates = {weights[f"{layer}.weight"]: of_layer for layer, of_layer in updates.items()}
+    if any(header[name]["dtype"] in FP8 for name in updates):
+        warnings.warn(
+            f"{checkpoint} is in 8 bits: much of a LoRA is lost in their rounding; the 16-bit file keeps it",
+            stacklevel=2,
+        )
 
     stems = ", ".join([checkpoint.stem, *(path.stem for path, _ in loras)])
-    metadata = {**without_stale(metadata), "modelspec.merged_from": stems}
+    metadata = dict(sorted({**without_stale(metadata), "modelspec.merged_from": stems}.items()))
     text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     needed, free = checkpoint.stat().st_size, shutil.disk_usage(out.parent).free

@@ -18,8 +18,30 @@ PARTS = {
     if not layer.endswith(".scale")
 }
 LAYER_OF = {part: layer for layer, parts in PARTS.items() for part in parts}
+# Other programs' names, with the same parts. XLabs': 1 is the image, 2 the text; in single blocks it leaves
+# out the MLP. OneTrainer's (OMI): it counts the parts of fused layers. mflux': it numbers the MLPs' layers.
+ALIASES = {
+    "double_blocks.#.processor.qkv_lora1": PARTS["double_blocks.#.img_attn.qkv"],
+    "double_blocks.#.processor.qkv_lora2": PARTS["double_blocks.#.txt_attn.qkv"],
+    "double_blocks.#.processor.proj_lora1": PARTS["double_blocks.#.img_attn.proj"],
+    "double_blocks.#.processor.proj_lora2": PARTS["double_blocks.#.txt_attn.proj"],
+    "single_blocks.#.processor.qkv_lora": PARTS["single_blocks.#.linear1"][:3],
+    "single_blocks.#.processor.proj_lora": PARTS["single_blocks.#.linear2"],
+    **{f"{layer}.{k}": [x] for layer, parts in PARTS.items() if parts[1:] for k, x in enumerate(parts)},
+    "img_in.proj": PARTS["img_in"],
+    **{
+        f"transformer_blocks.#.{ff}.linear{number}": [f"transformer_blocks.#.{ff}.net.{theirs}"]
+        for ff in ("ff", "ff_context")
+        for number, theirs in ((1, "0.proj"), (2, "2"))
+    },
+}
 # Kohya writes underscores for dots, which cannot be undone; so every name is looked up with underscores.
-FLAT = {name.replace(".", "_"): name for name in [*PARTS, *LAYER_OF]}
+FLAT = {name.replace(".", "_"): name for name in [*PARTS, *LAYER_OF, *ALIASES]}
+
+
+def flatten(module: str) -> str:
+    """Write a module's name with underscores; some programs leave one at the end."""
+    return module.replace(".", "_").rstrip("_")
 
 
 def find_name(module: str) -> tuple[str, str] | None:
@@ -27,7 +49,7 @@ def find_name(module: str) -> tuple[str, str] | None:
 
     Outside the blocks the number is "".
     """
-    flat, number = module.replace(".", "_"), ""
+    flat, number = flatten(module), ""
     block = re.search(r"_(\d{1,4})_", flat)
     if block:
         number = block[1]
@@ -35,6 +57,11 @@ def find_name(module: str) -> tuple[str, str] | None:
     if "#" in module or flat not in FLAT:
         return None
     return FLAT[flat], number
+
+
+def parts_of(name: str) -> list[str]:
+    """Return the parts that a layer's name, or a part's, of whatever program stands for; # for the block."""
+    return PARTS.get(name) or ALIASES.get(name) or [name]
 
 
 def layer_of(part: str) -> tuple[str, list[str]]:

@@ -1,10 +1,10 @@
-"""Read LoRA files that diffusers, PEFT, kohya or ai-toolkit wrote."""
+"""Read LoRA files that diffusers, PEFT, kohya, ai-toolkit, OneTrainer, XLabs or ComfyUI wrote."""
 
 import hashlib
 import json
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -12,42 +12,40 @@ from torch import Tensor, nn
 
 from flux.checkpoint import read_header, read_tensors
 from flux.errors import UserError
-from flux.formats import SWAPPED
-from lora.fitting import linear_shapes, misfits, refuse
-from lora.names import FLAT, PARTS, Lora, find_name, part_sizes, swap_halves
+from flux.formats import ACCEPTED, SWAPPED
+from lora.fitting import clean, linear_shapes, misfits, refuse
+from lora.names import FLAT, Lora, find_name, part_sizes, parts_of, swap_halves
+from lora.others import OTHER_BASE, base_of, other_method, other_model
 
 KEY = re.compile(
-    r"(?:base_model\.model\.|model\.|diffusion_model\.|transformer\.|lora_unet_|lora_transformer_|lycoris_)*"
-    r"(?P<module>.+?)\."
-    r"(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up)|(?P<alpha>alpha)$)"
-    r"(?:(?:\.[^.]+)?\.weight)?"  # PEFT's own files have the adapter's name in the middle
+    r"(?:base_model\.model\.|model[._]|diffusion_model[._]|transformer\.|unet\.|lora_unet_|lora_transformer_|"
+    r"lycoris_)*(?P<module>.+?)"
+    r"(?:\.(?:(?P<A>lora_A|lora_down|(?:lora\.)?down)|(?P<B>lora_B|lora_up|(?:lora\.)?up)|(?P<alpha>alpha)$)"
+    r"(?:(?:\.[^.]+)?\.weight)?)?"  # PEFT's own files have the adapter's name in the middle
 )
-OTHER_METHODS = {  # ends of names that belong to more, or to something else, than B A
-    r"dora_scale|lora_magnitude_vector.*": "DoRA",
-    r"hada_\w+": "LoHa",
-    r"lokr_\w+": "LoKr",
-    r"oft_\w+(\.weight)?": "OFT",
-    r"lora_mid\.weight": "a Tucker decomposition",
-    r"diff(_b)?": "a full difference",
+LEFT_OUT = {  # beginnings of names
+    r"lora_(te|clip)|(base_model\.)?text_encoder|(clip_[lg]|t5|t5xxl|te\d?)[._]": "for text encoders",
+    r"bundle_emb\.": "of embeddings",
 }
-TEXT_ENCODER = re.compile(r"lora_te|text_encoder")
+# What ComfyUI writes with a LoRA even where there is no change.
+ADDED = re.compile(r".+\.(diff|diff_b|[wb]_norm|(lora_[AB]|lora_down|lora_up)(\.[^.]+)?\.bias)")
 
 Entries = dict[str, dict[str, Tensor]]  # the tensors called A, B and alpha of each layer in a file
 
 
 def read_lora(path: Path, model: nn.Module | None = None) -> tuple[Lora, dict[str, str]]:
-    """Read a LoRA as diffusers, PEFT, kohya or ai-toolkit write it, alpha multiplied in; and its metadata.
+    """Read a LoRA of any program, alpha multiplied in; and its metadata. docs/formats.md lists what is read.
 
-    Raises UserError listing all that is wrong: names that FLUX.1 has not, halves without the other, numbers
-    that are not finite and, if there is a model, what does not fit it. Warns about a LoRA that does nothing,
-    and about the tensors of text encoders, which are left out.
+    Raises UserError listing all that is wrong: another model's or method's names, halves without the other,
+    numbers that are not finite and, if there is a model, what does not fit it. Warns about a LoRA that does
+    nothing, about a header that names another base, and about tensors that are left out.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
     if any(name.endswith(".meta_down") for name in tensors):
         raise UserError(f"{path} is stage 1's file; first python personalize.py PHOTO --meta {path}")
-    texts = {key for key in tensors if TEXT_ENCODER.match(key)}
-    entries, wrong = sort_tensors({key: tensors[key] for key in tensors if key not in texts})
+    tensors, notes = leave_out(tensors)
+    entries, wrong = sort_tensors(path, tensors)
     alphas, lora, problems = Alphas(path, metadata), {}, []
     for name, entry in entries.items():
         parts = read_layer(name, entry, alphas, problems)
@@ -60,42 +58,61 @@ def read_lora(path: Path, model: nn.Module | None = None) -> tuple[Lora, dict[st
     if model is not None:
         problems += misfits(lora, linear_shapes(model))
     refuse(path, problems, fault)
-    if texts:
-        warnings.warn(
-            f"{path}: {len(texts)} tensors for text encoders are left out; "
-            "only the transformer's part is used",
-            stacklevel=2,
-        )
+    base = base_of(metadata)
+    if base and OTHER_BASE.search(base):
+        notes.append(f"its header names another base than FLUX.1-dev: {clean(base)}")
     if not any(a.any() and b.any() for a, b in lora.values()):
-        warnings.warn(f"{path}: the LoRA is zero in every layer and changes nothing", stacklevel=2)
+        notes.append("the LoRA is zero in every layer and changes nothing")
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
     return lora, metadata
 
 
-def sort_tensors(tensors: dict[str, Tensor]) -> tuple[Entries, list[str]]:
-    """Return a file's tensors by layer, in the order of the model; and what is wrong with the others."""
+def leave_out(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave out tensors that are not the transformer's or change nothing; also return a note on each kind."""
+    kept, counts = {}, Counter()
+    for key, tensor in tensors.items():
+        kind = next((kind for start, kind in LEFT_OUT.items() if re.match(start, key)), None)
+        if kind is None and ADDED.fullmatch(key) and not tensor.float().any():
+            kind = "of biases, norms and differences that are all zero"
+        if kind:
+            counts[kind] += 1
+        else:
+            kept[key] = tensor
+    return kept, [f"{count} tensors {kind} are left out" for kind, count in counts.items()]
+
+
+def sort_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[Entries, list[str]]:
+    """Return a file's tensors by layer, in the order of the model; and those that are for no layer.
+
+    Raises UserError for another model's LoRA and for other methods.
+    """
+    matches = {key: KEY.fullmatch(key) for key in sorted(tensors)}
+    modules = defaultdict(dict)
+    for key, match in matches.items():
+        modules[match["module"] if match else key][match and match.lastgroup] = tensors[key]
+    model = other_model(modules)
+    if model:
+        raise UserError(f"{path} is {clean(model)}; accepted are LoRAs for {ACCEPTED}")
+    others = [key for key in matches if other_method(key)]
+    if others:
+        raise UserError(
+            f"{path} cannot be read as a LoRA: {clean(others[0])} is {other_method(others[0])}, not LoRA "
+            f"({len(others)} such tensors); the program that trained it may merge it into a checkpoint"
+        )
     entries, wrong = defaultdict(dict), []
-    for key, tensor in sorted(tensors.items()):
-        match = KEY.fullmatch(key)
-        place = find_name(match["module"]) if match else None
+    for key, match in matches.items():
+        place = find_name(match["module"]) if match and match.lastgroup != "module" else None
         if place is None:
-            method = other_method(key)
-            wrong.append(f"{key} is {method}, not LoRA" if method else f"{key} is for no layer of FLUX.1")
+            wrong.append(f"{key} is for no layer of FLUX.1")
             continue
         name, number = place
         entry = entries[name.replace("#", number)]
         if match.lastgroup in entry:
             wrong.append(f"{key} duplicates another tensor of this layer; does the file hold two adapters?")
         else:
-            entry[match.lastgroup] = tensor
+            entry[match.lastgroup] = tensors[key]
     return {name: entries[name] for name in sorted(entries, key=model_order)}, wrong
-
-
-def other_method(key: str) -> str | None:
-    """Return the name of the method, other than LoRA, that a tensor's name belongs to."""
-    for end, method in OTHER_METHODS.items():
-        if re.search(rf"\.({end})$", key):
-            return method
-    return None
 
 
 def model_order(name: str) -> tuple[int, int]:
@@ -151,6 +168,14 @@ def read_layer(name: str, entry: dict[str, Tensor], alphas: Alphas, problems: li
     if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
         problems.append(f"{name} has an alpha of shape {tuple(alpha.shape)}, must be one number")
         return {}
+    known, number = find_name(name)
+    parts = [part.replace("#", number) for part in parts_of(known)]
+    # Uniform ranks may exceed the 64 channels of the first or last layer, but none exceeds what a block has.
+    if len(a) > (len(parts) * a.shape[1] if number else max(a.shape[1], len(b))):
+        problems.append(
+            f"{name} has {given}: rank {len(a)} of {a.shape[1]} inputs; are its halves transposed?"
+        )
+        return {}
     a, b = (half.float() if half.element_size() == 1 else half for half in (a, b))  # 8 bits: no arithmetic
     factor = alphas.factor(name, len(a), alpha)
     if factor != 1:
@@ -158,10 +183,8 @@ def read_layer(name: str, entry: dict[str, Tensor], alphas: Alphas, problems: li
     if not (a.isfinite().all() and b.isfinite().all()):
         problems.append(f"{name} has numbers that are not finite")
         return {}
-    known, number = find_name(name)
     if known == SWAPPED:
         b = swap_halves(b)
-    parts = [part.replace("#", number) for part in PARTS.get(known, [known])]
     sizes = part_sizes(len(parts), len(b), a.shape[1])
     if sum(sizes) != len(b) or min(sizes) < 1:
         problems.append(f"{name} has {given}, which are not {len(parts)} projections of {a.shape[1]} inputs")

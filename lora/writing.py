@@ -2,7 +2,6 @@
 
 import json
 import re
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from flux.errors import UserError
 from flux.formats import SWAPPED
 from lora.names import Lora, layer_of, swap_halves
-from run.files import atomic
+from run.files import atomic, sort_header
 
 # Entries of a header that are no longer true once the file has been converted or merged.
 STALE = re.compile(r"lora_adapter_metadata|modelspec\.hash_.*|sshs_.*|ss_network_(dim|alpha)")
@@ -69,10 +68,13 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict) -> Non
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **text})
+        sort_header(temporary)
 
 
 def model_spec(about: dict, guidance: bool = True) -> dict[str, str]:
     """Return the header's entries that other programs show: Stability AI's ModelSpec 1.0.0, kohya's base.
+
+    Its date is left out, so that the same command writes the same bytes.
 
     about: the file's own entries; `resolution` is the side of the training pictures in pixels, or missing.
     guidance: whether the base has a guidance input, as FLUX.1-dev has and schnell has not.
@@ -83,7 +85,6 @@ def model_spec(about: dict, guidance: bool = True) -> dict[str, str]:
         "architecture": f"flux-1-{'dev' if guidance else 'schnell'}/lora",
         "implementation": "https://github.com/black-forest-labs/flux",
         "title": f"{'Meta-LoRA' if 'r1' in about else 'LoRA'}: {caption}".rstrip(": "),
-        "date": date.today().isoformat(),
         "trigger_phrase": caption,
     }
     if about.get("resolution"):

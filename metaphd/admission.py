@@ -230,6 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     if lists.is_dir():
         print(f"prompts: {len(mistakes)} mistakes")
     if args.out:
+        if args.out.exists():
+            print(f"{args.out} is replaced")
         write_check(args.out, vars(args), problems, rows)
     if problems:
         sys.exit(1)

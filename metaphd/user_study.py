@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from flux.checkpoint import read_json
-from flux.errors import UserError
+from flux.errors import UserError, listed
 from people.photos import photo_size, read_photo
 from run.arguments import Manual, Parser
 from run.files import atomic
@@ -423,14 +423,14 @@ def check_counts(folder: Path, counts: dict[str, int]) -> None:
     """Raise UserError when someone has no photo, or nobody two; print who has few. counts: photos of each."""
     none = [person for person, n in counts.items() if not n]
     if none:
-        raise UserError(f"--people {folder} has no photo of {', '.join(none)}")
+        raise UserError(f"--people {folder} has no photo of {listed(none)}")
     if max(counts.values()) < 2:
         raise UserError(f"--people {folder}: nobody has a second photo, for multi-reference questions")
     few = [f"{person} {n - 1}" for person, n in counts.items() if n <= SET]
     if few:
         print(
             f"fewer than {SET} photos besides the reference (all are shown; people with 0 get no "
-            f"multi-reference question): {', '.join(few)}"
+            f"multi-reference question): {listed(few)}"
         )
 
 
@@ -455,7 +455,7 @@ def tally(args: argparse.Namespace) -> None:
     print(text)
     incomplete = {str(files[name]): len(given) for name, given in answers.items() if len(given) < total}
     if incomplete:
-        names = ", ".join(f"{name} ({n} of {total})" for name, n in incomplete.items())
+        names = listed(f"{name} ({n} of {total})" for name, n in incomplete.items())
         print(f"\nincomplete, used for what they hold: {len(incomplete)} of {len(answers)}: {names}")
     seconds = {}
     for name, given in answers.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flux
+from flux.conditioner import tokenizer_folders
 from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import ModelFiles
@@ -74,7 +75,7 @@ class LatentDataset:
         sizes = flux.load_autoencoder(files.autoencoder, "meta").sizes  # from the header alone
         self.autoencoder_key = f"{fingerprint(files.autoencoder)} {sizes} {dtype}"
         sizes = flux.load_clip(files.clip, "meta").sizes, flux.load_t5(files.t5, "meta").sizes
-        folders = [files.tokenizers / name for name in ("tokenizer", "tokenizer_2")]
+        folders = tokenizer_folders(files.tokenizers)
         vocabularies = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
         self.encoders_key = f"{fingerprint(files.clip, files.t5, *vocabularies)} {sizes} {t5_length} {dtype}"
         self.default_caption = f"a photo of a {class_word}"

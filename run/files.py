@@ -1,8 +1,10 @@
 """Write files whole or not at all, in folders that one run has to itself."""
 
+import json
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,39 @@ def check_writable(folder: Path, option: str) -> None:
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"{option}: cannot write to {folder} ({error.strerror})") from error
+
+
+def sort_header(file: Path) -> None:
+    """Sort a safetensors file's metadata, which its writer leaves in another order at every start."""
+    with file.open("rb+") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(text) != length:
+            raise ValueError(f"{file}: the sorted header has {len(text)} bytes, not {length}")
+        f.seek(8)
+        f.write(text)
+
+
+def check_new(path: Path, force: bool) -> None:
+    """Raise FileExistsError when there is a file already, unless it may be replaced."""
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} is there already; --out names another file, --force replaces it")
+
+
+def next_number(folder: Path) -> int:
+    """Return the number after the highest that a picture has in its name, as 03_beach.png or grid_03.png."""
+    numbers = [re.match(r"(?:grid_)?([0-9]{2,6})[._]", path.name) for path in folder.glob("*.png")]
+    return max((int(match[1]) + 1 for match in numbers if match), default=0)
+
+
+def slug(text: str, most: int = 80) -> str:
+    """Return a text as a part of a file name, in so many bytes: letters of any alphabet, digits, hyphens."""
+    text = unicodedata.normalize("NFC", text).lower()
+    kept = (char if unicodedata.category(char)[0] in "LMN" else "-" for char in text)  # M: accents, vowels
+    words = re.sub("-+", "-", "".join(kept)).strip("-")
+    return words.encode()[:most].decode(errors="ignore").strip("-")
 
 
 @contextmanager

@@ -13,6 +13,11 @@ from PIL.PngImagePlugin import PngInfo
 from run.files import atomic
 from run.terminal import printable
 
+# Some write the name with its folder or with its suffix.
+TAG = re.compile(
+    r"\s*<(?:lora|lyco):(?:[^<>]*[\\/])?([^<>]+?)(?:\.safetensors)?(?::(-?[0-9]*\.?[0-9]+(?:e-?[0-9]+)?))?>"
+)
+
 
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image | None]],
@@ -67,6 +72,12 @@ def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
         chunks.add_itxt(name, str(value))
     with atomic(path) as temporary:
         picture.save(temporary, pnginfo=chunks)
+
+
+def read_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """Split a prompt into its text and its <lora:name:strength> tags, as `parameters` writes them."""
+    tags = [(match[1], float(match[2] or 1)) for match in TAG.finditer(prompt)]
+    return TAG.sub("", prompt).strip() if tags else prompt, tags
 
 
 def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, float, str]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flux.checkpoint import read_json
-from flux.errors import UserError
+from flux.errors import UserError, listed
 from people.folders import Person, scan_people
 
 
@@ -28,10 +28,10 @@ def find_photos(
     for option, required in {"--images": needed, "--references": references}.items():
         unknown = sorted({*required} - names)
         if unknown:
-            raise UserError(f"{option} names {', '.join(unknown)}, whom --people {folder} does not have")
+            raise UserError(f"{option} names {listed(unknown)}, whom --people {folder} does not have")
     few = [person.name for person in people if len(person.photos) < least]
     if few:
-        raise UserError(f"--people {folder}: {', '.join(few)} must have at least {least} photos")
+        raise UserError(f"--people {folder}: {listed(few)} must have at least {least} photos")
     return {person.name: _reference_first(person, references.get(person.name)) for person in people}
 
 
@@ -43,7 +43,7 @@ def _one_per_photo(classes: list[Person], folder: Path) -> list[Person]:
     counts = Counter(person.name for person in people)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
-        raise UserError(f"--people {folder}: several photos are called {', '.join(twice)}")
+        raise UserError(f"--people {folder}: several photos are called {listed(twice)}")
     return people
 
 

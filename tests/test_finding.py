@@ -257,6 +257,26 @@ def test_another_repository(model, snapshot, capsys):
     assert "cannot ask somebody/flux-mini for autoencoder" in capsys.readouterr().out
 
 
+def test_free_tokenizers_serve_who_has_single_files(copy, model, snapshot):
+    """ComfyUI's four files, and from the hub only what is free: CLIP's and T5's own repositories."""
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(copy / name)
+    folders = [snapshot_of(repo, snapshot.parents[2]) for repo in finding.FREE_TOKENIZERS]
+    for folder, name in zip(folders, ("tokenizer", "tokenizer_2")):
+        shutil.copytree(model / name, folder)
+    (folders[1] / "tokenizer.json").unlink(missing_ok=True)  # T5's has spiece.model
+    files = find(copy)
+    assert files == replace(ours(copy), tokenizers=tuple(folders))
+    prompts = ["a photo of a woman"]
+    for x, y in zip(
+        flux.load_conditioner(files).encode(prompts), flux.load_conditioner(model).encode(prompts)
+    ):
+        assert torch.equal(x, y)
+    (folders[0] / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="Wanted: tokenizers"):
+        find(copy)
+
+
 def test_offline_with_an_empty_or_half_a_cache(model, snapshot):
     def refused(*parts: str):
         with pytest.raises(FileNotFoundError) as error:

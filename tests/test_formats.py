@@ -10,7 +10,15 @@ import torch
 from compare import difference, randomize, reference
 from diffusers import ChromaTransformer2DModel, Flux2Transformer2DModel, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 import flux
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
@@ -390,3 +398,105 @@ def test_a_tensor_with_and_without_its_prefix_is_refused():
     header = published("flux1-dev")
     with pytest.raises(ValueError, match="img_in.bias and model.diffusion_model.img_in.bias are the same"):
         fitted(Flux, header | {"model.diffusion_model.img_in.bias": header["img_in.bias"]})
+
+
+# --- Quantized files, and files with more than is needed ---------------------------------------------------
+
+QUANTIZED = {  # what is beside one of the weights, and how the file is named
+    "NF4": (
+        {"absmax": ((9,), "U8"), "quant_state.bitsandbytes__nf4": ((9,), "U8")},
+        "4 bits by bitsandbytes",
+    ),
+    "int8": ({"SCB": ((9,), "F32")}, "int8 by bitsandbytes"),
+    "SVDQuant": ({"wscales": ((9, 9), "BF16"), "smooth_factor": ((9,), "BF16")}, "4 bits by SVDQuant"),
+    "GPTQ": ({"qweight": ((9, 9), "I32"), "qzeros": ((9, 9), "I32")}, "4 bits by SVDQuant, GPTQ or AWQ"),
+    "NVFP4": (
+        {"weight": ((9, 9), "U8"), "weight_scale_2": ((), "F32"), "comfy_quant": ((9,), "U8")},
+        "NVFP4",
+    ),
+    "MXFP8": ({"weight": ((9, 9), "F8_E4M3"), "weight_scale": ((9, 9), "U8")}, "weight_scale is of U8"),
+    "int8 of ComfyUI": ({"weight": ((9, 9), "I8"), "weight_scale": ((), "F32")}, "weight is of I8"),
+    "quanto": ({"weight._data": ((9, 9), "I8"), "weight._scale": ((9, 1), "BF16")}, "by quanto"),
+    "MLX": ({"weight": ((9, 9), "U32"), "scales": ((9, 9), "BF16")}, "by MLX"),
+}
+
+
+@pytest.mark.parametrize("entries, how", QUANTIZED.values(), ids=QUANTIZED)
+@pytest.mark.parametrize(
+    "kind, name, layer",
+    [
+        (Flux, "flux1-dev", "double_blocks.{}.img_attn.qkv"),
+        (Flux, "flux1-dev-diffusers", "transformer_blocks.{}.attn.to_q"),
+        (T5, "t5xxl", "encoder.block.{}.layer.0.SelfAttention.q"),
+    ],
+    ids=["dev", "dev in diffusers", "T5"],
+)
+def test_quantized_files_are_named_in_one_line(kind, name, layer, entries, how):
+    header = published(name)
+    for block in range(19):
+        header.pop(f"{layer.format(block)}.weight")
+        header |= {f"{layer.format(block)}.{end}": entry for end, entry in entries.items()}
+    with pytest.raises(
+        ValueError, match=f"it is quantized.*{how}.*; take the same weights in bf16, fp16"
+    ) as error:
+        fitted(kind, header)
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_of_what_is_wrong_has_twenty_lines():
+    with pytest.raises(ValueError, match="... and 760 more$") as error:
+        fitted(Flux, in_dtype(published("flux1-dev"), "I32"))
+    assert str(error.value).count("\n") == 21
+
+
+@torch.no_grad()
+def test_whole_clip_and_t5_models_of_transformers(tmp_path):
+    """With CLIP's half for pictures and T5's decoder, which FLUX does not use."""
+    text = {"vocab_size": 60, "max_position_embeddings": 20, "hidden_size": 48, "num_attention_heads": 3}
+    text |= {"intermediate_size": 80, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 2}
+    vision = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 1}
+    vision |= {"image_size": 8, "patch_size": 4}
+    clip = randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)))
+    config = {"vocab_size": 60, "d_model": 48, "d_kv": 8, "num_heads": 4, "d_ff": 80, "num_layers": 2}
+    t5 = randomize(T5ForConditionalGeneration(T5Config(**config, feed_forward_proj="gated-gelu")))
+    tokens = torch.randint(1, 60, (2, 20), generator=torch.Generator().manual_seed(1))
+    clip.save_pretrained(tmp_path / "clip")
+    t5.save_pretrained(tmp_path / "t5")
+    stored = [load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("clip", "t5")]
+    assert {"vision_model.post_layernorm.bias", "visual_projection.weight", "logit_scale"} <= stored[0].keys()
+    assert "decoder.final_layer_norm.weight" in stored[1]
+    stored[1]["lm_head.weight"] = torch.zeros(60, 48)  # which older versions of transformers wrote, too
+    ours = flux.load_clip(tmp_path / "clip", dtype=torch.float32)(tokens)
+    assert difference(ours, clip.text_model(tokens).pooler_output) < 1e-5
+    ours = flux.load_t5(tmp_path / "t5", dtype=torch.float32)(tokens)
+    assert difference(ours, t5.encoder(tokens).last_hidden_state) < 1e-4
+    for name, state, load in zip(("clip", "t5"), stored, (flux.load_clip, flux.load_t5)):
+        save_file(state, tmp_path / name / "model.safetensors")
+        load(tmp_path / name)
+        save_file(state | {"extra.weight": torch.zeros(2)}, tmp_path / name / "model.safetensors")
+        with pytest.raises(ValueError, match="unexpected extra.weight"):
+            load(tmp_path / name)
+
+
+def test_an_autoencoder_with_the_prefix_of_a_whole_checkpoint():
+    header = {f"first_stage_model.{name}": entry for name, entry in published("ae").items()}
+    _, sources = fitted(AutoEncoder, header | {"model.diffusion_model.img_in.bias": ((2,), "F32")})
+    assert sources.keys() == published("ae").keys()
+    with pytest.raises(
+        ValueError, match="this is another model's autoencoder: it has first_stage_model.quant"
+    ):
+        fitted(AutoEncoder, header | {"first_stage_model.quant_conv.weight": ((8, 8, 1, 1), "F32")})
+
+
+@pytest.mark.parametrize(
+    "kind, name, told",
+    [
+        (T5, "clip_l", "CLIP's text encoder"),
+        (CLIPText, "t5xxl", "T5"),
+        (AutoEncoder, "flux1-dev-diffusers", "a transformer"),
+        (Flux, "ae-diffusers", "an autoencoder"),
+    ],
+)
+def test_a_part_taken_for_another_is_told(kind, name, told):
+    with pytest.raises(ValueError, match=f"is not a {kind.__name__} checkpoint: this is {told}; it begins"):
+        fitted(kind, published(name))

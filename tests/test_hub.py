@@ -21,10 +21,13 @@ ASK = """
 import json, sys
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 4096  # or small files would be resumed from their beginning
+from pathlib import Path
 from flux.finding import find_files
+from lora.finding import find_lora
 for model in sys.argv[1:]:
     try:
-        result = {"folder": str(find_files(model).folder)}
+        lora = model.partition("lora=")[2]
+        result = {"file": str(find_lora(Path(lora)))} if lora else {"folder": str(find_files(model).folder)}
     except (OSError, ValueError) as error:
         result = {"error": str(error)}
     print("RESULT", json.dumps(result))
@@ -180,3 +183,19 @@ def test_a_file_with_the_wrong_hash_is_refused_and_not_kept(hub, home, answers):
     assert not list((home / "hub" / "models--test--wrong").rglob("flux1*"))
     blobs = (home / "hub" / "models--test--wrong").glob("blobs/*")
     assert all(hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name for blob in blobs)
+
+
+def test_a_lora_on_the_hub(hub, home):
+    """One file of a repository that has several; by the page's address, too; then without a network."""
+    names = [
+        "test/lora/ae.safetensors",
+        "https://huggingface.co/test/lora/blob/main/ae.safetensors",
+        "test/lora",
+    ]
+    (first, again, several), _ = ask(hub, home, *(f"lora={name}" for name in names))
+    assert Path(first["file"]).read_bytes() == hub.files["ae.safetensors"] and again == first
+    assert "test/lora holds several LoRAs, ae.safetensors, flux1-random.safetensors" in several["error"]
+    assert several["error"].endswith("name one, as test/lora/ae.safetensors")
+    (alone, none), _ = ask(hub, home, "lora=test/lora", "lora=test/none", HF_HUB_OFFLINE="1")
+    assert alone == first  # the only one in the cache
+    assert none["error"].startswith("test/none: not on this disk, nor to be had from the hub (")

@@ -215,7 +215,7 @@ def score_synthetic(images: str, *argv: str) -> dict:
         "tiny",
     ]
     metrics.main(["report", "--images", images, *options, "--device", "cpu", *argv])
-    return json.loads(Path("out/scores.json").read_text())
+    return json.loads(Path(f"out/{images}_scores.json").read_text())
 
 
 def test_synthetic_people_are_scored_by_the_small_evaluators(synthetic, capsys):
@@ -227,7 +227,11 @@ def test_synthetic_people_are_scored_by_the_small_evaluators(synthetic, capsys):
     assert abs(wrong["overall"]["r-facesim"]["mean"]) < 0.3 and wrong["overall"]["clip-t"]["mean"] < 0.7
     assert 0 < mean["clip-i"] < 0.9
     note = "scored by tiny/weights/judges: CLIP-T is the mean probability"
-    assert note in said and note in Path("out/scores.md").read_text() and note in right["evaluators"]["note"]
+    assert (
+        note in said
+        and note in Path("out/right_scores.md").read_text()
+        and note in right["evaluators"]["note"]
+    )
     folder = SHIPPED["tiny"] / "judges"
     files = {name: fingerprint(folder / f"{name}.safetensors") for name in ("identity", "prompt")}
     assert right["evaluators"]["weights"] == files and right["evaluators"]["name"] == str(folder)
@@ -319,11 +323,11 @@ def run(pictures, clip, monkeypatch):
 @pytest.mark.filterwarnings("ignore:CLIP sees")
 def test_report_writes_every_number(run, clip, pictures, capsys):
     run("report", "--prompts", "prompts.txt", "--base", "base")
-    scores = json.loads(Path("out/scores.json").read_text())
-    rows = list(csv.DictReader(Path("out/scores.csv").read_text().splitlines()))
+    scores = json.loads(Path("out/images_scores.json").read_text())
+    rows = list(csv.DictReader(Path("out/images_scores.csv").read_text().splitlines()))
     assert len(scores["pictures"]) == len(rows) == 8
     assert scores["classes"].keys() == {"man", "woman"} and scores["people"].keys() == {"man_1", "woman_1"}
-    assert Path("out/scores.md").read_text() in capsys.readouterr().out
+    assert Path("out/images_scores.md").read_text() in capsys.readouterr().out
     row = scores["pictures"][-1]
     assert row["text"] == "a photo of her face" and row["base"] == "base/01/4.png"
     assert scores["evaluators"]["weights"] == {"CLIP": fingerprint(clip / "model.safetensors")}
@@ -335,7 +339,7 @@ def test_report_writes_every_number(run, clip, pictures, capsys):
     )
     mean = sum(float(row["clip-t"]) for row in rows) / 8
     assert scores["overall"]["clip-t"]["mean"] == pytest.approx(mean)
-    assert f"{100 * mean:.2f} ± " in Path("out/scores.md").read_text()
+    assert f"{100 * mean:.2f} ± " in Path("out/images_scores.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:CLIP sees")
@@ -345,7 +349,7 @@ def test_missing_seeds_stop_the_scoring_or_are_named(run, capsys):
         run("clip-t", "--prompts", "prompts.txt")
     run("clip-t", "--prompts", "prompts.txt", "--incomplete")
     assert "missing: 1 (man_1/01/4)" in capsys.readouterr().out
-    assert json.loads(Path("out/clip-t.json").read_text())["remarks"]["missing"] == ["man_1/01/4"]
+    assert json.loads(Path("out/images_clip-t.json").read_text())["remarks"]["missing"] == ["man_1/01/4"]
     shutil.rmtree("images/man_1/01")
     with pytest.raises(ValueError, match=r"lacks 2 \(man_1/01/3, man_1/01/4\)"):
         run("clip-t", "--prompts", "prompts.txt")
@@ -385,7 +389,7 @@ def test_wrong_input_is_told(run, spoil, message):
     spoil()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run("report", "--prompts", "prompts.txt", "--base", "base")
-    assert not Path("out/scores.json").exists()
+    assert not Path("out/images_scores.json").exists()
 
 
 def test_wrong_photos_are_told(run):

@@ -111,7 +111,7 @@ def test_writes_beside_nothing_but_here(run, photo):
     assert Image.open("ref_samples.png").size[0] > 3 * 256
 
     (elsewhere / "ref.png").rename(photo)
-    run(photo, *FACE, "--samples", 1)
+    run(photo, *FACE, "--samples", 1, "--force")
     assert photo.read_bytes() == before
 
     tensors, metadata = read_tensors(Path("ref.safetensors"))
@@ -167,9 +167,35 @@ def test_same_seed_same_file(run, photo):
     for name, more in {"a": [], "b": [], "c": ["--seed", 1], "d": ["--no-augment"]}.items():
         run(photo, *FACE, "--out", f"{name}.safetensors", *more)
         files[name] = load_file(f"{name}.safetensors")
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
     assert all(torch.equal(tensor, files["b"][name]) for name, tensor in files["a"].items())
     for other in "cd":
         assert any(not torch.equal(tensor, files[other][name]) for name, tensor in files["a"].items())
+
+
+def test_nothing_is_replaced_without_force(run, photo, nothing_expensive):
+    for name, more in (("ref.safetensors", []), ("ref_samples.png", ["--samples", 1])):
+        Path(name).write_text("another's")
+        with pytest.raises(FileExistsError, match=f"{name} is there already; --out .*--force replaces it"):
+            run(photo, *FACE, *more)
+        assert Path(name).read_text() == "another's"
+        Path(name).unlink()
+    with pytest.raises(AssertionError, match="an encoder was loaded"):  # so far it goes without them
+        run(photo, *FACE)
+
+
+def test_names_carry_what_differs():
+    """The README's people have photos called 000.png each."""
+    name = lambda *photos: personalize.parse_arguments([*photos]).out.name
+    assert name("people/anna/001.png") == "anna_001.safetensors" != name("people/Ольга/001.png")
+    assert name("people/anna/001.png", "people/anna/002.png") == "anna_001.safetensors"
+    assert name("a/ref.jpg") == "ref.safetensors" and name("写真.jpg") == "写真.safetensors"
+
+
+def test_show_crops_says_that_it_replaces_a_sheet(photo, capsys):
+    for expected in ("crops\n", "crops, replacing an earlier sheet\n"):
+        personalize.main(["ref.png", *FACE, "--show-crops", "--model", "nowhere"])
+        assert capsys.readouterr().out.endswith(expected)
 
 
 def test_both_formats_hold_the_same(run, photo):
@@ -234,7 +260,7 @@ def test_what_is_encoded(run, photo, monkeypatch):
     assert texts == ["a photo of a woman", "a photo of a woman at the beach"]
 
     texts.clear()
-    run(photo, "--no-augment", "--caption", "a sketch of a man at night")
+    run(photo, "--no-augment", "--caption", "a sketch of a man at night", "--force")
     assert crops[1] == [(photo, (0, 0, 64, 64))]
     (whole,) = encoded[1]
     assert whole.shape == (64, 64) and whole.mirrored is whole.posterior
@@ -517,7 +543,7 @@ def test_spread_draws_pair_the_noise_and_spread_the_times(run, photo, monkeypatc
     quantiles = torch.special.ndtr(times.logit())
     torch.testing.assert_close(quantiles.diff() % 1, torch.full((4,), 0.618034), atol=1e-4, rtol=0)
     seen.clear()
-    run(photo, *FACE, "--no-augment", "--steps", 2)
+    run(photo, *FACE, "--no-augment", "--steps", 2, "--force")
     assert not torch.equal(seen[1][1], -seen[0][1])
 
 

@@ -67,7 +67,7 @@ def test_settings_are_in_the_file(run, model, tmp_path):
         "Steps: 2, Sampler: Euler, CFG scale: 2, Distilled CFG Scale: 3.5, Seed: 7, Size: 32x32, "
         f'Model: flux1-random, Lora hashes: "someone: {digest}"',
     ]
-    assert name == "00_a-photo-ein-bild_7.png"
+    assert name == "00_a-photo-ein-bild-写真_someone_7.png"
     assert "lora" not in run("--prompt", text, out="base").popitem()[1].text
 
 
@@ -130,7 +130,63 @@ def test_same_seed_same_picture(run, tmp_path):
     first, second, third = three.values()
     assert same(second, alone)
     assert not same(first, second) and not same(second, third)
-    assert (tmp_path / "out" / "grid.png").exists() and not (tmp_path / "alone" / "grid.png").exists()
+    assert (tmp_path / "out" / "grid_00.png").exists() and not [*(tmp_path / "alone").glob("grid*")]
+
+
+def test_no_picture_is_replaced(run, model, tmp_path):
+    """The same prompt and seed, with and without a LoRA, at two strengths, and in two alphabets."""
+    lora = write_lora(model, tmp_path / "someone.safetensors")
+    run("--prompt", PROMPT, "写真", "صورة", "हिन्दी", "--steps", 1)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    run("--prompt", PROMPT, "--lora", lora, "--steps", 1)
+    names = [*run("--prompt", PROMPT, "--lora", lora, "--strength", 0.5, "--n", 2, "--steps", 1)]
+    end, at_half = "a-photo-of-a-woman-at-the-beach", "05_a-photo-of-a-woman-at-the-beach_someone"
+    assert names == [f"00_{end}_0.png", "01_写真_0.png", "02_صورة_0.png", "03_हिन्दी_0.png",
+                     f"04_{end}_someone_0.png", f"{at_half}_0.png", f"{at_half}_1.png"]  # fmt: skip
+    assert (tmp_path / "out" / "grid_00.png").exists() and (tmp_path / "out" / "grid_05.png").exists()
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_tags_in_prompts(run, model, tmp_path):
+    """A prompt that is copied out of one of our own pictures does what it did; tags alone are no options."""
+    loras = [
+        write_lora(model, tmp_path / f"{name}.safetensors", k) for k, name in enumerate(('a, "b": c', "d"))
+    ]
+    flags = ["--lora", *loras, "--strength", 0.5, 1]
+    ((_, picture),) = run("--prompt", PROMPT, *flags).items()
+    copied = picture.text["parameters"].splitlines()[0]
+    assert copied.count("<lora:") == 2
+    ((_, again),) = run("--prompt", copied, *flags, out="again").items()
+    assert same(picture, again) and again.text == picture.text
+    for words in (
+        ["--prompt", copied],
+        ["--prompt", copied, "--lora", *loras],
+        ["--prompt", "x <lora:e> y", *flags],
+    ):
+        with pytest.raises(ValueError, match="has tags, which only options can follow: --lora .* --strength"):
+            run(*words)
+    assert sample.read_tags("a <lora:x:0.8> b<lyco:y> <c>") == ("a b <c>", [("x", 0.8), ("y", 1)])
+    assert sample.read_tags("a <lora:Flux\\\\x.y.safetensors:-.5>")[1] == [("x.y", -0.5)]
+
+
+def test_a_lora_is_found(run, model, tmp_path, monkeypatch):
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    path = write_lora(model, folder / "someone.safetensors")
+    pictures = [run("--prompt", PROMPT, "--lora", lora, "--steps", 1, out=f"{k}").popitem()[1]
+                for k, lora in enumerate((path, folder, folder / "someone"))]  # fmt: skip
+    assert same(pictures[0], pictures[1]) and same(pictures[0], pictures[2])
+    (folder / ".half.safetensors").write_bytes(b"")
+    for name in ("some", "some.safetensors"):
+        with pytest.raises(
+            FileNotFoundError, match=f"{name}: no such file; in .*loras are someone.safetensors"
+        ):
+            run("--prompt", PROMPT, "--lora", folder / name)
+    path.with_name("other.safetensors").write_bytes(path.read_bytes())
+    with pytest.raises(
+        ValueError, match="loras holds several LoRAs, other.safetensors, someone.safetensors: name one"
+    ):
+        run("--prompt", PROMPT, "--lora", folder)
 
 
 def test_several_prompts_make_rows(run, tmp_path):
@@ -138,7 +194,7 @@ def test_several_prompts_make_rows(run, tmp_path):
     assert len(pictures) == 6  # also where prompts are equal
     first, _, other, _, again, _ = pictures.values()
     assert same(first, again) and not same(first, other)
-    width, height = Image.open(tmp_path / "out" / "grid.png").size
+    width, height = Image.open(tmp_path / "out" / "grid_00.png").size
     assert width > 2 * 192 and height > 3 * 192
 
 

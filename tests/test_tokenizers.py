@@ -130,6 +130,14 @@ def test_damaged_files_are_named(folder, file, content):
         load_tokenizers(folder)
 
 
+@pytest.mark.parametrize("config", ["{}", '{"model_max_length": 1000000000000000019884624838656}'])
+def test_a_config_without_a_length_means_flux1s(folder, config):
+    for name in ("tokenizer", "tokenizer_2"):
+        (folder / name / "tokenizer_config.json").write_text(config)
+    tokenizers = load_tokenizers(folder)
+    assert (tokenizers.clip.length, tokenizers.t5.length) == (77, 512)
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "spiece.model"])
 def test_a_damaged_t5_tokenizer_is_named(folder, file):
     for name in ("tokenizer.json", "spiece.model"):

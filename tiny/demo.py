@@ -75,7 +75,7 @@ def main() -> None:
     person = scan_people(out / "new")[0]
     photo, lora, word = person.photos[0], out / f"{person.name}.safetensors", person.name.split("_")[0]
     training = ["--lr", args.lr, "--steps"]
-    options = ["--caption", photo.caption, "--no-augment", "--samples", 0, "--out", lora]
+    options = ["--caption", photo.caption, "--no-augment", "--samples", 0, "--out", lora, "--force"]
     run("personalize.py", photo.path, *model, *options, *training, max(args.steps))
     prompts = [f"a photo of a {word} at the beach", f"a painting of a {word} in the forest"]
     run("sample.py", *model, "--lora", lora, "--steps", 12, "--prompt", *prompts, "--out", out / "samples")

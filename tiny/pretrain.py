@@ -47,7 +47,7 @@ from flux.sampling import (
 from flux.t5 import T5, T5Sizes
 from people.crops import ASPECT_RATIOS, fit_shape, to_tensor
 from people.photos import PHOTO_SUFFIXES, Size, read_photo
-from run.files import atomic
+from run.files import atomic, sort_header
 from tiny.people import SCENES, SHIRTS, STYLES, training_pictures
 
 AE = AutoEncoderSizes(ch=64, ch_mult=(1, 1, 1), encoder_blocks=0, decoder_blocks=1, z_channels=8)
@@ -368,6 +368,7 @@ def export(module: nn.Module, path: Path, **metadata: str) -> None:
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        sort_header(temporary)
 
 
 def write_json(values: dict, path: Path) -> None:
