@@ -33,11 +33,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 from flux import Flux, load_flux
 from flux.memory import arrange, blocks_of
 from flux.model import FluxSizes
-from flux.sampling import denoise, flow_loss
+from flux.sampling import denoise
 from lora.names import part_sizes
 from lora.writing import name_tensors
-from metalora import SlotAdamW, clip_slots, inject, linear_names, use_slots
+from metalora import inject, linear_names
+from people.dataset import Batch
+from personalize import updates
 from run.costs import FLUX_DEV, GIB
+from run.settings import Training
+from train_meta import MetaLearner, update
 
 ROOT = Path(__file__).parents[1]
 ROWS = ("open", "forward", "stage2", "stage1", "merge")
@@ -106,31 +110,23 @@ def forward(args: argparse.Namespace, model: Flux) -> Tensor:
 def train(args: argparse.Namespace, model: Flux) -> Tensor:
     """Do steps of stage 1 or 2 as the scripts do them; return the last loss."""
     stage1 = args.row == "stage1"
-    batch, identities = (args.batch, args.identities) if stage1 else (1, 1)
+    b, identities = (args.batch, args.identities) if stage1 else (1, 1)
     inject(model, r1=128, r2=1, slots=identities)
     arrange(model, "cpu", checkpoint="all", stream=len(blocks_of(model)))
-    meta_down, personal = list(model.factors.meta_down), model.factors.personal
-    slots = torch.arange(batch) % identities
-    use_slots(model, slots)
-    if stage1:
-        slot_optimizer, optimizer = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
-    else:
-        slot_optimizer, optimizer = None, torch.optim.AdamW([personal], 1e-4)
-        for p in meta_down:
-            p.requires_grad_(False)
+    batches = []
     for _ in range(args.steps):
-        latents, txt, pooled = inputs(args, batch, model)
-        noise, t = torch.randn_like(latents), torch.rand(batch)
-        loss = flow_loss(model, latents, noise, t, txt, pooled, guidance=1.0)
-        loss.backward()
-        clip_slots(personal, 1.0)
-        if slot_optimizer:
-            slot_optimizer.step(slots)
-            torch.nn.utils.clip_grad_norm_(meta_down, 1.0)
-        optimizer.step()
-        for p in (*meta_down, *personal):
-            p.grad = None
-    return loss.detach()
+        latents, txt, pooled = inputs(args, b, model)
+        batch = {"latents": latents, "noise": torch.randn_like(latents), "t": torch.rand(b)}
+        batches.append(batch | {"txt": txt, "pooled": pooled})
+    if stage1:
+        learner, slots = MetaLearner(model, Training()), torch.arange(b) % identities
+        for batch in batches:
+            loss = update(model, learner, Batch(batch, slots, []), False, Training())["loss"]
+        return loss
+    for meta_down in model.factors.meta_down:
+        meta_down.data = meta_down.data.half()  # as `metalora.assign_meta` leaves it
+        meta_down.requires_grad_(False)
+    return [*updates(model, model.factors.personal, batches, Training())][-1].detach()
 
 
 def run_row(args: argparse.Namespace) -> None:

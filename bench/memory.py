@@ -27,10 +27,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.model import Flux, FluxSizes
-from flux.sampling import euler_step, flow_loss, pack, position_ids, unpack
+from flux.sampling import euler_step, pack, position_ids, unpack
 from flux.streaming import FrozenLinear
-from metalora import SlotAdamW, clip_slots, inject, use_slots
+from metalora import inject
+from people.dataset import Batch
+from personalize import updates
 from run.costs import FLUX_DEV, GIB, Plan, Workload, estimate
+from run.settings import Training
+from train_meta import MetaLearner, update
 
 STAGE1 = Workload("stage1", batch=4, identities=50)
 STAGE2 = Workload("stage2")
@@ -114,6 +118,9 @@ def simulate(work: Workload, plan: Plan) -> int:
         model.requires_grad_(False)
         if work.kind != "sample":
             inject(model, work.r1, work.r2, work.identities, reset=False)
+        for meta_down in model.factors.meta_down if work.kind == "stage2" else ():
+            meta_down.data = meta_down.data.half()  # as `metalora.assign_meta` leaves it
+            meta_down.requires_grad_(False)
         autoencoder = pretend(AutoEncoder, AutoEncoderSizes()) if work.kind == "sample" else None
         with patch.object(model, "to", lambda device: model):  # fake parameters cannot be moved
             plan.apply(model, "cpu")
@@ -166,28 +173,17 @@ def sample(model: Flux, autoencoder: AutoEncoder, work: Workload, plan: Plan) ->
 
 
 def train(model: Flux, work: Workload, tracker: Tracker) -> None:
-    """Do two training steps as the scripts do them; the tracker's peak is then that of the second."""
+    """Do two steps of training; the tracker's peak is then that of the second."""
     latents, t, txt, pooled = inputs(work)
-    noise = torch.empty_like(latents)
-    meta_down, personal = list(model.factors.meta_down), model.factors.personal
-    slots = torch.zeros(work.batch if work.kind == "stage1" else 1, dtype=torch.long)
-    use_slots(model, slots)
+    batch = {"latents": latents, "noise": torch.empty_like(latents), "t": t, "txt": txt, "pooled": pooled}
     if work.kind == "stage1":
-        slot_optimizer, optimizer = SlotAdamW(personal, 1e-4), torch.optim.AdamW(meta_down, 1e-4)
+        learner, slots = MetaLearner(model, Training()), torch.zeros(work.batch, dtype=torch.long)
+        steps = (update(model, learner, Batch(batch, slots, []), False, Training()) for _ in range(2))
     else:
-        slot_optimizer, optimizer = None, torch.optim.AdamW([personal], 1e-4)
-        for p in meta_down:
-            p.requires_grad_(False)
-    for _ in range(2):
-        tracker.peak = tracker.now
-        flow_loss(model, latents, noise, t, txt, pooled, guidance=1.0).backward()
-        clip_slots(personal, 1.0)
-        if slot_optimizer:
-            slot_optimizer.step(slots)
-            torch.nn.utils.clip_grad_norm_(meta_down, 1.0)
-        optimizer.step()
-        for p in (*meta_down, personal):
-            p.grad = None
+        steps = updates(model, model.factors.personal, [batch, batch], Training())
+    for _ in steps:
+        second, tracker.peak = tracker.peak, tracker.now
+    tracker.peak = second
 
 
 def random_setting(draw: random.Random) -> tuple[Workload, Plan]:
