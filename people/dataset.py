@@ -23,7 +23,7 @@ from people.photos import Size, read_photo
 from run.ranks import Ranks
 from run.settings import Training
 
-VERSION = 1  # raise it whenever `to_tensor` changes, so that all photos are encoded anew
+VERSION = 2  # raise it whenever `read_photo` or `to_tensor` changes, so that all photos are encoded anew
 
 
 @dataclass(frozen=True)

@@ -49,5 +49,5 @@ def test_captions_must_be_text(tmp_path):
     with pytest.raises(ValueError, match="1.txt is empty"):
         scan_people(tmp_path)
     (tmp_path / "abe" / "1.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="1.txt is not UTF-8"):
+    with pytest.raises(ValueError, match="1.txt, line 1: byte 0x00 is not UTF-16"):
         scan_people(tmp_path)

@@ -93,7 +93,7 @@ def test_large_photos_are_read_and_absurd_ones_refused(tmp_path, monkeypatch):
         Image.open(path)
     assert read_photo(path).size == (2000, 1500)
     monkeypatch.setattr(photos, "MAX_PIXELS", 2_000_000)
-    with pytest.raises(UserError, match="2000 x 1500 pixels, more than 2 megapixels"):
+    with pytest.raises(UserError, match="more than 2 megapixels"):
         read_photo(path)
     assert Image.MAX_IMAGE_PIXELS == 1_000_000
 
@@ -186,7 +186,7 @@ def test_damaged_files_raise_nothing_but_our_error(tmp_path, monkeypatch):
         except UserError as error:
             seen.add(type(error.__cause__.__cause__))
     assert 200 < read < 1800
-    assert {UnidentifiedImageError, OSError, SyntaxError, ValueError} <= seen
+    assert {UnidentifiedImageError, OSError, ValueError} <= seen
 
 
 @pytest.mark.parametrize("error", [MemoryError, AttributeError, NameError])
