@@ -40,7 +40,8 @@ from metalora import (
 from people.buckets import deal_batches
 from people.crops import crop_boxes, fit_shape, to_tensor
 from people.encoding import encode_picture, encode_prompt, make_batch
-from people.faces import find_face
+from people.faces import clip_face, find_face
+from people.folders import expand_folders
 from people.photos import Box, Size, read_photo
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
@@ -148,7 +149,7 @@ def list_crops(
     network = None if face else load_detector(detector)
     crops = []
     for path, photo in photos.items():
-        box = face or find_face(path, photo, network)
+        box = clip_face(path, photo, face) if face else find_face(path, photo, network)
         crops += [(path, crop) for crop in crop_boxes(photo.size[::-1], box)]
     return crops
 
@@ -346,7 +347,11 @@ def beside(path: Path, ending: str) -> Path:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument(
-        "photos", type=Path, nargs="+", metavar="photo", help="one photo of the person, or several"
+        "photos",
+        type=Path,
+        nargs="+",
+        metavar="photo",
+        help="one photo of the person, or several, or a folder of them",
     )
     parser.add_argument("--out", type=Path, help="LoRA file to write; default: <photo>.safetensors here")
     parser.add_argument(
@@ -390,7 +395,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--format", choices=FORMATS, default="diffusers", help="names in the file")
     add_memory_arguments(parser)
     args = parser.parse_args(argv)
-    args.out = args.out or Path(f"{args.photos[0].stem}.safetensors")
+    first = args.photos[0]
+    stem = first.resolve().name if first.is_dir() else first.stem
+    args.out = args.out or Path(f"{stem}.safetensors")
+    args.photos = expand_folders(args.photos)
     args.steps = STEPS[args.method] if args.steps is None else args.steps
     args.rank = args.rank if args.rank is not None else 1 if len(args.photos) == 1 else 4
     args.caption = args.caption or f"a photo of a {args.class_word}"

@@ -133,7 +133,7 @@ def list_folders(folder: Path, option: str = "--data") -> list[Path]:
 
 
 def _folders_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def photos_in(folder: Path) -> list[Path]:
@@ -141,15 +141,26 @@ def photos_in(folder: Path) -> list[Path]:
     return [path for path in list_contents(folder, folder, below=False).photos if is_photo(path)]
 
 
+def expand_folders(paths: Sequence[Path]) -> list[Path]:
+    """Replace folders by the photos in them, each once; UserError when one holds none."""
+    photos = []
+    for path in paths:
+        found = photos_in(path) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path} is a folder without photos; give a photo, or a folder of one person's")
+        photos += found
+    return list(dict.fromkeys(photos))
+
+
 def name_people(folders: Sequence[Path]) -> dict[Path, str]:
-    """Return the name of each person: that of the folder, composed (NFC), and of 20_anna woman only anna.
+    """Return the name of each person: that of the folder, composed, and of 20_anna woman only anna.
 
     Where that would give two people one name, they keep those of their folders.
     """
     names = {}
     for path in folders:
         match = KOHYA.fullmatch(path.name)
-        names[path] = unicodedata.normalize("NFC", match[2] if match else path.name)
+        names[path] = composed(match[2] if match else path.name)
     counts = Counter(names.values())
     return {path: name if counts[name] == 1 else path.name for path, name in names.items()}
 
@@ -177,11 +188,11 @@ def list_contents(
     for name, folders, files in os.walk(folder, onerror=fail):
         place = Path(name)
         for name in sorted(files) + sorted(folders):
-            if _is_hidden(name) and not is_litter(name):
+            if is_hidden(name) and not is_litter(name):
                 contents.leave_out(place / name, "hidden files and folders")
-        for path in sorted(place / name for name in files if not _is_hidden(name)):
+        for path in sorted(place / name for name in files if not is_hidden(name)):
             _sort_file(path, contents)
-        below_it = sorted(name for name in folders if not _is_hidden(name))
+        below_it = sorted(name for name in folders if not is_hidden(name))
         folders[:] = [name for name in below_it if below and not (place / name).is_symlink()]
         for name in below_it if below else ():
             if name not in folders:
@@ -219,12 +230,18 @@ def relative(error: Exception, root: Path) -> str:
     return printable(error).replace(printable(root / "_")[:-1], "")
 
 
+def composed(name: str) -> str:
+    """Return a name in composed form (NFC); macOS and some programs decompose it, into letters and accents."""
+    return unicodedata.normalize("NFC", name)
+
+
 def is_litter(name: str) -> bool:
     """Say whether a file or folder is one that systems make, of which nothing is said."""
     return name.lower() in LITTER or name.startswith("._")
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Say whether a file or folder is litter, or begins with a dot."""
     return name.startswith(".") or is_litter(name)
 
 
@@ -242,7 +259,7 @@ def caption_files(photo: Path, contents: Contents) -> list[Path]:
 def _key(path: Path) -> Path:
     """Return what is the same for two spellings of a name: composed or not (NFC, NFD), .TXT or .txt."""
     name = Path(path.stem)
-    return path.parent / unicodedata.normalize("NFC", name.stem + (name.suffix + path.suffix).lower())
+    return path.parent / composed(name.stem + (name.suffix + path.suffix).lower())
 
 
 def read_caption(photo: Path, contents: Contents) -> tuple[str | None, str | None]:

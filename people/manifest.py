@@ -6,7 +6,6 @@ little memory. The next scan starts from it and opens only the photos that have 
 
 import hashlib
 import json
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -159,9 +158,7 @@ def scan_photos(
         temporary.open("wb") as lines,
         ThreadPoolExecutor(THREADS) as pool,
         own_limit(),
-        warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # Pillow's, which do not name the photo; the report does
         for path in tqdm(folders, "people", disable=len(folders) < 50):
             contents = list_contents(path, folder, beside.listed)
             report.add_unused(contents)

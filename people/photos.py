@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -69,6 +68,8 @@ DAMAGED = (
     IndexError,  # a GIF with a short palette
     struct.error,  # a tag of another type
     EOFError,  # a missing frame
+    RuntimeError,  # from AVIF's decoder
+    ZeroDivisionError,  # an AVIF animation without a clock
     Image.DecompressionBombError,  # above MAX_PIXELS, see `opened`
 )
 
@@ -114,8 +115,7 @@ def read_photo(path: Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"{printable(path)}: no such photo")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of metadata; they do not name the photo
+        with own_limit():
             decoded = decode_photo(path)
             picture = decoded.picture()
     except UserError as error:
@@ -138,11 +138,11 @@ def decode_photo(path: Path) -> Decoded:
         except DAMAGED:
             if not _is_png(path):
                 raise
-            return _decode_png_alone(path.read_bytes())
+            return _decode_png_alone(path)
     except Image.DecompressionBombError as error:
         raise UserError(f"more than {MAX_PIXELS // 10**6} megapixels") from error
     except DAMAGED as error:
-        if str(error).startswith("out of memory"):  # of a decoder; Pillow turns it into an OSError
+        if "out of memory" in str(error).lower():  # of a decoder; Pillow makes another error of it
             raise MemoryError(f"{printable(path)}: {error}") from error
         # Pillow's "cannot identify image file" repeats the path, which the caller names.
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else printable(error)
@@ -161,32 +161,44 @@ def photo_size(path: Path) -> Size:
 
 
 @contextmanager
-def opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
-    """Open a photo, whatever its name, and read its header; raises DAMAGED, and UserError for a thumbnail."""
-    # A TGA does not begin with anything by which it could be told from other files.
-    formats = ("TGA",) if isinstance(file, Path) and file.suffix.lower() == ".tga" else ()
-    with own_limit(), Image.open(file, formats=PHOTO_FORMATS + formats) as image:
-        tags = getattr(image, "tag_v2", {})
-        if DNG_VERSION in tags or tags.get(TIFF_KIND) == 1:
-            raise UserError("a camera's raw file, or a thumbnail: export it as JPEG")
-        yield image
+def opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """Open a photo, whatever its suffix, and read its header; content: other than that of the file.
+
+    Raises DAMAGED, and UserError for the thumbnail in a camera's raw file.
+    """
+    # Not by its path: then Pillow would map some TIFFs to memory, and confuse the sides of those that lie on
+    # one. Of JPEG 2000 it would read as much as a damaged length says, if it were not all in memory.
+    with path.open("rb") if content is None else io.BytesIO(content) as file, own_limit():
+        is_jpeg_2000 = file.read(8)[4:] == b"jP  "
+        file.seek(0)
+        source = io.BytesIO(file.read()) if is_jpeg_2000 else file
+        # A TGA cannot be told from other files by its content.
+        formats = (*PHOTO_FORMATS, "TGA") if path.suffix.lower() == ".tga" else PHOTO_FORMATS
+        with Image.open(source, formats=formats) as image:
+            tags = getattr(image, "tag_v2", {})
+            if DNG_VERSION in tags or tags.get(TIFF_KIND) == 1:
+                raise UserError("a camera's raw file, or a thumbnail: export it as JPEG")
+            yield image
 
 
 @contextmanager
 def own_limit() -> Iterator[None]:
-    """Replace Pillow's limit, 179 megapixels, by ours; phones make 200."""
-    limit, Image.MAX_IMAGE_PIXELS = (
-        Image.MAX_IMAGE_PIXELS,
-        MAX_PIXELS / 2,
-    )  # above, it warns; twice, it raises
+    """Replace Pillow's limit, 179 megapixels, by ours, and silence its warnings, which do not name the photo.
+
+    Several threads that read photos need it around all of them.
+    """
+    # Pillow warns above its limit, and raises above twice that.
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS / 2
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(file: Path | BinaryIO) -> Decoded:
-    with opened(file) as image:
+def _decode(path: Path, content: bytes | None = None) -> Decoded:
+    with opened(path, content) as image:
         if not image.tile and image.format != "WEBP":
             raise OSError("it holds no pixels")  # of which Pillow would make black ones
         profile, changes = _find_profile(image)
@@ -209,7 +221,7 @@ def _take_orientation(image: Image.Image) -> int:
         if isinstance(value, tuple | bytes):  # an odd type, or several
             value = value[0]
         return int(value)
-    except (*DAMAGED, ArithmeticError):  # ArithmeticError: a fraction of another number and 0
+    except (*DAMAGED, ArithmeticError):  # ArithmeticError: an infinite fraction
         return 0
 
 
@@ -286,18 +298,19 @@ def _is_png(path: Path) -> bool:
         return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def _decode_png_alone(content: bytes) -> Decoded:
+def _decode_png_alone(path: Path) -> Decoded:
     """Decode a PNG without what its pixels do not need; without its profile, too, if that is at fault."""
+    content = path.read_bytes()
     try:
-        return _decode(_keep_chunks(content, (*PIXEL_CHUNKS, b"eXIf", b"iCCP")))
+        return _decode(path, _keep_chunks(content, (*PIXEL_CHUNKS, b"eXIf", b"iCCP")))
     except DAMAGED:
-        decoded = _decode(_keep_chunks(content, (*PIXEL_CHUNKS, b"eXIf")))
+        decoded = _decode(path, _keep_chunks(content, (*PIXEL_CHUNKS, b"eXIf")))
         if b"iCCP" in content:
             decoded.changes[BAD_PROFILE] = "it is damaged, or very long"
         return decoded
 
 
-def _keep_chunks(content: bytes, kept: Sequence[bytes]) -> BinaryIO:
+def _keep_chunks(content: bytes, kept: Sequence[bytes]) -> bytes:
     """Return a PNG with these chunks alone; raises struct.error when a chunk is cut off."""
     parts, at = [content[:8]], 8
     while at < len(content):
@@ -306,7 +319,7 @@ def _keep_chunks(content: bytes, kept: Sequence[bytes]) -> BinaryIO:
         if kind in kept:
             parts.append(content[at:end])
         at = end
-    return io.BytesIO(b"".join(parts))
+    return b"".join(parts)
 
 
 # What a file that is no photo is
