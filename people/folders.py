@@ -231,7 +231,7 @@ def relative(error: Exception, root: Path) -> str:
 
 
 def composed(name: str) -> str:
-    """Return a name in composed form (NFC); macOS and some programs decompose it, into letters and accents."""
+    """Return a name in composed form (NFC). Some systems write it decomposed (NFD), letters and accents."""
     return unicodedata.normalize("NFC", name)
 
 
