@@ -41,7 +41,7 @@ from people.buckets import deal_batches
 from people.crops import crop_boxes, fit_shape, to_tensor
 from people.encoding import encode_picture, encode_prompt, make_batch
 from people.faces import clip_face, find_face
-from people.folders import expand_folders
+from people.folders import captions_beside, expand_folders
 from people.photos import Box, Size, read_photo
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
@@ -399,6 +399,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     stem = first.resolve().name if first.is_dir() else first.stem
     args.out = args.out or Path(f"{stem}.safetensors")
     args.photos = expand_folders(args.photos)
+    unused = [] if args.caption else captions_beside(args.photos)
+    if unused:
+        warnings.warn(f"captions such as {unused[0]} are not used: --caption gives one", stacklevel=2)
     args.steps = STEPS[args.method] if args.steps is None else args.steps
     args.rank = args.rank if args.rank is not None else 1 if len(args.photos) == 1 else 4
     args.caption = args.caption or f"a photo of a {args.class_word}"

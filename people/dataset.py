@@ -1,5 +1,6 @@
 """The people data set of stage 1: encoded once into a cache on disk, then loaded bucket by bucket."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -104,7 +105,9 @@ class LatentDataset:
                 for photo in person.photos:
                     key, _ = self.keys(photo)
                     if self._lacks(key, ranks):
-                        picture = to_tensor(read_photo(photo.path), self.shape(photo.size))
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")  # of colour profiles, which the scan reported
+                            picture = to_tensor(read_photo(photo.path), self.shape(photo.size))
                         self.cache.put(key, encode_picture(picture, autoencoder))
             del autoencoder
             release(self.device)

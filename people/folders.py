@@ -1,5 +1,7 @@
 """List the people, photos and captions in a folder."""
 
+import csv
+import io
 import json
 import os
 import re
@@ -12,13 +14,15 @@ from pathlib import Path
 
 from flux.errors import UserError
 from flux.texts import read_text
-from people.photos import NOT_READ, PHOTO_SUFFIXES, Size, is_photo
+from people.photos import PHOTO_SUFFIXES, Size, is_photo
+from people.signatures import NOT_READ
 from run.terminal import printable
 
 MAX_CAPTION = 2**16  # bytes
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # the first that is there counts
 CAPTION_KEYS = ("caption", "text", "prompt")  # in JSON
-METADATA = "metadata.jsonl"  # captions of a whole folder: {"file_name": "01.jpg", "text": "..."} in each line
+# Captions of a folder: lines as {"file_name": "01.jpg", "text": "..."}, or a table with such columns.
+METADATA = ("metadata.jsonl", "metadata.csv")
 OURS = "faces.json"  # see people/faces.py
 # What systems leave in folders of photos; nothing is said of it.
 LITTER = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "#recycle"}
@@ -54,7 +58,7 @@ class Contents:
     root: Path  # to which names in messages are relative
     photos: list[Path] = field(default_factory=list)  # and other files, which their content will tell apart
     texts: dict[Path, Path] = field(default_factory=dict)  # files that may be captions, by `_key`
-    listed: dict[Path, str] = field(default_factory=dict)  # captions in a METADATA, by `_key` of the photo
+    listed: dict[Path, str] = field(default_factory=dict)  # from METADATA, by `_key` of the photo
     # What is not used, by reason.
     unused: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -152,6 +156,12 @@ def expand_folders(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(photos))
 
 
+def captions_beside(photos: Sequence[Path]) -> list[Path]:
+    """Return the files beside photos that look like their captions, for a command that does not use them."""
+    names = [photo.with_suffix(suffix) for photo in photos for suffix in (".txt", ".caption")]
+    return [name for name in names if name.is_file()]
+
+
 def name_people(folders: Sequence[Path]) -> dict[Path, str]:
     """Return the name of each person: that of the folder, composed, and of 20_anna woman only anna.
 
@@ -166,7 +176,7 @@ def name_people(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def list_beside(folder: Path) -> Contents:
-    """List what lies beside the people's folders: of that, only captions in a METADATA are used."""
+    """List what lies beside the people's folders: of that, only captions in METADATA are used."""
     contents = list_contents(folder, folder, below=False)
     for path in [*contents.photos, *contents.texts.values()]:
         contents.leave_out(path, "files beside the people's folders")
@@ -210,7 +220,7 @@ def _sort_file(path: Path, contents: Contents) -> None:
     if path.name == OURS:
         return
     is_text = path.suffix.lower() in CAPTION_SUFFIXES and path.is_file()  # not a pipe: that would block
-    if path.name == METADATA and path.is_file():
+    if path.name in METADATA and path.is_file():
         try:
             contents.listed |= read_metadata(path)
         except UserError as error:
@@ -265,7 +275,8 @@ def _key(path: Path) -> Path:
 def read_caption(photo: Path, contents: Contents) -> tuple[str | None, str | None]:
     """Return a photo's caption on one line, and where it is from, as ".txt"; (None, None) without one.
 
-    Control characters become spaces. Raises UserError when the text is empty, very long, or no text.
+    Control characters become spaces. JSON without a caption is added to what is not used. Raises UserError
+    when the text is empty, very long, or no text.
     """
     for path in caption_files(photo, contents):
         text = read_text(path, MAX_CAPTION)
@@ -273,8 +284,9 @@ def read_caption(photo: Path, contents: Contents) -> tuple[str | None, str | Non
             text = _caption_in(_parse(text, path))
         if text is not None:
             return _one_line(text, path), path.suffix.lower()
+        contents.leave_out(path, "JSON files without a caption")
     text = contents.listed.get(_key(photo))
-    return (None, None) if text is None else (_one_line(text, METADATA), METADATA)
+    return (None, None) if text is None else (_one_line(text, "metadata"), "metadata")
 
 
 def _one_line(text: str, source: Path | str) -> str:
@@ -285,15 +297,19 @@ def _one_line(text: str, source: Path | str) -> str:
 
 
 def read_metadata(file: Path) -> dict[Path, str]:
-    """Read captions from lines as {"file_name": "01.jpg", "text": "a woman"}, by `_key` of the photo."""
-    captions = {}
-    for line in read_text(file).split("\n"):
-        entry = _parse(line, file) if line.strip() else None
+    """Read captions from one of METADATA, by `_key` of the photo."""
+    text, captions = read_text(file), {}
+    if file.suffix == ".csv":
+        entries = _read_table(text, file)
+    else:
+        entries = [_parse(line, file) for line in text.split("\n") if line.strip()]
+    for entry in entries:
+        name = entry.get("file_name") if isinstance(entry, dict) else None
         caption = _caption_in(entry)
-        if caption is not None and isinstance(entry, dict) and isinstance(entry.get("file_name"), str):
-            captions[_key(file.parent / entry["file_name"])] = caption
+        if isinstance(name, str) and caption is not None:
+            captions[_key(file.parent / name)] = caption
     if not captions:
-        raise UserError(f"{file} has no lines with file_name and {', '.join(CAPTION_KEYS)}")
+        raise UserError(f"{file} has no lines with file_name and one of {', '.join(CAPTION_KEYS)}")
     return captions
 
 
@@ -302,6 +318,13 @@ def _parse(text: str, file: Path) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error})") from error
+
+
+def _read_table(text: str, file: Path) -> list[dict]:
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UserError(f"{file} is no table of comma-separated values ({error})") from error
 
 
 def _caption_in(content: object) -> str | None:

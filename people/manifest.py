@@ -31,7 +31,8 @@ from people.folders import (
     read_caption,
     relative,
 )
-from people.photos import NOT_READ, PHOTO_SUFFIXES, READ, Size, decode_photo, own_limit
+from people.photos import PHOTO_SUFFIXES, READ, Size, decode_photo, own_limit
+from people.signatures import NOT_READ
 from run.files import atomic
 from run.terminal import printable
 
@@ -161,9 +162,9 @@ def scan_photos(
     ):
         for path in tqdm(folders, "people", disable=len(folders) < 50):
             contents = list_contents(path, folder, beside.listed)
-            report.add_unused(contents)
             files = _examine_all(path, contents.photos, known.files_of(path.name), pool)
             photos, sources = _choose(path, files, contents, usable, min_side, report)
+            report.add_unused(contents)
             if len(photos) < min_photos:
                 fewest = f"{len(photos)}, at least {min_photos} are needed"
                 report.add("left out", "people with too few photos", path.name, fewest)
@@ -272,10 +273,7 @@ def _choose(
     for name, entry in files.items():
         where = f"{folder.name}/{name}"
         if "refused" in entry:
-            suffix = Path(name).suffix.lower()
-            kinds = {**dict.fromkeys(PHOTO_SUFFIXES, "no photos that can be read")}
-            kinds |= dict.fromkeys(NOT_READ, EXPORT)
-            report.add("skipped", kinds.get(suffix, NO_PHOTO), where, entry["refused"])
+            report.add("skipped", _reason(Path(name).suffix.lower()), where, entry["refused"])
             continue
         if entry["digest"] in names:
             twin = names[entry["digest"]]
@@ -300,6 +298,13 @@ def _choose(
             captions[name], source = None, None
         sources += [source] if source else []
     return captions, sources
+
+
+def _reason(suffix: str) -> str:
+    """Return what a report says of a file that cannot be read."""
+    if suffix in PHOTO_SUFFIXES:
+        return "no photos that can be read"
+    return EXPORT if suffix in NOT_READ else NO_PHOTO
 
 
 def _note_folder(folder: Path, name: str, photos: dict, report: Report) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from flux.errors import UserError
 from people.colours import SOURCES, find_adobe_rgb, find_transform
+from people.signatures import NOT_READ, RAW, RAW_SUFFIXES, describe
 from run.terminal import printable
 
 Size = tuple[int, int]  # (height, width)
@@ -23,23 +24,6 @@ PHOTO_SUFFIXES += (".jp2", ".j2k", ".psd", ".tga", ".ppm", ".mpo")
 # What Pillow may take a file for, by its content. Not all that it knows: some would start other programs.
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "JPEG2000", "PSD", "PPM")
 READ = "JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, JPEG 2000, PSD, TGA and PPM"
-# Cameras' own formats. Of many Pillow would read a thumbnail, as they begin like TIFF.
-RAW_SUFFIXES = (
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".crw",
-    ".nef",
-    ".nrw",
-    ".arw",
-    ".sr2",
-    ".srf",
-    ".raf",
-    ".orf",
-    ".rw2",
-)
-RAW_SUFFIXES += (".pef", ".srw", ".x3f", ".3fr", ".iiq", ".raw")
-NOT_READ = (".heic", ".heif", ".hif", ".jxl", *RAW_SUFFIXES)  # photos, but not ours to read
 MAX_PIXELS = 200_000_000
 
 # How a photo is turned upright, by its EXIF orientation. ImageOps.exif_transpose would also write the EXIF
@@ -58,7 +42,7 @@ SIDEWAYS = (5, 6, 7, 8)
 TIFF_KIND, DNG_VERSION = 0x00FE, 0xC612
 BAD_PROFILE = "colour profile that cannot be used: read as sRGB"
 
-# What Pillow raises on damaged files, as seen on 200,000 of all formats. So many types, as its plugins
+# What Pillow raises on damaged files, as seen on many thousands of each format. So many types, as its plugins
 # read headers without checking them. Not MemoryError: it says nothing about the photo.
 DAMAGED = (
     OSError,  # from most decoders; UnidentifiedImageError is one, too
@@ -131,7 +115,7 @@ def read_photo(path: Path) -> Image.Image:
 def decode_photo(path: Path) -> Decoded:
     """Decode a photo; a UserError says what is wrong with the file, but not its name."""
     if path.suffix.lower() in RAW_SUFFIXES:
-        raise UserError(f"a camera's raw file ({path.suffix}): export it as JPEG")
+        raise UserError(f"{RAW} ({path.suffix})")
     try:
         try:
             return _decode(path)
@@ -146,7 +130,7 @@ def decode_photo(path: Path) -> Decoded:
             raise MemoryError(f"{printable(path)}: {error}") from error
         # Pillow's "cannot identify image file" repeats the path, which the caller names.
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else printable(error)
-        raise UserError(f"{_describe(path)} ({reason})") from error
+        raise UserError(f"{describe(path)} ({reason})") from error
 
 
 def photo_size(path: Path) -> Size:
@@ -177,7 +161,7 @@ def opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
         with Image.open(source, formats=formats) as image:
             tags = getattr(image, "tag_v2", {})
             if DNG_VERSION in tags or tags.get(TIFF_KIND) == 1:
-                raise UserError("a camera's raw file, or a thumbnail: export it as JPEG")
+                raise UserError(f"{RAW}, or a thumbnail")
             yield image
 
 
@@ -320,44 +304,3 @@ def _keep_chunks(content: bytes, kept: Sequence[bytes]) -> bytes:
             parts.append(content[at:end])
         at = end
     return b"".join(parts)
-
-
-# What a file that is no photo is
-
-
-SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"GIF8": "GIF",
-    b"8BPS": "PSD",
-    b"%PDF": "PDF",
-    b"PK\x03\x04": "ZIP",
-    b"version https://git-lfs": "a git-lfs pointer, not the file: run `git lfs pull`",
-    b"<": "a web page, or other XML",
-    b"\xff\x0a": "JPEG XL: export it as JPEG",
-    b"\0\0\0\x0cJXL ": "JPEG XL: export it as JPEG",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-}
-BRANDS = {  # of ISO base media files, which begin with a length and "ftyp"
-    **dict.fromkeys(("heic", "heix", "heim", "heis", "hevc", "mif1", "msf1"), "HEIC: export it as JPEG"),
-    **dict.fromkeys(("avif", "avis"), "AVIF"),
-    "crx ": "a camera's raw file: export it as JPEG",
-}
-
-
-def _describe(path: Path) -> str:
-    """Say what a file is by its first bytes, for an error message."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(32)
-    except OSError as error:
-        return f"cannot be opened: {error.strerror}"
-    kind = next((name for start, name in SIGNATURES.items() if head.startswith(start)), None)
-    if head[4:8] == b"ftyp":
-        brand = head[8:12].decode("latin-1")
-        kind = BRANDS.get(brand, f"video, or another {brand.strip()} file")
-    elif head.startswith(b"RIFF"):
-        kind = "WebP" if head[8:12] == b"WEBP" else "sound or video"
-    if kind is None and head and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
-        kind = "text"
-    return f"{kind or f'unknown, beginning with {head[:8]!r}'}, {path.stat().st_size} bytes"
