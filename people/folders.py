@@ -7,8 +7,8 @@ import os
 import re
 import unicodedata
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import ChainMap, Counter, defaultdict
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # the first that is there coun
 CAPTION_KEYS = ("caption", "text", "prompt")  # in JSON
 # Captions of a folder: lines as {"file_name": "01.jpg", "text": "..."}, or a table with such columns.
 METADATA = ("metadata.jsonl", "metadata.csv")
-OURS = "faces.json"  # see people/faces.py
+OURS = ("faces.json", "people.json")  # see people/faces.py and tiny/people.py
 # What systems leave in folders of photos; nothing is said of it.
 LITTER = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "#recycle"}
 LITTER |= {"system volume information", "lost+found", ".spotlight-v100", ".trashes", ".fseventsd"}
@@ -57,8 +57,8 @@ class Contents:
 
     root: Path  # to which names in messages are relative
     photos: list[Path] = field(default_factory=list)  # and other files, which their content will tell apart
-    texts: dict[Path, Path] = field(default_factory=dict)  # files that may be captions, by `_key`
-    listed: dict[Path, str] = field(default_factory=dict)  # from METADATA, by `_key` of the photo
+    texts: dict[str, Path] = field(default_factory=dict)  # files that may be captions, by `_key`
+    listed: MutableMapping[str, str] = field(default_factory=dict)  # from METADATA, by `_key` of the photo
     # What is not used, by reason.
     unused: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -79,13 +79,14 @@ def scan_people(folder: Path, option: str = "--data") -> list[Person]:
     people, unused = [], [beside.unused]
     for pid, path in enumerate(folders):
         contents = list_contents(path, folder, beside.listed)
-        photos = [photo for photo in contents.photos if is_photo(photo)]
-        for other in contents.photos:
-            if other not in photos:
-                contents.leave_out(other, EXPORT if other.suffix.lower() in NOT_READ else NO_PHOTO)
+        photos = []
+        for file in contents.photos:
+            if is_photo(file):
+                photos.append(Photo(file, read_caption(file, contents)[0]))
+            else:
+                contents.leave_out(file, EXPORT if file.suffix.lower() in NOT_READ else NO_PHOTO)
         unused.append(contents.unused)
-        captioned = tuple(Photo(photo, read_caption(photo, contents)[0]) for photo in photos)
-        people.append(Person(pid, names[path], captioned))
+        people.append(Person(pid, names[path], tuple(photos)))
     empty = [printable(person.name) for person in people if not person.photos]
     if empty:
         some = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
@@ -184,29 +185,30 @@ def list_beside(folder: Path) -> Contents:
 
 
 def list_contents(
-    folder: Path, root: Path, listed: dict[Path, str] | None = None, below: bool = True
+    folder: Path, root: Path, listed: Mapping[str, str] | None = None, below: bool = True
 ) -> Contents:
     """List what is in a folder and, after that, in the folders below it, sorted by name.
 
     root: to which the names are relative of what is not used; listed: captions from above.
     """
-    contents = Contents(root, listed=dict(listed or {}))
+    contents = Contents(root, listed=ChainMap({}, listed or {}))
 
     def fail(error: OSError) -> None:
         contents.leave_out(Path(error.filename), "folders that cannot be read", error.strerror)
 
-    for name, folders, files in os.walk(folder, onerror=fail):
-        place = Path(name)
+    for place, folders, files in os.walk(folder, onerror=fail):
+        place = Path(place)
         for name in sorted(files) + sorted(folders):
             if is_hidden(name) and not is_litter(name):
                 contents.leave_out(place / name, "hidden files and folders")
-        for path in sorted(place / name for name in files if not is_hidden(name)):
-            _sort_file(path, contents)
-        below_it = sorted(name for name in folders if not is_hidden(name))
-        folders[:] = [name for name in below_it if below and not (place / name).is_symlink()]
-        for name in below_it if below else ():
-            if name not in folders:
+        for name in sorted(files):
+            if not is_hidden(name):
+                _sort_file(place / name, contents)
+        shown = sorted(name for name in folders if below and not is_hidden(name))
+        for name in shown:
+            if (place / name).is_symlink():
                 contents.leave_out(place / name, "links to folders")
+        folders[:] = [name for name in shown if not (place / name).is_symlink()]
     if below:
         used = {text for photo in contents.photos for text in caption_files(photo, contents)}
         for path in contents.texts.values():
@@ -217,12 +219,12 @@ def list_contents(
 
 def _sort_file(path: Path, contents: Contents) -> None:
     """Add a file to those that may be photos, to the captions, or to what is not used."""
-    if path.name == OURS:
+    if path.name in OURS:
         return
     is_text = path.suffix.lower() in CAPTION_SUFFIXES and path.is_file()  # not a pipe: that would block
     if path.name in METADATA and path.is_file():
         try:
-            contents.listed |= read_metadata(path)
+            contents.listed.update(read_metadata(path))
         except UserError as error:
             contents.leave_out(path, "captions that cannot be read", relative(error, path.parent))
     elif MASK.fullmatch(path.stem):
@@ -260,16 +262,17 @@ def is_hidden(name: str) -> bool:
 
 def caption_files(photo: Path, contents: Contents) -> list[Path]:
     """Return the files beside a photo that may have its caption: of 01.png 01.png.txt, 01.txt, 01.caption."""
-    keys = [
-        _key(photo.with_name(stem + end)) for stem in (photo.name, photo.stem) for end in CAPTION_SUFFIXES
-    ]
+    names = (str(photo), os.path.splitext(photo)[0])
+    keys = [_key(name + suffix) for name in names for suffix in CAPTION_SUFFIXES]
     return [contents.texts[key] for key in dict.fromkeys(keys) if key in contents.texts]
 
 
-def _key(path: Path) -> Path:
+def _key(path: Path | str) -> str:
     """Return what is the same for two spellings of a name: composed or not (NFC, NFD), .TXT or .txt."""
-    name = Path(path.stem)
-    return path.parent / composed(name.stem + (name.suffix + path.suffix).lower())
+    folder, name = os.path.split(path)
+    name, suffix = os.path.splitext(name)
+    name, inner = os.path.splitext(name)
+    return os.path.join(folder, composed(name + (inner + suffix).lower()))
 
 
 def read_caption(photo: Path, contents: Contents) -> tuple[str | None, str | None]:
@@ -296,7 +299,7 @@ def _one_line(text: str, source: Path | str) -> str:
     return caption
 
 
-def read_metadata(file: Path) -> dict[Path, str]:
+def read_metadata(file: Path) -> dict[str, str]:
     """Read captions from one of METADATA, by `_key` of the photo."""
     text, captions = read_text(file), {}
     if file.suffix == ".csv":
