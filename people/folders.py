@@ -108,7 +108,7 @@ def _warn_of(unused: list[dict[str, list[str]]], where: str) -> None:
         more = ", ..." if len(cases) > 3 else ""
         lines.append(f"{len(cases)} {reason} ({printable(', '.join(cases[:3]))}{more})")
     if lines:
-        warnings.warn(f"{where}: left out are {'; '.join(lines)}", stacklevel=3)
+        warnings.warn(f"{where}: left out are {'; '.join(lines)}", stacklevel=2)
 
 
 def list_folders(folder: Path, option: str = "--data") -> list[Path]:
