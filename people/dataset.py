@@ -20,11 +20,11 @@ from people.crops import to_tensor
 from people.encoding import encode_picture, encode_prompt, make_batch
 from people.folders import Photo
 from people.manifest import Manifest
-from people.photos import Size, read_photo
+from people.photos import READING, Size, read_photo
 from run.ranks import Ranks
 from run.settings import Training
 
-VERSION = 2  # raise it whenever `read_photo` or `to_tensor` changes, so that all photos are encoded anew
+VERSION = 1  # raise it whenever `to_tensor` changes, so that all photos are encoded anew
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LatentDataset:
 
     def keys(self, photo: Photo) -> tuple[str, str]:
         """Return the keys of a photo's latents and of its caption."""
-        latents = content_key(VERSION, photo.digest, self.shape(photo.size), self.autoencoder_key)
+        latents = content_key(VERSION, READING, photo.digest, self.shape(photo.size), self.autoencoder_key)
         return latents, self.prompt_key(self.caption(photo))
 
     def encode(self, ranks: Ranks, vram: float | None = None) -> None:

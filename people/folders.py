@@ -79,14 +79,9 @@ def scan_people(folder: Path, option: str = "--data") -> list[Person]:
     people, unused = [], [beside.unused]
     for pid, path in enumerate(folders):
         contents = list_contents(path, folder, beside.listed)
-        photos = []
-        for file in contents.photos:
-            if is_photo(file):
-                photos.append(Photo(file, read_caption(file, contents)[0]))
-            else:
-                contents.leave_out(file, EXPORT if file.suffix.lower() in NOT_READ else NO_PHOTO)
+        photos = tuple(Photo(file, read_caption(file, contents)[0]) for file in _choose_photos(contents))
         unused.append(contents.unused)
-        people.append(Person(pid, names[path], tuple(photos)))
+        people.append(Person(pid, names[path], photos))
     empty = [printable(person.name) for person in people if not person.photos]
     if empty:
         some = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
@@ -146,11 +141,32 @@ def photos_in(folder: Path) -> list[Path]:
     return [path for path in list_contents(folder, folder, below=False).photos if is_photo(path)]
 
 
+def _choose_photos(contents: Contents) -> list[Path]:
+    """Return the files that are photos; the others are added to what is not used."""
+    photos = []
+    for file in contents.photos:
+        if is_photo(file):
+            photos.append(file)
+        else:
+            contents.leave_out(file, EXPORT if file.suffix.lower() in NOT_READ else NO_PHOTO)
+    return photos
+
+
 def expand_folders(paths: Sequence[Path]) -> list[Path]:
-    """Replace folders by the photos in them, each once; UserError when one holds none."""
+    """Replace folders by the photos in them, each once; warns of all else in them but captions.
+
+    Raises UserError when a folder holds no photos.
+    """
     photos = []
     for path in paths:
-        found = photos_in(path) if path.is_dir() else [path]
+        if not path.is_dir():
+            photos.append(path)
+            continue
+        contents = list_contents(path, path, below=False)
+        found = _choose_photos(contents)
+        for folder in _folders_in(path):
+            contents.leave_out(folder, "folders below it")
+        _warn_of([contents.unused], str(path))
         if not found:
             raise UserError(f"{path} is a folder without photos; give a photo, or a folder of one person's")
         photos += found

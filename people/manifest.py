@@ -311,7 +311,9 @@ def _note_folder(folder: Path, name: str, photos: dict, report: Report) -> None:
     """Add to the report what was understood of a person's folder."""
     below = sorted({str(Path(photo).parent) for photo in photos} - {"."})
     if below:
-        report.add("noted", "photos in folders below a person's are used", folder.name, ", ".join(below))
+        more = ", ..." if len(below) > EXAMPLES else ""
+        places = ", ".join(below[:EXAMPLES]) + more
+        report.add("noted", "photos in folders below a person's are used", folder.name, places)
     match = KOHYA.fullmatch(folder.name)
     if match:
         ignored = f"{name}; {match[1]} repeats and the class {match[3]} are ignored"

@@ -25,6 +25,7 @@ PHOTO_SUFFIXES += (".jp2", ".j2k", ".psd", ".tga", ".ppm", ".mpo")
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "JPEG2000", "PSD", "PPM")
 READ = "JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, JPEG 2000, PSD, TGA and PPM"
 MAX_PIXELS = 200_000_000
+READING = 2  # raise it whenever `read_photo` changes; caches of what is made from photos are then made anew
 
 # How a photo is turned upright, by its EXIF orientation. ImageOps.exif_transpose would also write the EXIF
 # data anew, which fails on odd tags in photos that are otherwise good.

@@ -376,11 +376,18 @@ def test_a_folder_stands_for_the_photos_in_it(run, photo, people, monkeypatch):
     shutil.copytree(folder, "anna")
     for litter in ("._000.png", ".DS_Store", "notes.md"):
         Path("anna", litter).write_bytes(b"0")
-    with pytest.warns(UserWarning, match="captions such as anna/000.txt are not used: --caption"):
+    Path("anna", "2019").mkdir()
+    with pytest.warns(UserWarning) as warned:
         args = personalize.parse_arguments(["anna/"])
+    assert [str(warning.message) for warning in warned] == [
+        "anna: left out are 1 files that are no photos (notes.md); 1 folders below it (2019)",
+        "captions such as anna/000.txt are not used: --caption gives one",
+    ]
     assert args.photos == sorted(Path("anna").glob("[!.]*.png")) and len(args.photos) == 4
     assert args.out == Path("anna.safetensors") and args.rank == 4
     monkeypatch.chdir("anna")
+    Path("notes.md").unlink()
+    Path("2019").rmdir()
     args = personalize.parse_arguments([".", "000.png", "--caption", "a woman"])
     assert len(args.photos) == 4 and args.out == Path("anna.safetensors")
 
