@@ -241,7 +241,7 @@ def _sort_file(path: Path, contents: Contents) -> None:
     if path.name in METADATA and path.is_file():
         try:
             contents.listed.update(read_metadata(path))
-        except UserError as error:
+        except (OSError, UserError) as error:
             contents.leave_out(path, "captions that cannot be read", relative(error, path.parent))
     elif MASK.fullmatch(path.stem):
         contents.leave_out(path, "masks")

@@ -186,17 +186,16 @@ def _decode(path: Path, content: bytes | None = None) -> Decoded:
     with opened(path, content) as image:
         if not image.tile and image.format != "WEBP":
             raise OSError("it holds no pixels")  # of which Pillow would make black ones
-        profile, changes = _find_profile(image)
-        changes |= _list_changes(image)
+        changes = _list_changes(image)  # before pixels are decoded, as the next line may do
+        profile, more = _find_profile(image)
         orientation = _take_orientation(image)  # before Pillow turns a TIFF itself, and fails on odd tags
         image.load()
-        orientation = orientation or _take_orientation(image)  # a PNG may have it behind the pixels
         # The size of a TIFF is already that of the upright photo, unlike its pixels.
         pixels = image.copy() if image.im.size != image.size else image
     if orientation in TURNS:
-        changes["turned upright by its EXIF data"] = ""
+        more["turned upright by its EXIF data"] = ""
     _to_rgb(pixels.crop((0, 0, 1, 1)), profile)  # can they be converted? One is enough to see
-    return Decoded(pixels, orientation, profile, changes)
+    return Decoded(pixels, orientation, profile, changes | more)
 
 
 def _take_orientation(image: Image.Image) -> int:

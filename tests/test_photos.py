@@ -112,6 +112,27 @@ def test_exif_data_that_are_none(tmp_path, suffix, exif):
     assert examine(tmp_path / f"a.{suffix}")["changes"] == {}
 
 
+def test_exif_data_behind_the_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    halves().save(file := io.BytesIO(), "PNG")
+    content, place = file.getvalue(), file.getvalue().index(b"IEND") - 4
+    chunk = png_chunk(b"eXIf", exif.tobytes()[6:])
+    (tmp_path / "a.png").write_bytes(content[:place] + chunk + content[place:])
+    assert read_photo(tmp_path / "a.png").size == (40, 60) and photo_size(tmp_path / "a.png") == (60, 40)
+    assert examine(tmp_path / "a.png")["changes"] == {"turned upright by its EXIF data": ""}
+
+
+def test_16_bit_colours_are_reduced_and_that_is_said(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(">u2")
+    pixels = b"".join(b"\0" + row.tobytes() for row in rows)
+    chunks = [png_chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0))]
+    chunks += [png_chunk(b"IDAT", zlib.compress(pixels)), png_chunk(b"IEND", b"")]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert np.array_equal(read_photo(tmp_path / "a.png"), rows >> 8)
+    assert examine(tmp_path / "a.png")["changes"] == {"16 bits a channel: reduced to 8": ""}
+
+
 # Other formats
 
 
