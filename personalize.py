@@ -39,7 +39,8 @@ from metalora import (
 from people.buckets import deal_batches
 from people.crops import crop_boxes, fit_shape, to_tensor
 from people.encoding import encode_picture, encode_prompt, make_batch
-from people.faces import find_face
+from people.faces import clip_face, find_face
+from people.folders import captions_beside, expand_folders
 from people.photos import Box, Size, read_photo
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
@@ -153,7 +154,7 @@ def list_crops(
     network = None if face else load_detector(detector)
     crops = []
     for path, photo in photos.items():
-        box = face or find_face(path, photo, network)
+        box = clip_face(path, photo, face) if face else find_face(path, photo, network)
         crops += [(path, crop) for crop in crop_boxes(photo.size[::-1], box)]
     return crops
 
@@ -358,7 +359,9 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def name_of(photo: Path) -> str:
-    """Name a photo's LoRA: as the photo, with its folder before a mere number, as in anna/001.png."""
+    """Name a LoRA: as the photo, with its folder before a mere number (anna/001.png), or as a folder."""
+    if photo.is_dir():
+        return photo.resolve().name
     is_number = not any(map(str.isalpha, photo.stem))
     return "_".join(filter(None, [photo.parent.resolve().name if is_number else "", photo.stem]))
 
@@ -366,7 +369,11 @@ def name_of(photo: Path) -> str:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument(
-        "photos", type=Path, nargs="+", metavar="photo", help="one photo of the person, or several"
+        "photos",
+        type=Path,
+        nargs="+",
+        metavar="photo",
+        help="one photo of the person, or several, or a folder of them",
     )
     parser.add_argument("--out", type=Path, help="LoRA file to write; default: named after the photo, here")
     parser.add_argument("--force", action="store_true", help="replace files that are there already")
@@ -412,6 +419,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_memory_arguments(parser)
     args = parser.parse_args(argv)
     args.out = args.out or Path(f"{name_of(args.photos[0])}.safetensors")
+    args.photos = expand_folders(args.photos)
+    unused = [] if args.caption else captions_beside(args.photos)
+    if unused:
+        warnings.warn(f"captions such as {unused[0]} are not used: --caption gives one", stacklevel=2)
     args.steps = STEPS[args.method] if args.steps is None else args.steps
     args.rank = args.rank if args.rank is not None else 1 if len(args.photos) == 1 else 4
     args.caption = args.caption or f"a photo of a {args.class_word}"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flux.errors import UserError, first_line, listed
 from flux.formats import FLOATS, Header, Shape, Source, is_config_of, translate
 from flux.pages import drop_pages, file_ranges
+from flux.texts import read_text
 
 PICKLED = (".bin", ".pt", ".pth")
 WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # beside variants in 16 bit, perhaps
@@ -123,8 +124,9 @@ def shard_names(folder: Path) -> list[str]:
 
 def read_json(file: Path) -> dict:
     """Read a JSON object; UserError names a file that holds none."""
+    text = read_text(file)
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(content, dict):

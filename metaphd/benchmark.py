@@ -29,7 +29,7 @@ from metaphd.side_by_side import personalize_together
 from people.cache import TensorCache
 from people.crops import crop_boxes
 from people.encoding import encode_prompt
-from people.faces import find_face, known_face
+from people.faces import clip_face, find_face, known_face
 from people.folders import scan_people
 from people.photos import Box, read_photo
 from run.arguments import Manual, Parser
@@ -234,7 +234,9 @@ class Benchmark:
         if not augment:
             return [(0, 0, *photo.size)]
         face = known_face(path)
-        if face is None:
+        if face:
+            face = clip_face(path, photo, face)
+        else:
             self.detector = self.detector or load_detector(self.args.detector)
             advice = f"write its box into {path.with_name('faces.json')}, or take the -noaug methods"
             face = find_face(path, photo, self.detector, advice)

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from flux.checkpoint import read_json
 from flux.errors import UserError, listed
+from flux.texts import read_text
 from people.photos import photo_size, read_photo
 from run.arguments import Manual, Parser
 from run.files import atomic
@@ -228,7 +229,7 @@ def write(path: Path, text: str) -> None:
 def read_answers(path: Path, key: dict) -> tuple[str, dict[str, dict]]:
     """Return a participant's id and answers by question; UserError when they are not of the key's study."""
     try:
-        saved = json.loads(path.read_text("utf-8"))
+        saved = json.loads(read_text(path))
         study, participant = str(saved["study"]), str(saved["participant"])
         answers = []
         for answer in saved["answers"]:

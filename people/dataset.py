@@ -1,5 +1,6 @@
 """The people data set of stage 1: encoded once into a cache on disk, then loaded bucket by bucket."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +21,7 @@ from people.crops import to_tensor
 from people.encoding import encode_picture, encode_prompt, make_batch, send
 from people.folders import Photo
 from people.manifest import Manifest
-from people.photos import Size, read_photo
+from people.photos import READING, Size, read_photo
 from run.ranks import Ranks
 from run.settings import Training
 
@@ -90,7 +91,7 @@ class LatentDataset:
 
     def keys(self, photo: Photo) -> tuple[str, str]:
         """Return the keys of a photo's latents and of its caption."""
-        latents = content_key(VERSION, photo.digest, self.shape(photo.size), self.autoencoder_key)
+        latents = content_key(VERSION, READING, photo.digest, self.shape(photo.size), self.autoencoder_key)
         return latents, self.prompt_key(self.caption(photo))
 
     def encode(self, ranks: Ranks, vram: float | None = None) -> None:
@@ -105,7 +106,9 @@ class LatentDataset:
                 for photo in person.photos:
                     key, _ = self.keys(photo)
                     if self._lacks(key, ranks):
-                        picture = to_tensor(read_photo(photo.path), self.shape(photo.size))
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")  # of colour profiles, which the scan reported
+                            picture = to_tensor(read_photo(photo.path), self.shape(photo.size))
                         self.cache.put(key, encode_picture(picture, autoencoder))
             del autoencoder
             release(self.device)

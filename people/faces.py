@@ -1,5 +1,8 @@
 """The face of the person in a photo: `known_face` reads it from a faces.json, `find_face` detects it."""
 
+import math
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +10,7 @@ from PIL import Image
 
 from flux.checkpoint import read_json
 from flux.errors import UserError
+from people.folders import composed
 from people.photos import Box
 from vision.detector import find_faces
 
@@ -21,12 +25,35 @@ def known_face(path: Path) -> Box | None:
     """
     file = path.with_name("faces.json")
     known = read_json(file) if file.is_file() else {}
-    if path.name not in known:
+    boxes = {composed(name): box for name, box in known.items()}
+    name = composed(path.name)
+    if name not in boxes:
         return None
-    box = known[path.name]
-    if not (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
+    box = boxes[name]
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
         raise UserError(f"{file}: {path.name} has {box!r}, must be [x0, y0, x1, y1] in pixels")
     return tuple(box)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def clip_face(path: Path, photo: Image.Image, box: Sequence[float]) -> Box:
+    """Return the part of a face's box that is inside the photo; warns if that is not all of it.
+
+    UserError, naming the photo, when nothing is.
+    """
+    x0, y0, x1, y1 = box
+    inside = max(x0, 0), max(y0, 0), min(x1, photo.width), min(y1, photo.height)
+    where = f"the photo of {photo.width} x {photo.height} pixels (w x h)"
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise UserError(f"{path}: the face box {tuple(box)} is not inside {where}")
+    if inside != tuple(box):
+        warnings.warn(
+            f"{path}: the face box {tuple(box)} reaches beyond {where}: cut to {inside}", stacklevel=2
+        )
+    return inside
 
 
 def find_face(

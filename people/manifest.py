@@ -6,35 +6,37 @@ little memory. The next scan starts from it and opens only the photos that have 
 
 import hashlib
 import json
-import warnings
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from flux.errors import UserError
 from flux.hashes import sha256
-from people.folders import Person, Photo, list_folders, photo_paths, read_caption
-from people.photos import (
-    DAMAGED,
-    ORIENTATION,
-    PHOTO_FORMATS,
-    PHOTO_SUFFIXES,
-    TURNS,
-    Size,
-    any_size,
-    decode_photo,
+from people.folders import (
+    EXPORT,
+    KOHYA,
+    NO_PHOTO,
+    Contents,
+    Person,
+    Photo,
+    list_beside,
+    list_contents,
+    list_folders,
+    name_people,
+    read_caption,
+    relative,
 )
+from people.photos import PHOTO_SUFFIXES, READ, Size, decode_photo, own_limit
+from people.signatures import NOT_READ
 from run.files import atomic
 from run.terminal import printable
 
-VERSION = 1  # raise it whenever `examine` returns something else, so that all photos are examined anew
-OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".jfif", ".jxl")
+VERSION = 2  # raise it whenever `examine` returns something else, so that all photos are examined anew
 THREADS = 4
 EXAMPLES = 3  # of each finding in the table
 
@@ -45,12 +47,18 @@ class Report:
 
     people: int = 0
     photos: int = 0
+    captions: Counter = field(default_factory=Counter)  # of the photos, by where they are from, as ".txt"
     # By verdict and reason: the photos or people.
     findings: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, verdict: str, reason: str, where: str, detail: str = "") -> None:
         """Add a finding; verdict: "converted", "noted", "skipped", or of a whole person "left out"."""
         self.findings[verdict, reason].append(printable(f"{where}: {detail}" if detail else where))
+
+    def add_unused(self, contents: Contents) -> None:
+        for reason, cases in contents.unused.items():
+            for case in cases:
+                self.add("skipped", reason, case)
 
     def table(self) -> str:
         """Return a text with a line for each reason and a few examples below it; "" without findings."""
@@ -74,6 +82,8 @@ class Report:
         Raises UserError instead, if `strict` and there is any finding.
         """
         print(f"{self.people} people, {self.photos} photos, in {folder}")
+        sources = ", from " + " and ".join(sorted(self.captions)) if self.captions else ""
+        print(f"captions for {self.captions.total()} of {self.photos} photos{sources}")
         if not self.findings:
             path.unlink(missing_ok=True)
             return
@@ -105,7 +115,7 @@ class Manifest:
         photos = []
         for name, caption in entry["photos"].items():
             known = entry["files"][name]
-            path = self.folder / entry["name"] / name
+            path = self.folder / entry["folder"] / name
             photos.append(Photo(path, caption, tuple(known["size"]), known["digest"]))
         return Person(pid, entry["name"], tuple(photos))
 
@@ -130,7 +140,7 @@ def scan_photos(
     min_photos: int = 1,
     option: str = "--data",
 ) -> tuple[Manifest, Report]:
-    """Examine all photos and captions in `<folder>/<person>/` and write the manifest to `file`.
+    """Examine all photos and captions in `<folder>/<person>/` and below; write the manifest to `file`.
 
     A photo that cannot be used is left out. A person with fewer than `min_photos` usable photos is left out.
     A caption that cannot be read is replaced by the default one. The report says all this.
@@ -140,19 +150,21 @@ def scan_photos(
     Raises FileNotFoundError or UserError when the folder has another layout, or nobody is left.
     """
     folders, report, starts = list_folders(folder, option), Report(), []
+    names, beside = name_people(folders), list_beside(folder)
+    report.add_unused(beside)
     owners: dict[int, str] = {}  # of each photo, by the start of its digest
     known = _KnownPhotos(file)
     with (
         atomic(file) as temporary,
         temporary.open("wb") as lines,
         ThreadPoolExecutor(THREADS) as pool,
-        any_size(),
-        warnings.catch_warnings(),
+        own_limit(),
     ):
-        warnings.simplefilter("ignore")  # Pillow's, which do not name the photo; the report does
         for path in tqdm(folders, "people", disable=len(folders) < 50):
-            files = _examine_all(path, known.files_of(path.name), pool, report)
-            photos = _choose(path, files, usable, min_side, report)
+            contents = list_contents(path, folder, beside.listed)
+            files = _examine_all(path, contents.photos, known.files_of(path.name), pool)
+            photos, sources = _choose(path, files, contents, usable, min_side, report)
+            report.add_unused(contents)
             if len(photos) < min_photos:
                 fewest = f"{len(photos)}, at least {min_photos} are needed"
                 report.add("left out", "people with too few photos", path.name, fewest)
@@ -166,11 +178,13 @@ def scan_photos(
             if photos:
                 report.people += 1
                 report.photos += len(photos)
+                report.captions.update(sources)
                 starts.append(lines.tell())
-            lines.write(_pack({"version": VERSION, "name": path.name, "files": files, "photos": photos}))
+                _note_folder(path, names[path], photos, report)
+            entry = {"version": VERSION, "name": names[path], "folder": path.name}
+            lines.write(_pack(entry | {"files": files, "photos": photos}))
     if not report.people:
-        kinds = ", ".join(PHOTO_SUFFIXES)
-        raise UserError(f"{option} {folder} has nobody to train on ({kinds}):\n{report.table()}")
+        raise UserError(f"{option} {folder} has nobody to train on (photos may be {READ}):\n{report.table()}")
     return Manifest(file, folder, starts), report
 
 
@@ -197,10 +211,10 @@ class _KnownPhotos:
             for line in iter(lines.readline, b""):
                 entry = _unpack(line)
                 if entry and entry["version"] == VERSION:
-                    self.starts[entry["name"]] = lines.tell() - len(line)
+                    self.starts[entry["folder"]] = lines.tell() - len(line)
 
     def files_of(self, name: str) -> dict[str, dict]:
-        """Return what `examine` said of each photo of a person, by file name."""
+        """Return what `examine` said of each photo in a person's folder, by file name."""
         if name not in self.starts:
             return {}
         with self.file.open("rb") as lines:
@@ -208,23 +222,16 @@ class _KnownPhotos:
             return _unpack(lines.readline())["files"]
 
 
-def _examine_all(folder: Path, known: dict, pool: ThreadPoolExecutor, report: Report) -> dict[str, dict]:
-    """Return what `examine` says of each photo in a folder, by name; only changed photos are opened."""
-    try:
-        paths = photo_paths(folder)
-        others = [path for path in folder.iterdir() if path.suffix.lower() in OTHER_SUFFIXES]
-    except OSError as error:
-        report.add("skipped", "folders that cannot be read", folder.name, error.strerror)
-        return {}
-    for path in sorted(others):
-        if not path.name.startswith("."):
-            report.add("skipped", f"not one of {', '.join(PHOTO_SUFFIXES)}", f"{folder.name}/{path.name}")
+def _examine_all(folder: Path, paths: list[Path], known: dict, pool: ThreadPoolExecutor) -> dict[str, dict]:
+    """Return what `examine` says of each photo, by its name in the folder; only changed ones are opened."""
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
     states = {path: _state(path) for path in paths}
     # Photos that were refused are tried again: the disk may have been at fault, not the photo.
     good = {name: entry for name, entry in known.items() if "refused" not in entry}
-    changed = [path for path in paths if good.get(path.name, {}).get("state", "none") != states[path]]
+    changed = [path for path in paths if good.get(names[path], {}).get("state", "none") != states[path]]
     fresh = dict(zip(changed, pool.map(examine, changed)))
-    return {path.name: {**(fresh.get(path) or good[path.name]), "state": states[path]} for path in paths}
+    entries = {name: fresh.get(path) or good[name] for path, name in names.items()}
+    return {name: {**entries[name], "state": states[path]} for path, name in names.items()}
 
 
 def _state(path: Path) -> list[int] | None:
@@ -241,45 +248,32 @@ def _state(path: Path) -> list[int] | None:
 
 def examine(path: Path) -> dict:
     """Decode a photo; return its digest, its upright size and what `read_photo` changes, or why not."""
-    if not path.is_file():  # a folder, a link to nothing, or a pipe, which would block when opened
+    if not path.is_file():  # a link to nothing, or a pipe, which would block when opened
         return {"refused": "no file" if path.exists() else "a link to nothing"}
     try:
-        digest = sha256(path)
-        image = decode_photo(path)
-        return {"digest": digest, "size": [image.height, image.width], "changes": _changes(path)}
+        photo = decode_photo(path)
+        return {"digest": sha256(path), "size": list(photo.size), "changes": photo.changes}
     except (OSError, UserError) as error:
         return {"refused": printable(error)}
 
 
-def _changes(path: Path) -> list[str]:
-    """List what `read_photo` changes in a photo."""
-    try:
-        with Image.open(path, formats=PHOTO_FORMATS) as image:
-            raw, mode = str(image.tile), image.mode
-            frames = getattr(image, "n_frames", 1)  # reads all frames, of which a later one may be damaged
-            turned = image.getexif().get(ORIENTATION) in TURNS
-            transparent = image.has_transparency_data
-    except DAMAGED as error:
-        raise UserError(printable(error)) from error
-    changes = {
-        "turned upright by its EXIF data": turned,
-        "transparent: put on white": transparent,
-        "16 bits a channel: reduced to 8": mode.startswith("I") or ";16" in raw,
-        "animated: only the first frame is used": frames > 1,
-        f"{mode} colours: converted to RGB": mode in ("CMYK", "YCCK", "LAB", "HSV"),
-    }
-    return [change for change, applies in changes.items() if applies]
-
-
 def _choose(
-    folder: Path, files: dict[str, dict], usable: Callable[[Size], object], min_side: int, report: Report
-) -> dict[str, str | None]:
-    """Return the captions of the photos that are used, by name; add all other photos to the report."""
-    captions, names = {}, {}  # by file name; by digest
+    folder: Path,
+    files: dict[str, dict],
+    contents: Contents,
+    usable: Callable[[Size], object],
+    min_side: int,
+    report: Report,
+) -> tuple[dict[str, str | None], list[str]]:
+    """Return the captions of the photos that are used, by name, and where they are from.
+
+    All other photos are added to the report.
+    """
+    captions, sources, names = {}, [], {}  # names: by digest
     for name, entry in files.items():
         where = f"{folder.name}/{name}"
         if "refused" in entry:
-            report.add("skipped", "no photos that can be read", where, entry["refused"])
+            report.add("skipped", _reason(Path(name).suffix.lower()), where, entry["refused"])
             continue
         if entry["digest"] in names:
             twin = names[entry["digest"]]
@@ -294,16 +288,36 @@ def _choose(
             report.add("skipped", f"too small (--min-side {min_side}) or too narrow", where, str(error))
             continue
         names[entry["digest"]] = name
-        for change in entry["changes"]:
-            report.add("converted", change, where)
+        for change, detail in entry["changes"].items():
+            report.add("converted", change, where, detail)
         try:
-            captions[name] = read_caption(folder / name)
+            captions[name], source = read_caption(folder / name, contents)
         except (OSError, UserError) as error:
             reason = "no caption that can be read: the default one is used"
-            fault = printable(error).removeprefix(printable((folder / name).with_suffix(".txt")))
-            report.add("converted", reason, where, fault.strip())
-            captions[name] = None
-    return captions
+            report.add("converted", reason, where, relative(error, contents.root))
+            captions[name], source = None, None
+        sources += [source] if source else []
+    return captions, sources
+
+
+def _reason(suffix: str) -> str:
+    """Return what a report says of a file that cannot be read."""
+    if suffix in PHOTO_SUFFIXES:
+        return "no photos that can be read"
+    return EXPORT if suffix in NOT_READ else NO_PHOTO
+
+
+def _note_folder(folder: Path, name: str, photos: dict, report: Report) -> None:
+    """Add to the report what was understood of a person's folder."""
+    below = sorted({str(Path(photo).parent) for photo in photos} - {"."})
+    if below:
+        more = ", ..." if len(below) > EXAMPLES else ""
+        places = ", ".join(below[:EXAMPLES]) + more
+        report.add("noted", "photos in folders below a person's are used", folder.name, places)
+    match = KOHYA.fullmatch(folder.name)
+    if match:
+        ignored = f"{name}; {match[1]} repeats and the class {match[3]} are ignored"
+        report.add("noted", "people by names of kohya's form", folder.name, ignored)
 
 
 def _person_with_the_same(digests: set[str], name: str, owners: dict[int, str], report: Report) -> str | None:

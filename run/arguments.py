@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 from run.terminal import printable
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # as from Python 3.14 on: --face -2,10,50,70
         for kind, read in ((None, read_text), (int, read_whole), (float, read_number), (Path, read_path)):
             self.register("type", kind, read)
 

@@ -22,7 +22,7 @@ from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import folder_around
 from people.cache import TensorCache, content_key
-from people.photos import read_photo
+from people.photos import READING, read_photo
 from run.models import named_model
 from vision import detector as yunet
 from vision import inception_resnet, small
@@ -87,7 +87,7 @@ class Evaluators:
         """
         self.used |= weights
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-        keys = [content_key(*recipe, *weights.values(), digest) for digest in digests]
+        keys = [content_key(*recipe, READING, *weights.values(), digest) for digest in digests]
         entries = {key: self.cache.get(key) for key in keys}
         new = [(key, path) for key, path in dict(zip(keys, paths)).items() if entries[key] is None]
         with tqdm(

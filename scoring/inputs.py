@@ -7,7 +7,8 @@ from pathlib import Path
 
 from flux.checkpoint import read_json
 from flux.errors import UserError, listed
-from people.folders import Person, scan_people
+from flux.texts import read_text
+from people.folders import Person, composed, scan_people
 
 
 def find_photos(
@@ -39,7 +40,9 @@ def _one_per_photo(classes: list[Person], folder: Path) -> list[Person]:
     """Make a person of each photo in the folders man/ and woman/."""
     people = []
     for kind in classes:
-        people += [Person(0, f"{kind.name}_{photo.path.stem}", (photo,)) for photo in kind.photos]
+        for photo in kind.photos:
+            name = composed(f"{kind.name}_{photo.path.stem}")
+            people.append(Person(0, name, (photo,)))
     counts = Counter(person.name for person in people)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
@@ -52,7 +55,9 @@ def _reference_first(person: Person, name: str | None) -> list[Path]:
     paths = [photo.path for photo in person.photos]
     reference = paths[0]
     if name:
-        named = [path for path in paths if path.name == name]
+        # The name alone, or behind that of a folder below the person's.
+        ends = [(path, composed(f"/{path.as_posix()}")) for path in paths]
+        named = [path for path, end in ends if end.endswith(f"/{name}")]
         if not named:
             raise UserError(f"--references: {paths[0].parent} has no photo {name}")
         reference = named[0]
@@ -77,7 +82,7 @@ def read_names(path: Path | None, option: str) -> dict[str, str]:
         raise UserError(f"{option} {error}; {example}") from error
     if not all(isinstance(value, str) for value in names.values()):
         raise UserError(f"{option} {path} holds something else than strings; {example}")
-    return names
+    return {composed(name): composed(value) for name, value in names.items()}
 
 
 def class_of(person: str, classes: dict[str, str]) -> str:
@@ -95,19 +100,13 @@ def class_of(person: str, classes: dict[str, str]) -> str:
 def read_prompts(path: Path, kind: str) -> list[str]:
     """Read a class's prompts, one per line, without blank lines; [his/her] becomes his for man, else her.
 
-    path: a file, or a folder with a `<class>.txt` for each class. Raises UserError when the file is not
-    UTF-8 or holds no prompts, and on placeholders such as [his/her] for a class other than man and woman.
+    path: a file, or a folder with a `<class>.txt` for each class. Raises UserError when the file is no
+    text or holds no prompts, and on placeholders such as [his/her] for a class other than man and woman.
     """
     file = path / f"{kind}.txt" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"--prompts {file}: no such file")
-    data = file.read_bytes()
-    try:
-        lines = data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 text") from error
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
+    prompts = [" ".join(line.split()) for line in read_text(file).splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"{file} holds no prompts")
     placeholder = re.compile(r"\[([^][/]*)/([^][/]*)\]")

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from flux.errors import UserError
-from people.photos import DAMAGED, PHOTO_FORMATS, PHOTO_SUFFIXES
+from people.folders import composed, is_hidden
+from people.photos import DAMAGED, PHOTO_SUFFIXES, opened
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ def scan_samples(folder: Path) -> list[Sample]:
         raise FileNotFoundError(f"--images {folder}: no such folder")
     layout = f"--images {folder}: pictures should be <person>/<prompt>/<seed>.png"
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
-    files = [file for file in files if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "."]
+    files = [file for file in files if file.suffix.lower() in PHOTO_SUFFIXES]
+    files = [file for file in files if not any(map(is_hidden, file.parts))]
     if not files:
         raise UserError(f"{layout}; there are none")
     stray = [file for file in files if len(file.parts) != 3]
@@ -40,7 +40,7 @@ def scan_samples(folder: Path) -> list[Sample]:
         raise UserError(f"{layout}; {len(stray)} of {len(files)} are not, such as {stray[0]}")
     samples: dict[tuple[str, str, str], Sample] = {}
     for file in files:
-        person, prompt, _ = file.parts
+        person, prompt, _ = map(composed, file.parts)
         number = re.match(r"\d+", prompt)
         place = (person, f"{int(number[0]):02d}" if number else prompt, file.stem)
         if place in samples:
@@ -109,10 +109,11 @@ def find_text(sample: Sample, prompts: Sequence[str]) -> str:
 def written_prompt(picture: Path) -> str | None:
     """Return the prompt that `sample.py` wrote into a picture's header; None when there is none."""
     try:
-        with Image.open(picture, formats=PHOTO_FORMATS) as image:
-            return image.info.get("prompt")
-    except DAMAGED:  # `read_photo` will say what is wrong
+        with opened(picture) as image:
+            text = str(image.info.get("prompt", "{"))
+    except (*DAMAGED, UserError):  # `read_photo` will say what is wrong
         return None
+    return None if text.startswith("{") else text  # ComfyUI writes its graph there, as JSON
 
 
 def find_base(sample: Sample, base: Path, kind: str) -> Path:
@@ -120,8 +121,9 @@ def find_base(sample: Sample, base: Path, kind: str) -> Path:
 
     It is looked for in the folder of the person, in that of the class `kind`, and in `base` itself.
     """
-    name = Path(*sample.path.parts[-2:])
-    for path in (base / sample.person / name, base / kind / name, base / name):
+    person, *name = sample.path.parts[-3:]
+    name = Path(*name)
+    for path in (base / person / name, base / kind / name, base / name):
         if path.is_file():
             return path
     raise FileNotFoundError(f"--base {base} has no {name} to compare with {sample.path}")

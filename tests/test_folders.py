@@ -1,6 +1,10 @@
 """Folders of people and their captions are listed; wrong layouts are refused."""
 
+import json
+import warnings
+
 import pytest
+from PIL import Image
 
 from people.folders import scan_people
 
@@ -18,7 +22,8 @@ def test_scan_people(tmp_path):
     (tmp_path / "abe" / "x.txt").write_bytes("\ufeffa man\n  in Köln\n".encode())
     (tmp_path / "bea" / "1.txt").write_text("a woman")
     (tmp_path / "sheet.png").write_bytes(b"")
-    abe, bea = scan_people(tmp_path)
+    with pytest.warns(UserWarning, match="2 hidden .*; 1 files beside the people's folders .sheet.png"):
+        abe, bea = scan_people(tmp_path)
     assert (abe.pid, abe.name, bea.pid, bea.name) == (0, "abe", 1, "bea")
     assert [(photo.path.name, photo.caption) for photo in abe.photos] == [("x.webp", "a man in Köln")]
     assert [(photo.path.name, photo.caption) for photo in bea.photos] == [
@@ -44,10 +49,144 @@ def test_scan_people_says_what_is_wrong_with_a_folder(tmp_path):
         scan_people(tmp_path / "ids")
 
 
+def test_all_that_is_left_out_is_said(tmp_path):
+    litter = [".DS_Store", "Thumbs.db", "._1.jpg", "desktop.ini"]
+    make_people(tmp_path, abe=["1.jpg", "a.mov", "b.HEIC", ".c.jpg", "d.txt", "1-masklabel.png", *litter])
+    make_people(
+        tmp_path, bea=["1.jpg", "2.jpg"], **{"__MACOSX": ["._2.jpg"], "@eaDir": ["1.jpg"], ".cache": []}
+    )
+    make_people(tmp_path / "abe", **{"@eaDir": ["SYNOPHOTO_THUMB_M.jpg"], ".ipynb_checkpoints": ["1.jpg"]})
+    (tmp_path / "abe" / "link").symlink_to("../bea")
+    (tmp_path / "Thumbs.db").write_bytes(b"0")
+    (tmp_path / "list.csv").write_bytes(b"0")
+    with pytest.warns(UserWarning) as warned:
+        abe, bea = scan_people(tmp_path)
+    assert [photo.path.name for photo in abe.photos] == ["1.jpg"] and len(bea.photos) == 2
+    (message,) = (str(warning.message) for warning in warned)
+    assert message.splitlines() == [message] and message.endswith(
+        "left out are 3 hidden files and folders (.cache, abe/.c.jpg, abe/.ipynb_checkpoints); "
+        "1 files beside the people's folders (list.csv); 1 masks (abe/1-masklabel.png); "
+        "1 links to folders (abe/link); 1 captions of no photo (abe/d.txt); "
+        "1 files that are no photos (abe/a.mov); "
+        "1 photos in formats that are not read: export them as JPEG (abe/b.HEIC)"
+    )
+
+
+def test_nothing_is_said_where_all_is_used(tmp_path, recwarn):
+    make_people(tmp_path, abe=["1.jpg", "1.txt", "2.png", "2.png.caption", "faces.json", "Thumbs.db"])
+    for name in ("1.txt", "2.png.caption"):
+        (tmp_path / "abe" / name).write_text("a man")
+    scan_people(tmp_path)
+    assert not recwarn.list
+
+
+def test_photos_in_folders_below_belong_to_the_person(tmp_path):
+    make_people(tmp_path, abe=["9.jpg"], bea=["1.jpg"])
+    make_people(tmp_path / "abe", **{"2019": ["1.jpg", "1.txt"], "2020": ["1.jpg"]})
+    (tmp_path / "abe" / "2019" / "1.txt").write_text("a man")
+    abe, bea = scan_people(tmp_path)
+    assert [(str(photo.path.relative_to(tmp_path)), photo.caption) for photo in abe.photos] == [
+        ("abe/9.jpg", None), ("abe/2019/1.jpg", "a man"), ("abe/2020/1.jpg", None)]  # fmt: skip
+
+
+NFC, NFD = "Zo\u00eb", "Zoe\u0308"
+
+
+@pytest.mark.parametrize(
+    "photo, caption",
+    [
+        ("1.jpg", "1.txt"),
+        ("1.jpg", "1.caption"),
+        ("1.jpg", "1.TXT"),
+        ("1.JPG", "1.jpg.txt"),
+        ("1.png", "1.png.txt"),
+        ("1.png.crop.png", "1.png.crop.txt"),
+        ("1.v2.png", "1.v2.txt"),
+        ("1", "1.txt"),
+        (f"{NFC}.png", f"{NFD}.txt"),
+        (f"{NFD}.png", f"{NFC}.png.caption"),
+    ],
+)
+def test_names_of_captions(tmp_path, photo, caption):
+    (tmp_path / "train.png").mkdir()  # a name that looks like a photo's must not confuse
+    Image.new("RGB", (8, 8)).save(tmp_path / "train.png" / photo, "PNG")
+    (tmp_path / "train.png" / caption).write_text("a woman")
+    (person,) = scan_people(tmp_path)
+    assert [(found.path.name, found.caption) for found in person.photos] == [(photo, "a woman")]
+
+
+def test_of_several_captions_the_nearest_name_counts(tmp_path):
+    make_people(tmp_path, abe=["1.jpg", "1.png", "2.png"])
+    for name in ("1.txt", "1.caption", "1.png.txt", "2.caption", "2.json"):
+        (tmp_path / "abe" / name).write_text(f"{name} has it")
+    (abe,) = scan_people(tmp_path)
+    assert [photo.caption for photo in abe.photos] == ["1.txt has it", "1.png.txt has it", "2.caption has it"]
+
+
+@pytest.mark.parametrize(
+    "text, caption",
+    [
+        ('{"caption": "a man", "text": "no"}', "a man"),
+        ('{"text": " a man\\n"}', "a man"),
+        ('{"prompt": "a man"}', "a man"),
+        ('"a man"', "a man"),
+        ('{"title": "IMG_1.jpg", "photoTakenTime": {"timestamp": "1"}}', None),  # of Google Takeout
+        ('{"caption": ["a man", "a person"]}', None),
+    ],
+)
+def test_captions_in_json(tmp_path, text, caption):
+    make_people(tmp_path, abe=["1.jpg"])
+    (tmp_path / "abe" / "1.json").write_text(text)
+    with warnings.catch_warnings(record=True) as warned:
+        assert scan_people(tmp_path)[0].photos[0].caption == caption
+    assert [
+        str(warning.message).endswith("1 JSON files without a caption (abe/1.json)") for warning in warned
+    ] == ([] if caption else [True])
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_captions_in_metadata(tmp_path, above):
+    make_people(tmp_path, abe=["1.jpg", "2.jpg", f"{NFD}.jpg", "2.txt"])
+    (tmp_path / "abe" / "2.txt").write_text("from beside the photo")
+    place = "abe/" if above else ""
+    names = {"1.jpg": "one", "2.jpg": "two", f"{NFC}.jpg": "three"}
+    lines = [json.dumps({"file_name": place + name, "text": text}) for name, text in names.items()]
+    folder = tmp_path if above else tmp_path / "abe"
+    (folder / "metadata.jsonl").write_text("\ufeff" + "\n".join(lines) + "\n", "utf-8")
+    (abe,) = scan_people(tmp_path)
+    assert [photo.caption for photo in abe.photos] == ["one", "from beside the photo", "three"]
+
+
+def test_captions_in_a_table(tmp_path):
+    make_people(tmp_path, abe=["1.jpg", "2.jpg"])
+    (tmp_path / "abe" / "metadata.csv").write_bytes(
+        b'file_name,text\r\n1.jpg,"a man, smiling"\r\n3.jpg,none\r\n'
+    )
+    assert [photo.caption for photo in scan_people(tmp_path)[0].photos] == ["a man, smiling", None]
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"image": "1.jpg"}', "{", "", '"text"'])
+def test_other_metadata_is_named(tmp_path, content):
+    make_people(tmp_path, abe=["1.jpg"])
+    (tmp_path / "abe" / "metadata.jsonl").write_text(content)
+    with pytest.warns(
+        UserWarning, match="1 captions that cannot be read .abe/metadata.jsonl: metadata.jsonl"
+    ):
+        scan_people(tmp_path)
+
+
+def test_names_of_people(tmp_path):
+    names = ["20_anna woman", "3_boris", NFD, "10_cid man", "2_cid man"]
+    make_people(tmp_path, **{name: ["1.jpg"] for name in names})
+    found = {person.photos[0].path.parent.name: person.name for person in scan_people(tmp_path)}
+    assert found == {"20_anna woman": "anna", "3_boris": "3_boris", NFD: NFC, "10_cid man": "10_cid man",
+                     "2_cid man": "2_cid man"}  # fmt: skip
+
+
 def test_captions_must_be_text(tmp_path):
     make_people(tmp_path, abe=["1.jpg", "1.txt"])
     with pytest.raises(ValueError, match="1.txt is empty"):
         scan_people(tmp_path)
     (tmp_path / "abe" / "1.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="1.txt is not UTF-8"):
+    with pytest.raises(ValueError, match="1.txt, line 1: byte 0x00 is not UTF-16"):
         scan_people(tmp_path)

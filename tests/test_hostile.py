@@ -439,7 +439,7 @@ def test_nothing_is_read_again_and_the_cache_of_other_settings_is_not_used(
     train, people, other_model, tmp_path, monkeypatch
 ):
     opened, put, begun = [], [], Image.open
-    monkeypatch.setattr(Image, "open", lambda file, *a, **k: opened.append(file) or begun(file, *a, **k))
+    monkeypatch.setattr(Image, "open", lambda file, *a, **k: opened.append(file.name) or begun(file, *a, **k))
     store = TensorCache.put
     monkeypatch.setattr(
         TensorCache, "put", lambda self, key, value: put.append(key) or store(self, key, value)

@@ -94,11 +94,12 @@ EXPECTED = {
     "converted: animated: only the first frame is used": {"moving.webp"},
     "converted: no caption that can be read: the default one is used": {"0.png", "2.png"},
     "skipped: no photos that can be read": {
-        *("half.png", "empty.jpg", "text.jpg", "folder.jpg", "nowhere.png", "circle.png", "pipe.png")
+        *("half.png", "empty.jpg", "text.jpg", "nowhere.png", "circle.png", "pipe.png")
     },
     "skipped: too small (--min-side 8) or too narrow": {"thin.png", "tiny.png"},
     "skipped: the same as another of the same person": {"1.png"},
-    "skipped: not one of .jpg, .jpeg, .png, .webp": {"phone.heic"},
+    "skipped: photos in formats that are not read: export them as JPEG": {"phone.heic"},
+    "skipped: links to folders": {"loop"},
 }
 
 
@@ -112,7 +113,59 @@ def test_every_fault_in_one_report(tmp_path):
     assert captions["turned.jpg"] == "a [31mred man" and captions["0.png"] is captions["2.png"] is None
     assert dict((photo.path.name, photo.size) for photo in people[1].photos)["turned.jpg"] == (64, 48)
     table = report.table()
-    assert "7  no photos that can be read" in table and "and 4 more" in table
+    assert "6  no photos that can be read" in table and "and 3 more" in table
+
+
+def test_where_captions_are_from(tmp_path, capsys):
+    anna, boris = (
+        make_person(tmp_path / "ids" / "anna", 3),
+        make_person(tmp_path / "ids" / "boris", 3, seed=1),
+    )
+    (anna / "0.txt").write_text("a woman")
+    (anna / "1.CAPTION").write_text("a woman")
+    (anna / "2.json").write_text("{}")
+    (boris / "1.txt").write_text("a man")
+    (boris / "2.png").write_bytes(b"")  # this photo is not used
+    (boris / "2.txt").write_text("a man")
+    (tmp_path / "ids" / "metadata.jsonl").write_text('{"file_name": "boris/0.png", "text": "a man"}')
+    people, report = look(tmp_path / "ids")
+    report.tell(tmp_path / "ids", tmp_path / "data.tsv", strict=False)
+    assert "captions for 4 of 5 photos, from .caption and .txt and metadata\n" in capsys.readouterr().out
+    assert reasons(report)["skipped: JSON files without a caption"] == ["anna/2.json"]
+    assert [photo.caption for photo in people[1].photos] == ["a man", "a man"]
+    make_person(tmp_path / "none" / "anna", 3)
+    look(tmp_path / "none")[1].tell(tmp_path / "none", tmp_path / "data.tsv", strict=False)
+    assert "captions for 0 of 3 photos\n" in capsys.readouterr().out
+
+
+def test_folders_of_other_programs(tmp_path):
+    """kohya's names, ai-toolkit's caches, OneTrainer's masks, copies by Jupyter, what systems leave."""
+    anna = make_person(tmp_path / "ids" / "20_anna woman", 3)
+    for k, name in enumerate(("_latent_cache", ".ipynb_checkpoints", "@eaDir", "2019")):
+        make_person(anna / name, 1, seed=k + 5)
+    (anna / "_latent_cache" / "0.png").rename(anna / "_latent_cache" / "0_ab12.safetensors")
+    (anna / "_latent_cache" / "0_ab12.safetensors").write_bytes(bytes(64))
+    (anna / "0.npz").write_bytes(b"PK\3\4")
+    noise(9).save(anna / "0-masklabel.png")
+    noise(10).save(anna / "IMG_1", "JPEG")
+    for name in (".DS_Store", "Thumbs.db", "._0.png"):
+        (anna / name).write_bytes(b"0")
+    make_person(tmp_path / "ids" / "__MACOSX", 2, seed=20)
+    (person,), report = look(tmp_path / "ids")
+    assert person.name == "anna" and [str(photo.path.relative_to(anna)) for photo in person.photos] == [
+        "0.png", "1.png", "2.png", "IMG_1", "2019/0.png"]  # fmt: skip
+    assert all(photo.path.is_file() for photo in person.photos)
+    where, cut = "20_anna woman", lambda cases: [case.split("/", 1)[-1].split(":")[0] for case in cases]
+    assert {reason: cut(cases) for reason, cases in reasons(report).items()} == {
+        "skipped: files that are no photos": ["0.npz", "_latent_cache/0_ab12.safetensors"],
+        "skipped: masks": ["0-masklabel.png"],
+        "skipped: hidden files and folders": [".ipynb_checkpoints"],
+        "noted: photos in folders below a person's are used": [where],
+        "noted: people by names of kohya's form": [where],
+    }
+    noted = reasons(report)["noted: people by names of kohya's form"]
+    assert noted == ["20_anna woman: anna; 20 repeats and the class woman are ignored"]
+    assert list(look(tmp_path / "ids")[0]) == [person]  # from the manifest
 
 
 def test_people_who_are_left_out(tmp_path):
@@ -180,7 +233,8 @@ def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
     assert len(read) == 3 + 18
     read.clear()
     again = look(ids)
-    assert set(read) == EXPECTED["skipped: no photos that can be read"]  # they are tried again
+    refused = EXPECTED["skipped: no photos that can be read"] | {"phone.heic"}
+    assert set(read) == refused  # they are tried again
     assert again[1] == report and list(again[0]) == first
     path = ids / "good" / "1.png"
     old = path.stat()

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -389,8 +390,42 @@ def test_no_photo(run, photo, nothing_expensive):
     Path("notes.jpg").write_text("these are my notes\n")
     with pytest.raises(ValueError, match="notes.jpg is no photo that can be read: text"):
         run("notes.jpg")
-    with pytest.raises(ValueError, match="not inside the photo of 64 x 64"):
-        run(photo, "--face", "20,16,44,99")
+    with pytest.raises(ValueError, match="ref.png: the face box .* is not inside the photo of 64 x 64"):
+        run(photo, "--face", "20,64,44,99")
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="empty is a folder without photos"):
+        run("empty")
+
+
+def test_a_face_that_the_photo_cuts_off(run, photo, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(personalize, "show_crops", lambda photos, crops, out: seen.update(crops=crops))
+    with pytest.warns(UserWarning, match="ref.png: the face box .*cut to .0, 10, 50, 64"):
+        run(photo, "--face", "-2,10,50,70", "--show-crops")
+    cut = seen["crops"]
+    run(photo, "--face", "0,10,50,64", "--show-crops")
+    assert seen["crops"] == cut
+
+
+def test_a_folder_stands_for_the_photos_in_it(run, photo, people, monkeypatch):
+    folder = next(path for path in sorted(people.iterdir()) if path.is_dir())
+    shutil.copytree(folder, "anna")
+    for litter in ("._000.png", ".DS_Store", "notes.md"):
+        Path("anna", litter).write_bytes(b"0")
+    Path("anna", "2019").mkdir()
+    with pytest.warns(UserWarning) as warned:
+        args = personalize.parse_arguments(["anna/"])
+    assert [str(warning.message) for warning in warned] == [
+        "anna: left out are 1 files that are no photos (notes.md); 1 folders below it (2019)",
+        "captions such as anna/000.txt are not used: --caption gives one",
+    ]
+    assert args.photos == sorted(Path("anna").glob("[!.]*.png")) and len(args.photos) == 4
+    assert args.out == Path("anna.safetensors") and args.rank == 4
+    monkeypatch.chdir("anna")
+    Path("notes.md").unlink()
+    Path("2019").rmdir()
+    args = personalize.parse_arguments([".", "000.png", "--caption", "a woman"])
+    assert len(args.photos) == 4 and args.out == Path("anna.safetensors")
 
 
 @pytest.mark.parametrize(

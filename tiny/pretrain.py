@@ -45,6 +45,7 @@ from flux.sampling import (
     velocity_target,
 )
 from flux.t5 import T5, T5Sizes
+from flux.texts import read_text
 from people.crops import ASPECT_RATIOS, fit_shape, to_tensor
 from people.photos import PHOTO_SUFFIXES, Size, read_photo
 from run.files import atomic, sort_header
@@ -239,7 +240,7 @@ def read_folder(captions: list[Path], at: int, count: int, shape: Size) -> tuple
         text = captions[k % len(captions)]
         picture = next(f for f in sorted(text.parent.glob(f"{text.stem}.*")) if f.suffix in PHOTO_SUFFIXES)
         images.append(to_tensor(read_photo(picture), shape))
-        texts.append(text.read_text(encoding="utf-8").strip())
+        texts.append(read_text(text).strip())
     return torch.stack(images), texts
 
 
