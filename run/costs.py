@@ -24,24 +24,23 @@ TILE = 64  # side in latent pixels of the tiles in which a picture is decoded th
 # before it returns; the operations on a CPU keep float32 copies of queries and keys.
 
 # What a block's forward pass stores for its backward pass.
-KEPT = {"double": (25.07, 24.07), "single": (23.06, 19.06)}
+KEPT = {"double": (22.05, 21.05), "single": (22.05, 18.05)}
 # The same of attention alone: its output, and the logarithm of the softmax's sum.
 KEPT_ATTENTION = 1.02
 # The peak within a block's backward pass, KEPT included.
-WORK = {"double": (33.1, 29.2), "single": (32.16, 28.16)}
+WORK = {"double": (30.03, 26.03), "single": (28.36, 24.36)}
 # With 8-bit weights the peak may be where a whole weight is in memory as well: without that weight.
-WORK_FP8 = {"double": (33.0, 29.1), "single": (28.65, 24.65)}
+WORK_FP8 = {"double": (30.03, 26.03), "single": (27.6, 23.5)}
 # The peak while sampling, with exact and with 8-bit weights.
 WORK_SAMPLE, WORK_SAMPLE_FP8 = 19.4, 16.5
-# Added to WORK of a double block with several samples: its two streams are not contiguous, and are copied.
-SPLIT = 1.0
+# What several samples add to KEPT, WORK and WORK_FP8: the normalized tokens, which the modulation of a single
+# one does not keep; and copies of a double block's two streams, which are then not contiguous.
+SEVERAL = {"double": (3.0, 3.0, 3.0), "single": (1.0, 1.67, 0.0)}
 # The gradients of the products, again stacked and in float32, when they become those of the factors.
 AT_THE_END = 2
 # The autoencoder is on the device while sampling, and decodes one picture at a time, after the transformer.
 AUTOENCODER = 83_819_683  # parameters of FLUX.1's
 DECODE = 769  # numbers for each pixel of the picture or tile, in the last convolutions
-# Numbers for each pair of latent pixels, without a fused kernel, and for each pixel of the picture.
-DECODE_ATTENTION = (4, 113)
 BLEND = 16  # bytes for each pixel of a picture that is decoded in tiles
 
 
@@ -225,14 +224,13 @@ def activations(work: Workload, checkpoint: str | int, fp8: bool) -> list[float]
     attention = KEPT_ATTENTION if checkpoint == "attention" else 0.0
     before, peaks = 0.0, []
     for k, kind in enumerate(blocks):
-        kept = 1 + attention if k < count else KEPT[kind][fused]
-        before += kept
-        # `before` counts this much of WORK already.
-        counted = (attention if k < count else kept) - SPLIT * (kind == "double" and work.batch > 1)
-        peak = (before + WORK[kind][fused] - counted) * work.state
+        sizes = (table[kind][fused] for table in (KEPT, WORK, WORK_FP8))
+        kept, during, beside_weight = (n + (work.batch > 1) * m for n, m in zip(sizes, SEVERAL[kind]))
+        before += 1 + attention if k < count else kept
+        rest = before - (attention if k < count else kept)  # what is counted in the other two already
+        peak = (rest + during) * work.state
         if fp8:
-            beside_weight = (before + WORK_FP8[kind][fused] - counted) * work.state
-            peak = max(peak, beside_weight + last_weight(work, kind))
+            peak = max(peak, (rest + beside_weight) * work.state + last_weight(work, kind))
         peaks.append(peak)
     return peaks
 
@@ -250,9 +248,7 @@ def sampling_peak(work: Workload, plan: Plan) -> float:
         forward = max(forward, WORK_SAMPLE_FP8 * work.state + last_weight(work, "single"))
     picture = work.resolution**2
     pixels = min(picture, (plan.tile * work.pixels // 2) ** 2) if plan.tile else picture
-    pair, each = DECODE_ATTENTION
-    decode = max(DECODE * pixels, pair * (pixels / 64) ** 2 + each * pixels)
-    return max(forward, decode * work.width + BLEND * picture * bool(plan.tile))
+    return max(forward, DECODE * pixels * work.width + BLEND * picture * bool(plan.tile))
 
 
 @cache
