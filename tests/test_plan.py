@@ -13,7 +13,7 @@ from flux.errors import UserError
 from flux.memory import arrange, blocks_of, checkpoint_blocks
 from flux.model import Flux
 from flux.streaming import FrozenLinear
-from metalora import inject
+from metalora import adapters, inject
 from run import speeds
 from run.costs import (
     FLUX_DEV,
@@ -205,9 +205,12 @@ def test_what_is_held_beside_the_model_counts():
         parts * d_in for kind in kinds(FLUX_DEV) for d_in, _, parts in linear_sizes(FLUX_DEV, kind)
     )
     with torch.device("meta"):
-        model = inject(Flux(FLUX_DEV), None, 32, 1)
+        model = inject(Flux(FLUX_DEV), None, 32, 1, dtype=torch.bfloat16)
     apart = estimate(Workload("sample", r1=None, r2=32), Plan())
-    assert apart.adapters == model.factors.personal.nbytes
+    model.factors.multiply(torch.bfloat16)
+    products = (tensor for layer in adapters(model).values() for tensor in (layer.down, layer.up))
+    wide = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in products}
+    assert apart.adapters == sum(wide.values())  # the factors' own storage is among them
     assert apart.peak - estimate(Workload("sample", identities=0), Plan()).peak == apart.adapters
 
 
