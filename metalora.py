@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flux.checkpoint import read_tensors
-from flux.errors import UserError
+from flux.errors import UserError, listed
 from flux.model import Flux
 from flux.streaming import bring, multiply, multiply_back
 from lora.fitting import clean, refuse
@@ -109,7 +109,7 @@ class Factors(nn.Module):
     ):
         super().__init__()
         self.layers, self.r1, self.r2 = layers, r1, r2
-        self.slots: Tensor | int = 0  # of the next batch
+        self.batch_slots: Tensor | int = 0  # of the next batch: (b,), or one for all
         self.stacks: dict[tuple, list[str]] = {}  # names of the layers of one shape
         for name, layer in layers.items():
             self.stacks.setdefault((layer.base.in_features, *layer.parts), []).append(name)
@@ -130,10 +130,8 @@ class Factors(nn.Module):
         The small matrices come first, so that no token ever has r1 channels. This is done once for a batch,
         in front of the blocks: one that is recomputed finds the products in its layers.
         """
-        if isinstance(self.slots, int):
-            rows = self.personal[self.slots : self.slots + 1]
-        else:
-            rows = self.personal[self.slots]
+        slots = self.batch_slots
+        rows = self.personal[slots : slots + 1] if isinstance(slots, int) else self.personal[slots]
         mids_and_ups = self.split(rows)
         meta_downs = self.meta_down or [None] * len(self.stacks)
         for shape, mid, up, meta_down in zip(self.stacks, mids_and_ups[::2], mids_and_ups[1::2], meta_downs):
@@ -142,9 +140,9 @@ class Factors(nn.Module):
             down = down.to(dtype).flatten(2, 3)  # (s, n, parts * r2, d_in)
             up = up.mT.to(dtype)  # (s, n, r2, d_out)
             if len(parts) > 1:
-                blocks = [torch.ones(1, size, dtype=dtype, device=up.device) for size in parts]
-                up = (up[:, :, None] * torch.block_diag(*blocks)[:, None]).flatten(2, 3)
-            # (s, n, parts * r2, d_out)
+                ones = [torch.ones(1, size, dtype=dtype, device=up.device) for size in parts]
+                mask = torch.block_diag(*ones)[:, None]  # (parts, 1, d_out)
+                up = (up[:, :, None] * mask).flatten(2, 3)  # (s, n, parts * r2, d_out)
             for name, *products in zip(self.stacks[shape], down.unbind(1), up.unbind(1)):
                 self.layers[name].down, self.layers[name].up = products
 
@@ -154,12 +152,12 @@ class Factors(nn.Module):
         return [piece.unflatten(1, shape) for piece, shape in zip(pieces, self.shapes)]
 
     def by_layer(self) -> dict[str, tuple[Tensor | None, Tensor, Tensor]]:
-        """Return meta_down, mid and up of each layer, by name: what is written to them is in the model."""
-        split, found = self.split(self.personal.data), {}
+        """Return meta_down, mid and up of each layer, by name: views, to read and to write."""
+        split, factors = self.split(self.personal.data), {}
         for k, names in enumerate(self.stacks.values()):
             meta_down = self.meta_down[k].data if self.r1 else [None] * len(names)
-            found |= dict(zip(names, zip(meta_down, split[2 * k].unbind(1), split[2 * k + 1].unbind(1))))
-        return {name: found[name] for name in self.layers}
+            factors |= dict(zip(names, zip(meta_down, split[2 * k].unbind(1), split[2 * k + 1].unbind(1))))
+        return {name: factors[name] for name in self.layers}
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Fill meta_down and mid as LoRA does, kaiming-uniform with a = sqrt(5), and up with zeros."""
@@ -265,7 +263,7 @@ def use_slots(model: nn.Module, slots: Tensor | int) -> None:
     blocks would use their factors. A model without adapters is left as it is.
     """
     if adapters(model):
-        model.factors.slots = slots
+        model.factors.batch_slots = slots
 
 
 # --- The optimizer of an identity --------------------------------------------------------------------------
@@ -386,7 +384,7 @@ def inject_loras(model: Flux, slots: Sequence[Sequence[tuple[Lora, float]]]) -> 
     sums = [add_up(loras) for loras in slots]
     outside = set().union(*sums) - known
     if outside:
-        raise UserError(f"in no block: {', '.join(sorted(outside))}")
+        raise UserError(f"layers outside the blocks have no slots: {listed(sorted(outside))}")
     rank = max((len(a) for lora in sums for a, _ in lora.values()), default=0)
     inject(model, None, rank, len(slots), reset=False, dtype=model.img_in.weight.dtype)
     model.factors.personal.data.zero_()  # where a LoRA has nothing, the layer stays as it is

@@ -44,7 +44,7 @@ from people.folders import captions_beside, expand_folders
 from people.photos import Box, Size, read_photo
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
-from run.costs import Plan
+from run.costs import Plan, Workload
 from run.files import check_new, check_writable
 from run.late import read_late
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
@@ -94,6 +94,7 @@ def personalize(
     # initialize, load-down-weights
     personal = add_adapters(model, prior, settings.rank, settings.targets, [seed])
     batches = draw_batches(crops, prompt, settings, training, seed, device, dtype)
+    # The loop is in `updates`. Its losses arrive a step late, so that no step waits for the host.
     losses = read_late(updates(model, personal, batches, training))
     bar = tqdm(losses, "personalizing", settings.steps, mininterval=1, dynamic_ncols=True)
     for step, loss in enumerate(bar, 1):
@@ -338,7 +339,7 @@ def plan(
 
     prior: None for r1 as in the paper. parts: the model's files, as far as they are there.
     """
-    r1 = None if settings.method == "lora" else prior.r1 if prior else 128
+    r1 = None if settings.method == "lora" else prior.r1 if prior else Workload.r1
     workload = {"r1": r1, "r2": settings.rank, "batch": settings.batch, "resolution": resolution}
     return make_plan("stage2", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **workload)
 

@@ -38,7 +38,7 @@ MAX_SIDE = 4096  # pixels; FLUX.1 was made for up to 2 megapixels
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
-    # What can be wrong shows before anything is downloaded.
+    # What can be wrong shows before the model is downloaded. A LoRA on the hub is fetched here.
     args.lora = [(find_lora(path), strength) for path, strength in args.lora]
     args.prompt = [without_tags(prompt, args.lora) for prompt in args.prompt]
     loras = [(read_lora(path)[0], strength) for path, strength in args.lora]
@@ -144,13 +144,13 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
 
 
 def without_tags(prompt: str, loras: Sequence[tuple[Path, float]]) -> str:
-    """Take <lora:name:strength> tags out of a prompt; UserError for one that --lora does not say, too."""
+    """Take <lora:name:strength> tags out of a prompt; UserError for a tag without the same --lora."""
     text, tags = read_tags(prompt)
     given = {(path.stem, strength) for path, strength in loras}
     if not given.issuperset(tags):
         options = f"--lora {' '.join(name for name, _ in tags)} --strength"
         options += "".join(f" {strength:g}" for _, strength in tags)
-        raise UserError(f"the prompt {prompt!r} has tags, which only options can follow: {options}")
+        raise UserError(f"the prompt {prompt!r} has tags without the same options: pass {options}")
     return text
 
 

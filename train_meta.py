@@ -2,7 +2,7 @@
 
     python train_meta.py --data /ids --r1 128 --class woman
 
-/ids holds a folder of photos per person, each photo with or without a caption (.txt) of the same name. The
+/ids holds a folder of photos per person, each photo with or without a caption (docs/data.md). The
 same command again goes on where the run was, however it ended. On several GPUs, with --batch photos on each:
 torchrun --nproc-per-node 8 train_meta.py ...
 """
@@ -387,9 +387,8 @@ def plan(
     if args.shard:
         blocks = "all" if args.checkpoint == "auto" else args.checkpoint
         chosen = Plan(int(blocks) if blocks.isdecimal() else blocks)
-        checkpoint_blocks(
-            flux.load_flux(parts["transformer"], "meta"), chosen.checkpoint
-        )  # raises if there are fewer
+        model = flux.load_flux(parts["transformer"], "meta")
+        checkpoint_blocks(model, chosen.checkpoint)  # raises if there are fewer
         return chosen
     identities = -(-args.bucket_ids // ranks)
     settings = {"r1": args.r1, "r2": args.r2, "batch": args.batch, "average": bool(args.ema)}

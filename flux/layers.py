@@ -62,7 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Normalise the last axis of x (b, l, d), then scale and shift it; shift and scale are (b, 1, d)."""
-    if len(x) == 1:  # the fused kernel takes the scale and the shift of one sample, in both directions
+    if len(x) == 1:  # as its weight and bias: one kernel does all, forward and backward
         return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
@@ -116,15 +116,15 @@ class SelfAttention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN: SiLU of vec (b, d) -> `chunks` tensors (b, 1, d): shift, scale, gate, perhaps all again."""
+    """AdaLN: activated (b, d) -> `chunks` tensors (b, 1, d): shift, scale, gate, perhaps all again."""
 
     def __init__(self, hidden_size: int, chunks: int):
         super().__init__()
         self.chunks = chunks
         self.lin = nn.Linear(hidden_size, chunks * hidden_size)
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(vec)[:, None].chunk(self.chunks, dim=-1)
+    def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(activated)[:, None].chunk(self.chunks, dim=-1)
 
 
 class DoubleBlock(nn.Module):
@@ -142,10 +142,10 @@ class DoubleBlock(nn.Module):
             )
             self.add_module(f"{stream}_mlp", mlp)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
-        """img (b, l_img, d), txt (b, l_txt, d), vec (b, d) -> img, txt."""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+    def forward(self, img: Tensor, txt: Tensor, activated: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """img (b, l_img, d), txt (b, l_txt, d), activated (b, d) -> img, txt."""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(activated)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(activated)
 
         img_qkv = self.img_attn.qkv(modulate(img, img_shift1, img_scale1)).chunk(3, dim=-1)
         txt_qkv = self.txt_attn.qkv(modulate(txt, txt_shift1, txt_scale1)).chunk(3, dim=-1)
@@ -171,9 +171,9 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(head_dim)
         self.modulation = Modulation(hidden_size, chunks=3)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
-        """x (b, l, d), text before image; vec (b, d) -> (b, l, d)."""
-        shift, scale, gate = self.modulation(vec)
+    def forward(self, x: Tensor, activated: Tensor, pe: Tensor) -> Tensor:
+        """x (b, l, d), text before image; activated (b, d) -> (b, l, d)."""
+        shift, scale, gate = self.modulation(activated)
         q, k, v, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
         attn = attention(*self.norm(q, k, v), pe)
         both = torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1)  # (b, l, d + mlp_size)

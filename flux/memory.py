@@ -119,15 +119,6 @@ def compile_blocks(model: Flux) -> None:
             block.forward = torch.compile(forward)
 
 
-def device_memory(device: torch.device) -> float:
-    """Return the bytes that this process can have on a device; infinity if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return available_memory() or float("inf")
-
-
 # --- All together -------------------------------------------------------------------------------------------
 
 
@@ -184,6 +175,15 @@ def release(device: torch.device | str) -> None:
         if hasattr(torch._C, "_host_emptyCache"):  # frees pinned memory; torch has no public function for it
             torch._C._host_emptyCache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def device_memory(device: torch.device) -> float:
+    """Return the bytes that this process can have on a device; infinity if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return available_memory() or float("inf")
 
 
 def peak_memory(device: torch.device | str) -> float:

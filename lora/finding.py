@@ -16,7 +16,7 @@ HUB = re.compile(r"(?:https?:/+huggingface\.co/)?([\w-][\w.-]*/[\w.-]+)(?:/(?:(?
 def find_lora(name: Path) -> Path:
     """Return the file that a name means; one on the hub (owner/name, or owner/name/file) is downloaded.
 
-    Raises FileNotFoundError, which says what is there instead, and UserError where there are several.
+    Raises FileNotFoundError, which says what is there instead, and UserError where there is none, or several.
     """
     if name.is_dir():
         return name / only_one(name, sorted(path.name for path in name.glob(f"[!.]*{SUFFIX}")))
@@ -52,9 +52,9 @@ def names_on_hub(repo: str) -> list[str]:
 
 
 def only_one(place: Path | str, names: Sequence[str]) -> str:
-    """Return the only name; FileNotFoundError when there is none, UserError when there are several."""
+    """Return the only name; UserError when there is none, or several."""
     if not names:
-        raise FileNotFoundError(f"{place} holds no {SUFFIX} file")
+        raise UserError(f"{place} holds no {SUFFIX} file")
     if len(names) > 1:
         raise UserError(f"{place} holds several LoRAs, {listed(names)}: name one, as {place}/{names[0]}")
     return names[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flux.checkpoint import read_header, read_tensors
 from flux.errors import UserError
 from flux.formats import ACCEPTED, SWAPPED
+from flux.texts import read_text
 from lora.fitting import clean, linear_shapes, misfits, refuse
 from lora.names import FLAT, Lora, find_name, part_sizes, parts_of, swap_halves
 from lora.others import OTHER_BASE, base_of, other_method, other_model
@@ -129,7 +130,7 @@ class Alphas:
         text, beside = metadata.get("lora_adapter_metadata", "{}"), path.with_name("adapter_config.json")
         try:
             if path.stem == "adapter_model" and beside.is_file():
-                text = beside.read_text()
+                text = read_text(beside)
             settings = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
             alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
             self.alpha = None if alpha is None else float(alpha)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flux.errors import UserError
+from flux.errors import UserError, listed
 from flux.texts import read_text
 from people.photos import PHOTO_SUFFIXES, Size, is_photo
 from people.signatures import NOT_READ
@@ -84,14 +84,14 @@ def scan_people(folder: Path, option: str = "--data") -> list[Person]:
         people.append(Person(pid, names[path], photos))
     empty = [printable(person.name) for person in people if not person.photos]
     if empty:
-        some = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
         kinds = ", ".join(PHOTO_SUFFIXES)
-        raise UserError(f"{len(empty)} of {len(people)} people in {folder} have no photo ({kinds}): {some}")
+        where = f"{len(empty)} of {len(people)} people in {folder}"
+        raise UserError(f"{where} have no photo ({kinds}): {listed(empty, most=10)}")
     texts = [f"{person.name}/{photo.path.name}" for person in people for photo in person.photos]
     odd = [printable(text) for text in texts if {*map(unicodedata.category, text)} & {"Cc", "Cs", "Zl"}]
     if odd:
         # Files and tables of results use these names.
-        raise UserError(f"{folder}: these names have control characters, rename them: {', '.join(odd[:5])}")
+        raise UserError(f"{folder}: these names have control characters, rename them: {listed(odd, most=5)}")
     _warn_of(unused, f"{option} {folder}")
     return people
 
@@ -305,13 +305,15 @@ def read_caption(photo: Path, contents: Contents) -> tuple[str | None, str | Non
             return _one_line(text, path), path.suffix.lower()
         contents.leave_out(path, "JSON files without a caption")
     text = contents.listed.get(_key(photo))
-    return (None, None) if text is None else (_one_line(text, "metadata"), "metadata")
+    if text is None:
+        return None, None
+    return _one_line(text, f"the caption of {photo.name} in the metadata file"), "metadata"
 
 
 def _one_line(text: str, source: Path | str) -> str:
     caption = " ".join("".join(" " if unicodedata.category(char) == "Cc" else char for char in text).split())
     if not caption:
-        raise UserError(f"{source} is empty: write a caption, or delete the file to use the default one")
+        raise UserError(f"{source} is empty: write a caption, or remove it to use the default one")
     return caption
 
 

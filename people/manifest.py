@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flux.errors import UserError
+from flux.errors import UserError, listed
 from flux.hashes import sha256
 from people.folders import (
     EXPORT,
@@ -249,7 +249,7 @@ def _state(path: Path) -> list[int] | None:
 def examine(path: Path) -> dict:
     """Decode a photo; return its digest, its upright size and what `read_photo` changes, or why not."""
     if not path.is_file():  # a link to nothing, or a pipe, which would block when opened
-        return {"refused": "no file" if path.exists() else "a link to nothing"}
+        return {"refused": "not a regular file" if path.exists() else "a link to nothing"}
     try:
         photo = decode_photo(path)
         return {"digest": sha256(path), "size": list(photo.size), "changes": photo.changes}
@@ -303,7 +303,7 @@ def _choose(
 def _reason(suffix: str) -> str:
     """Return what a report says of a file that cannot be read."""
     if suffix in PHOTO_SUFFIXES:
-        return "no photos that can be read"
+        return "photos that cannot be read"
     return EXPORT if suffix in NOT_READ else NO_PHOTO
 
 
@@ -311,8 +311,7 @@ def _note_folder(folder: Path, name: str, photos: dict, report: Report) -> None:
     """Add to the report what was understood of a person's folder."""
     below = sorted({str(Path(photo).parent) for photo in photos} - {"."})
     if below:
-        more = ", ..." if len(below) > EXAMPLES else ""
-        places = ", ".join(below[:EXAMPLES]) + more
+        places = listed(below, most=EXAMPLES)
         report.add("noted", "photos in folders below a person's are used", folder.name, places)
     match = KOHYA.fullmatch(folder.name)
     if match:

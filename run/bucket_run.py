@@ -187,16 +187,15 @@ class BucketRun:
         """
         line = {"step": self.step + 1, "bucket": self.bucket}
         line |= {"phase": "warm-up" if self.bucket_step < self.q_warmup else "all"}
-        speed = self.ranks.sum(len(photos)) / (time.perf_counter() - self.began)
         line |= {"memory": round(peak_memory(self.device), 3)}  # GiB
-        line |= {"images_per_second": round(speed, 3)}
         self.step, self.bucket_step = self.step + 1, self.bucket_step + 1
-        self.unread.append((line, list(numbers), Late(torch.stack([*numbers.values()])), photos, t))
+        late, size = Late(torch.stack([*numbers.values()])), self.ranks.sum(len(photos))
+        self.unread.append((line, list(numbers), late, size, photos, t))
 
         stopping = self.ranks.any(self.stop.wanted)
         saving = not self.steps_left or stopping or self.step % self.save_every == 0
-        # Nothing is left unread in a checkpoint; after a step that was skipped each counts at once.
-        while len(self.unread) > (not saving and not self.skipped):
+        # One step stays unread, unless a checkpoint is due or the step before was skipped.
+        while self.unread and (saving or self.skipped or len(self.unread) > 1):
             self.write_line(*self.unread.pop(0))
         gives_up = self.skipped >= MAX_SKIPPED
         if saving or gives_up:
@@ -209,13 +208,19 @@ class BucketRun:
             )
         if stopping:
             raise Stopped
-        if self.sample_every and self.step % self.sample_every == 0:
+        sampling = self.sample_every and self.step % self.sample_every == 0
+        if sampling:
             self.write_samples()
-        self.began = time.perf_counter()
+        if saving or sampling:
+            self.began = time.perf_counter()  # neither counts as training
 
-    def write_line(self, line: dict, names: list[str], late: Late, photos: Sequence[str], t: Tensor) -> None:
-        """Log a step, and count it if it was skipped."""
-        numbers = dict(zip(names, late.read()))
+    def write_line(
+        self, line: dict, names: list[str], late: Late, size: int, photos: Sequence[str], t: Tensor
+    ) -> None:
+        """Log a step, and count it if it was skipped; it has ended when its numbers are there."""
+        numbers, now = dict(zip(names, late.read())), time.perf_counter()
+        line |= {"images_per_second": round(size / (now - self.began), 3)}
+        self.began = now
         self.skipped = 0 if all(map(math.isfinite, numbers.values())) else self.skipped + 1
         if self.skipped:
             line |= {"photos": self.ranks.joined(list(photos)), "t": self.ranks.joined(t.tolist())}

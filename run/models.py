@@ -85,7 +85,7 @@ def find_model(args: argparse.Namespace) -> ModelFiles:
 
 
 def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
-    """Return the model's files that are on this disk; --plan downloads nothing."""
+    """Return the model's files that are on this disk; --plan downloads no model."""
     path, repo = named_model(args.model)
     if repo and repo not in HUB_MODELS.values():
         print(f"{args.model} is on the hub: the plan assumes that it has FLUX.1-dev's size")

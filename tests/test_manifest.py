@@ -93,7 +93,7 @@ EXPECTED = {
     "converted: 16 bits a channel: reduced to 8": {"deep.png"},
     "converted: animated: only the first frame is used": {"moving.webp"},
     "converted: no caption that can be read: the default one is used": {"0.png", "2.png"},
-    "skipped: no photos that can be read": {
+    "skipped: photos that cannot be read": {
         *("half.png", "empty.jpg", "text.jpg", "nowhere.png", "circle.png", "pipe.png")
     },
     "skipped: too small (--min-side 8) or too narrow": {"thin.png", "tiny.png"},
@@ -113,7 +113,7 @@ def test_every_fault_in_one_report(tmp_path):
     assert captions["turned.jpg"] == "a [31mred man" and captions["0.png"] is captions["2.png"] is None
     assert dict((photo.path.name, photo.size) for photo in people[1].photos)["turned.jpg"] == (64, 48)
     table = report.table()
-    assert "6  no photos that can be read" in table and "and 3 more" in table
+    assert "6  photos that cannot be read" in table and "and 3 more" in table
 
 
 def test_where_captions_are_from(tmp_path, capsys):
@@ -233,7 +233,7 @@ def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
     assert len(read) == 3 + 18
     read.clear()
     again = look(ids)
-    refused = EXPECTED["skipped: no photos that can be read"] | {"phone.heic"}
+    refused = EXPECTED["skipped: photos that cannot be read"] | {"phone.heic"}
     assert set(read) == refused  # they are tried again
     assert again[1] == report and list(again[0]) == first
     path = ids / "good" / "1.png"

@@ -70,7 +70,7 @@ def three_steps(factors: Factors, x: Tensor, slots: list[int]) -> Tensor:
 
 
 def ours(factors: Factors, x: Tensor, slots: list[int] | int) -> Tensor:
-    factors.slots = slots if isinstance(slots, int) else torch.tensor(slots, dtype=torch.long)
+    factors.batch_slots = slots if isinstance(slots, int) else torch.tensor(slots, dtype=torch.long)
     factors.multiply(x.dtype)
     return factors.layers["layer"](x)
 
