@@ -163,7 +163,7 @@ def test_tags_in_prompts(run, model, tmp_path):
         ["--prompt", copied, "--lora", *loras],
         ["--prompt", "x <lora:e> y", *flags],
     ):
-        with pytest.raises(ValueError, match="has tags, which only options can follow: --lora .* --strength"):
+        with pytest.raises(ValueError, match="has tags without the same options: pass --lora .* --strength"):
             run(*words)
     assert sample.read_tags("a <lora:x:0.8> b<lyco:y> <c>") == ("a b <c>", [("x", 0.8), ("y", 1)])
     assert sample.read_tags("a <lora:Flux\\\\x.y.safetensors:-.5>")[1] == [("x.y", -0.5)]
