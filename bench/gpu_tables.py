@@ -35,8 +35,8 @@ def table(result: dict) -> str:
     """Return what one run found, all of it on one card, as Markdown."""
     cases = result["cases"]
     about = ", ".join(f"{name} {value}" for name, value in result["about"].items() if name != "card")
-    tables = (markdown(lines(cases)) for lines in (aims, steps, figures))
-    return "\n\n".join([f"### {result['about']['card']}", about, *tables])
+    parts = (markdown(lines(cases)) for lines in (aims, steps, figures))
+    return "\n\n".join([f"### {result['about']['card']}", about, *parts])
 
 
 def aims(cases: dict[str, dict]) -> list[list[str]]:
