@@ -151,9 +151,12 @@ class Factors(nn.Module):
         pieces = rows.split([math.prod(shape) for shape in self.shapes], dim=1)
         return [piece.unflatten(1, shape) for piece, shape in zip(pieces, self.shapes)]
 
-    def by_layer(self) -> dict[str, tuple[Tensor | None, Tensor, Tensor]]:
-        """Return meta_down, mid and up of each layer, by name: views, to read and to write."""
-        split, factors = self.split(self.personal.data), {}
+    def by_layer(self, rows: Tensor | None = None) -> dict[str, tuple[Tensor | None, Tensor, Tensor]]:
+        """Return meta_down, mid and up of each layer, by name: views, to read and to write.
+
+        rows: (s, size), from which mid and up are taken instead of `personal`.
+        """
+        split, factors = self.split(self.personal.data if rows is None else rows), {}
         for k, names in enumerate(self.stacks.values()):
             meta_down = self.meta_down[k].data if self.r1 else [None] * len(names)
             factors |= dict(zip(names, zip(meta_down, split[2 * k].unbind(1), split[2 * k + 1].unbind(1))))

@@ -27,15 +27,13 @@ from flux.model import Flux
 from flux.sampling import flow_loss, generate
 from metalora import TARGETS, SlotAdamW, clip_slots, inject, kaiming_, save_meta, use_slots
 from people.buckets import count_batches, deal_batches, deal_buckets
-from people.cache import TensorCache
-from people.crops import common_shape, fit_shape
+from people.crops import fit_shape
 from people.dataset import Batch, LatentDataset
 from people.folders import Person, list_folders
-from people.manifest import Manifest, scan_photos
 from people.photos import read_photo
+from people.preparing import add_people_arguments, prepare_data
 from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
-from run.checkpoints import check_settings
 from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
 from run.costs import Plan
 from run.files import alone
@@ -257,7 +255,7 @@ def train(
     """Prepare the data and the model, run Algorithm 1, and return the file that is written."""
     resolution, training = args.resolution or native_size(files.folder), Training.of(args)
     chosen = ranks.once(lambda: plan(args, device, dtype, vars(files), ranks.size))
-    dataset = prepare_data(args, files, resolution, chosen, device, dtype, ranks)
+    dataset = prepare_data(args, files, resolution, {"fp8": chosen.fp8}, MAY_CHANGE, device, dtype, ranks)
     pids = range(len(dataset.people))
     buckets = deal_buckets(pids, args.bucket_ids, generator_for("buckets", args.seed))
     q_buckets = count_steps(buckets, dataset, args.batch, args.uses_per_image, ranks)
@@ -315,36 +313,6 @@ def train(
         with learner.averaged():
             save_meta(model, result, about)
     return result
-
-
-def prepare_data(
-    args: argparse.Namespace,
-    files: ModelFiles,
-    resolution: int,
-    chosen: Plan,
-    device: torch.device,
-    dtype: torch.dtype,
-    ranks: Ranks,
-) -> LatentDataset:
-    """Look at all photos, check that a run in --out can go on with these settings, and encode the photos."""
-    min_side = resolution // 8 if args.min_side is None else args.min_side
-    multiple = flux.load_autoencoder(files.autoencoder, "meta").sizes.token_pixels
-    shape = partial(common_shape, resolution=resolution, multiple=multiple)
-
-    def look() -> Manifest:
-        people, report = scan_photos(args.data, args.out / "people.jsonl", shape, min_side, args.min_photos)
-        report.tell(args.data, args.out / "data.tsv", args.strict)
-        return people
-
-    people = ranks.once(look)
-    settings = {**vars(args), "resolution": resolution, "min_side": min_side, "dtype": str(dtype)}
-    settings |= {"base": fingerprint(files.transformer), "fp8": chosen.fp8, "world": ranks.size}
-    ranks.once(lambda: check_settings(args.out, settings | people.contents(), MAY_CHANGE))
-
-    cache = TensorCache(args.out / "cache")
-    dataset = LatentDataset(people, cache, files, shape, args.class_word, args.t5_length, device, dtype)
-    dataset.encode(ranks, args.vram)
-    return dataset
 
 
 def count_steps(
@@ -430,30 +398,7 @@ def sample_grid(
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    group = parser.add_argument_group("people")
-    group.add_argument("--data", type=Path, required=True, help="folder of people: <person>/*.jpg|png|webp")
-    group.add_argument(
-        "--class",
-        dest="class_word",
-        default="person",
-        help="word of the default caption; paper: woman or man",
-    )
-    group.add_argument(
-        "--resolution",
-        type=int,
-        help="photos are shrunk to this side squared, in pixels; default: the model's, 1024",
-    )
-    group.add_argument(
-        "--min-side",
-        type=int,
-        help="photos with a shorter side are left out, in pixels; default: an eighth of --resolution",
-    )
-    group.add_argument(
-        "--min-photos", type=int, default=1, help="people with fewer good photos are left out; paper: 20"
-    )
-    group.add_argument(
-        "--strict", action="store_true", help="stop when a photo is not used, or not used as it is"
-    )
+    add_people_arguments(parser)
     add_model_arguments(parser)
 
     group = parser.add_argument_group("method (defaults: the paper's)")

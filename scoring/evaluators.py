@@ -6,7 +6,6 @@ bring small ones of its own.
 
 import argparse
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -193,17 +192,10 @@ class SmallEvaluators(Evaluators):
 
     def read(self, path: Path) -> Image.Image:
         """Read a picture; a large one is shrunk to the size that the networks were trained on."""
-        image = super().read(path)
-        if small.fits(image.height, image.width):
-            return image
-        shrink = math.sqrt(image.height * image.width) / small.SIZE
-        if shrink < 1:
-            raise UserError(
-                f"{path} has {image.width} x {image.height} pixels; "
-                f"{self.name} need pictures of about {small.SIZE} x {small.SIZE}"
-            )
-        size = round(image.width / shrink), round(image.height / shrink)
-        return image.resize(size, Image.Resampling.LANCZOS)
+        try:
+            return small.shrink(super().read(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}, for {self.name}") from error
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Weight the words that each prompt names equally, (n, words); UserError if it names none."""

@@ -47,15 +47,15 @@ def generate(people: int, photos: float, generator: torch.Generator) -> tuple[Te
     return pictures, labels
 
 
-def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def spoil(pictures: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
     """Turn uint8 (b, 3, h, w) into [-1, 1], each picture with its own mix of generated ones' defects."""
-    n, image = len(pictures), pictures.float() / 127.5 - 1
+    n, image = len(pictures), pictures.to(device).float() / 127.5 - 1
 
     def rand(channels: int) -> Tensor:
-        return torch.rand(n, channels, 1, 1, generator=generator)
+        return torch.rand(n, channels, 1, 1, generator=generator).to(device)
 
     def noise(size: int) -> Tensor:
-        return torch.randn(n, 3, size, size, generator=generator)
+        return torch.randn(n, 3, size, size, generator=generator).to(device)
 
     def amount(most: float, channels: int = 1) -> Tensor:
         return most * rand(channels) * (rand(1) < 0.5)  # half have none
@@ -73,9 +73,10 @@ def identity_loss(
     """Find each of 128 people among the others by a second picture: InfoNCE (van den Oord et al. 2018)."""
     people = torch.randperm(len(pictures), generator=generator)[:128]
     views = torch.rand(128, VIEWS, generator=generator).argsort(dim=1)[:, :2].T
-    with torch.autocast("cpu", torch.bfloat16):
-        a, b = network(spoil(pictures[people, views].flatten(0, 1), generator)).chunk(2)
-    logits, target = a @ b.mT / 0.07, torch.arange(128)
+    device = network.head.weight.device
+    with torch.autocast(device.type, torch.bfloat16):
+        a, b = network(spoil(pictures[people, views].flatten(0, 1), generator, device)).chunk(2)
+    logits, target = a @ b.mT / 0.07, torch.arange(128, device=device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
 
 
@@ -84,9 +85,10 @@ def prompt_loss(
 ) -> Tensor:
     """Sum the cross entropies of the attributes over 256 pictures."""
     chosen = tuple(torch.randint(n, (256,), generator=generator) for n in pictures.shape[:2])
-    with torch.autocast("cpu", torch.bfloat16):
-        found = network(spoil(pictures[chosen], generator))
-    return sum(F.cross_entropy(logits, labels[name][chosen]) for name, logits in found.items())
+    device = network.head.weight.device
+    with torch.autocast(device.type, torch.bfloat16):
+        found = network(spoil(pictures[chosen], generator, device))
+    return sum(F.cross_entropy(logits, labels[name][chosen].to(device)) for name, logits in found.items())
 
 
 def evaluate(folder: Path, photos: float, seed: int, people: int = 200) -> dict[str, float]:
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=850, help="updates of the identity network")
     parser.add_argument("--prompt-steps", type=int, default=300, help="updates of the prompt network")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -124,7 +127,7 @@ def main() -> None:
     identity = ("identity", IdentityNet(), identity_loss, args.steps)
     prompt = ("prompt", PromptNet(NAMED), prompt_loss, args.prompt_steps)
     for name, network, loss, steps in (identity, prompt):
-        network.to(memory_format=torch.channels_last)  # three times faster in bfloat16
+        network.to(args.device, memory_format=torch.channels_last)  # three times faster in bfloat16
         is_matrix = lambda name, p: "blocks" in name and p.dim() == 4
         optimizer = Optimizer(network.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=steps)
         generator = torch.Generator().manual_seed(args.seed)
@@ -138,7 +141,8 @@ def main() -> None:
         export(network, args.out / f"{name}.safetensors", **words)
     kinds = {"photo": 1.0, "any style": 0.0}
     figures = {kind: evaluate(args.out, photos, args.seed + 1) for kind, photos in kinds.items()}
-    write_json({"settings": {**vars(args), "out": str(args.out)}, **figures}, args.out / "judges.json")
+    settings = {**vars(args), "out": str(args.out), "device": args.device.type}
+    write_json({"settings": settings, **figures}, args.out / "judges.json")
 
 
 if __name__ == "__main__":

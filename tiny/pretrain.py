@@ -363,7 +363,7 @@ def finish_autoencoder(ae: AutoEncoder, latents: Tensor, args: argparse.Namespac
 
 def export(module: nn.Module, path: Path, **metadata: str) -> None:
     """Write a module in float16, which keeps more of these small weights than bfloat16."""
-    tensors = {name: tensor.half().contiguous() for name, tensor in module.state_dict().items()}
+    tensors = {name: tensor.half().cpu().contiguous() for name, tensor in module.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{path.name}: some weights are not finite in float16")
     path.parent.mkdir(exist_ok=True)

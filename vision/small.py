@@ -5,6 +5,7 @@ pictures that are too small for CLIP and Inception-ResNet. The metadata of the l
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from itertools import accumulate
@@ -26,6 +27,19 @@ SIZE = 64  # pixels
 def fits(height: int, width: int) -> bool:
     """Tell whether a picture has about the number of pixels that the networks were trained on."""
     return 0.7 < height * width / SIZE**2 < 1.4
+
+
+def shrink(image: Image.Image) -> Image.Image:
+    """Return a picture of about the networks' size; UserError when this one is smaller."""
+    if fits(image.height, image.width):
+        return image
+    factor = math.sqrt(image.height * image.width) / SIZE
+    if factor < 1:
+        raise UserError(
+            f"it has {image.width} x {image.height} pixels, must have about {SIZE} x {SIZE} or more"
+        )
+    size = round(image.width / factor), round(image.height / factor)
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 class Block(nn.Module):
@@ -155,15 +169,22 @@ def load_judges(folder: Path | str, device: torch.device | str = "cpu") -> tuple
 
     Raises UserError when a file is damaged or holds another network.
     """
-    files = [Path(folder) / f"{name}.safetensors" for name in ("identity", "prompt")]
-    (identity, _), (prompt, metadata) = map(read_tensors, files)
+    file = Path(folder) / "prompt.safetensors"
+    state, metadata = read_tensors(file)
     if "vocabulary" not in metadata:
-        raise UserError(f"{files[1]} does not say in its metadata which words it knows")
-    networks = IdentityNet(), PromptNet(json.loads(metadata["vocabulary"]))
-    for network, state, file in zip(networks, (identity, prompt), files):
-        try:
-            network.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise UserError(f"{file} does not hold this network: {error}") from error
-        network.requires_grad_(False).eval().to(device)
-    return networks
+        raise UserError(f"{file} does not say in its metadata which words it knows")
+    prompt = _filled(PromptNet(json.loads(metadata["vocabulary"])), state, file, device)
+    return load_identity(Path(folder) / "identity.safetensors", device), prompt
+
+
+def load_identity(file: Path, device: torch.device | str = "cpu") -> IdentityNet:
+    """Load the network that recognises people as `load_judges` does."""
+    return _filled(IdentityNet(), read_tensors(file)[0], file, device)
+
+
+def _filled(network: SmallNet, state: dict[str, Tensor], file: Path, device: torch.device | str) -> SmallNet:
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not hold this network: {error}") from error
+    return network.requires_grad_(False).eval().to(device)
