@@ -42,7 +42,8 @@ from people.encoding import encode_picture, encode_prompt, make_batch
 from people.faces import clip_face, find_face
 from people.folders import captions_beside, expand_folders
 from people.photos import Box, Size, read_photo
-from run.arguments import HelpFormatter, Parser
+from predictor.start import export_row, eye_of, find_predictor, predict
+from run.arguments import MOST, HelpFormatter, Parser
 from run.command import run_script
 from run.costs import Plan, Workload
 from run.files import check_new, check_writable
@@ -71,6 +72,7 @@ class Personalization:
     batch: int = 1  # crops in an update
     augment: bool = True  # crops and flips, or the photo as it is
     draws: str = "independent"  # or "spread", which is ours; see `draw_batches`
+    start: str = "zero"  # or "predicted", which is ours; see predictor/
 
 
 def personalize(
@@ -83,16 +85,20 @@ def personalize(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    start: Tensor | None = None,
 ) -> None:
     """Run Algorithm 2: fit mid and up to the crops of one person's photo; meta_down is frozen.
 
     prior: a stage-1 file; None for a plain LoRA. crops: what `list_crops` and `encode_crops` make of the
     photo (augment-and-create-data). The model then holds the adapter. Algorithm 2 as printed multiplies q_st2
     by the number of crops; by appendix B.1, 375 iterations of 2.8 s in 18 minutes, it is the total.
+    start: mid and up to begin with instead of the paper's, a row of `Factors.personal`.
     Raises UserError when a loss is infinite or NaN.
     """
     # initialize, load-down-weights
     personal = add_adapters(model, prior, settings.rank, settings.targets, [seed])
+    if start is not None:
+        personal.data.copy_(start)
     batches = draw_batches(crops, prompt, settings, training, seed, device, dtype)
     # The loop is in `updates`. Its losses arrive a step late, so that no step waits for the host.
     losses = read_late(updates(model, personal, batches, training))
@@ -227,15 +233,21 @@ def draw_batches(
 def find_prior(transformer: Path, path: Path | None) -> Prior:
     """Load a stage-1 file, or the one beside a model's weights; warn when it is of another base."""
     path = existing_prior(path or folder_around(transformer) / "meta.safetensors")
-    prior, base = load_meta(path), fingerprint(transformer)
+    prior = load_meta(path)
+    warn_of_another_base(prior, transformer)
+    return prior
+
+
+def warn_of_another_base(prior: Prior, transformer: Path) -> None:
+    """Warn when a stage-1 file or a predictor was trained with other weights than these."""
+    base = fingerprint(transformer)
     if prior.metadata.get("base_fingerprint", base) != base:
         trained_with = printable(prior.metadata.get("base_model", "another file"))
         warnings.warn(
-            f"{path} was trained with {trained_with}, not with {transformer}: as a prior it is worth less, "
-            "unless these are two files of the same weights",
-            stacklevel=2,
+            f"{prior.path} was trained with {trained_with}, not with {transformer}: as a prior it is worth "
+            "less, unless these are two files of the same weights",
+            stacklevel=3,
         )
-    return prior
 
 
 def existing_prior(path: Path) -> Path:
@@ -281,21 +293,33 @@ def main(argv: list[str] | None = None) -> None:
     if not args.show_crops:
         for path in [args.out, *([beside(args.out, "_samples.png")] if args.samples else [])]:
             check_new(path, args.force)
-    if args.meta:
-        read_header(existing_prior(args.meta))  # is it a safetensors file?
+    for file in filter(None, [args.meta and existing_prior(args.meta), args.predictor]):
+        read_header(file)  # is it a safetensors file?
     crops = list_crops(photos, settings.augment, args.face, args.detector)
     if args.show_crops:
         return show_crops(photos, crops, beside(args.out, "_crops.png"))
     files = find_model(args)
     resolution = args.resolution or native_size(files.folder)
-    prior = find_prior(files.transformer, args.meta) if settings.method == "meta-lora" else None
+    prior, start, about = None, None, {"resolution": resolution, "caption": args.caption, "seed": args.seed}
+    if settings.start == "predicted":
+        trained = find_predictor(args.predictor, files)
+        prior, eye = trained.prior, eye_of(trained, args.eye_weights, files, device)
+        warn_of_another_base(prior, files.transformer)
+        start = predict(trained, eye, photos, settings.rank)
+        about |= {"eye": eye.name, "eye_weights": eye.weights}
+    elif settings.method == "meta-lora":
+        prior = find_prior(files.transformer, args.meta)
+    about = describe(settings, training, files.transformer, prior, args.photos, **about)
+    if not settings.steps:
+        export_row(files.transformer, prior, settings.rank, start, args.out, about, args.format)
+        print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB; python sample.py makes pictures with it")
+        return
     # Does the stage-1 file fit? This reads no weights.
     add_adapters(
         flux.load_flux(files.transformer, "meta"), prior, settings.rank, settings.targets, [args.seed]
     )
     chosen = plan(args, settings, prior, resolution, device, dtype, vars(files))
-    about = {"resolution": resolution, "caption": args.caption, "seed": args.seed, "base_fp8": chosen.fp8}
-    about = describe(settings, training, files.transformer, prior, args.photos, **about)
+    about["base_fp8"] = chosen.fp8
 
     # Everything that does not change is computed once; then the encoders leave.
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
@@ -312,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     model = flux.load_flux(files.transformer, device if chosen.resident else "cpu", dtype)
     chosen.apply(model, device)
     prompt = prompts[args.caption]
-    personalize(model, prior, encoded, prompt, settings, training, args.seed, device, dtype)
+    personalize(model, prior, encoded, prompt, settings, training, args.seed, device, dtype, start)
 
     export_lora(model, args.out, about, form=args.format)
     print(f"{args.out}: rank {settings.rank}, {args.out.stat().st_size / 1e6:.1f} MB")
@@ -368,7 +392,9 @@ def name_of(photo: Path) -> str:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = Parser(
+        description=__doc__.split("\n")[0], formatter_class=HelpFormatter, limits={"steps": (0, MOST)}
+    )
     parser.add_argument(
         "photos",
         type=Path,
@@ -397,6 +423,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--lr", type=float, default=4e-4, help="learning rate of AdamW")
     group.add_argument(
+        "--start",
+        choices=["zero", "predicted"],
+        default="zero",
+        help="zero: at the base model; predicted, which is ours: where a predictor sees the person, so that "
+        "--steps may be 0",
+    )
+    group.add_argument(
+        "--predictor", type=Path, help="its file; default: predictor.safetensors beside the model's weights"
+    )
+    group.add_argument(
+        "--eye-weights",
+        type=Path,
+        help="of the network that it sees with; default: the model's, or the hub's",
+    )
+    group.add_argument(
         "--no-augment", action="store_true", help="train on the whole photo, without crops and flips"
     )
     add_personal_arguments(group)
@@ -413,7 +454,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--samples", type=int, default=4, help="pictures in the grid <out>_samples.png, up to 6; 0: none"
+        "--samples",
+        type=int,
+        default=4,
+        help="pictures in the grid <out>_samples.png, up to 6; 0: none, as always with --steps 0",
     )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--format", choices=FORMATS, default="diffusers", help="names in the file")
@@ -424,11 +468,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     unused = [] if args.caption else captions_beside(args.photos)
     if unused:
         warnings.warn(f"captions such as {unused[0]} are not used: --caption gives one", stacklevel=2)
-    args.steps = STEPS[args.method] if args.steps is None else args.steps
-    args.rank = args.rank if args.rank is not None else 1 if len(args.photos) == 1 else 4
+    predicted = args.start == "predicted"
+    if args.steps is None:
+        args.steps = 0 if predicted else STEPS[args.method]
+    if args.rank is None:
+        args.rank = 1 if predicted or len(args.photos) == 1 else 4
     args.caption = args.caption or f"a photo of a {args.class_word}"
     if args.out.suffix != ".safetensors" or args.out.is_dir():
         parser.error(f"--out {args.out}: must be a file whose name ends in .safetensors")
+    if not args.steps and not predicted:
+        parser.error("--steps 0 belongs to --start predicted")
+    if predicted and (args.meta or args.method == "lora"):
+        parser.error("--start predicted has a prior of its own: it goes neither with --meta nor with lora")
+    if (args.predictor or args.eye_weights) and not predicted:
+        parser.error("--predictor and --eye-weights belong to --start predicted")
+    if not args.steps:
+        args.no_augment, args.samples = True, 0  # it neither trains nor loads the transformer
     if args.meta and args.method == "lora":
         parser.error("--meta belongs to --method meta-lora; plain LoRA uses no prior")
     if args.face and len(args.photos) > 1:

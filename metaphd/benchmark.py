@@ -32,7 +32,8 @@ from people.encoding import encode_prompt
 from people.faces import clip_face, find_face, known_face
 from people.folders import scan_people
 from people.photos import Box, read_photo
-from run.arguments import Manual, Parser
+from predictor.start import eye_of, find_predictor, predict
+from run.arguments import MOST, Manual, Parser
 from run.command import command_line
 from run.costs import Plan, Workload, estimate
 from run.files import alone, atomic
@@ -50,13 +51,24 @@ from scoring.tables import TITLES, table, write_scores
 from vision.detector import load_detector
 
 PROMPTS = Path(__file__).parent / "prompts" / "frontal.txt"
-METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug")
+METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug", "predicted", "predicted-noaug")
 # Options that may differ between two runs in one --out. Any other difference would mix results that cannot be
 # compared. Of files not the name but the content is compared, see `Benchmark.record`.
 MAY_CHANGE = ("people", "out", "method", "ranks", "lr", "steps", "seeds", "at_once", "device")
 # With --base-dtype fp8 results change: fp8 is recorded as a setting of its own.
 MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "compile", "plan", "deterministic")
-MAY_CHANGE += ("meta", "prompts", "references", "classes", "clip", "recognizer", "detector", "no_face")
+MAY_CHANGE += (
+    "predictor",
+    "eye_weights",
+    "meta",
+    "prompts",
+    "references",
+    "classes",
+    "clip",
+    "recognizer",
+    "detector",
+    "no_face",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +94,10 @@ class Run:
     @property
     def augment(self) -> bool:
         return not self.method.endswith("-noaug")
+
+    @property
+    def predicted(self) -> bool:
+        return self.method.startswith("predicted")
 
     def system(self, steps: int) -> str:
         """Name the system that this training gives after a number of steps."""
@@ -114,7 +130,8 @@ def is_system(settings: object) -> bool:
     if not isinstance(settings, dict) or settings.get("method") not in METHODS:
         return False
     numbers = [settings.get(key) for key in ("rank", "lr", "steps")]
-    return all(isinstance(number, int | float) and number > 0 for number in numbers)
+    least = [1, 0, not settings["method"].startswith("predicted")]
+    return all(isinstance(x, int | float) and x >= low for x, low in zip(numbers, least)) and numbers[1] > 0
 
 
 def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run]:
@@ -123,7 +140,11 @@ def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run
     for system in before:
         wanted.setdefault((system["method"], system["rank"], system["lr"]), set()).add(system["steps"])
     for method, rank, lr in product(args.method, args.ranks, args.lr):
-        steps = args.steps or [personalize.STEPS[method.removesuffix("-noaug")]]
+        plain = method.removesuffix("-noaug")
+        steps = args.steps or [personalize.STEPS.get(plain, 0)]
+        steps = {n for n in steps if n or plain == "predicted"}  # only a prediction is something without any
+        if not steps:
+            raise UserError(f"--steps 0 belongs to --method predicted, not to {method}")
         wanted.setdefault((method, rank, lr), set()).update(steps)
     return [Run(*key, tuple(sorted(steps))) for key, steps in wanted.items()]
 
@@ -142,9 +163,11 @@ class Benchmark:
         self.device, self.dtype = choose_device(args)
         self.files = find_model(args)
         self.training_resolution = args.resolution or native_size(self.files.folder)
-        self.prior = None
+        self.prior = self.trained = None
         if any(run.method.startswith("meta-lora") for run in self.runs):
             self.prior = personalize.find_prior(self.files.transformer, args.meta)
+        if any(run.predicted for run in self.runs):
+            self.trained = find_predictor(args.predictor, self.files)
         for run in self.runs:  # does the stage-1 file fit? This reads no weights
             self.add_adapters(flux.load_flux(self.files.transformer, "meta"), run, [0])
         self.plan = plan(args, self.device, self.dtype, vars(self.files), self.prior)
@@ -154,7 +177,8 @@ class Benchmark:
     def personalization(self, run: Run) -> personalize.Personalization:
         """Return how the people of a run are learned."""
         return personalize.Personalization(
-            method=run.method.removesuffix("-noaug"),
+            method="lora" if run.method.startswith("lora") else "meta-lora",
+            start="predicted" if run.predicted else "zero",
             rank=run.rank,
             targets=self.args.targets,
             steps=max(run.steps),
@@ -164,10 +188,12 @@ class Benchmark:
         )
 
     def prior_of(self, run: Run) -> Prior | None:
+        if run.predicted:
+            return self.trained.prior
         return self.prior if run.method.startswith("meta-lora") else None
 
     def add_adapters(self, model: flux.Flux, run: Run, seeds: Sequence[int]) -> torch.Tensor:
-        """Add an adapter for each person's seed; return mid and up, a row for each."""
+        """Add an adapter for each person's seed; return mid and up, a row for each, as stage 2 begins."""
         return personalize.add_adapters(model, self.prior_of(run), run.rank, self.args.targets, seeds)
 
     def _read_settings(self) -> dict:
@@ -197,6 +223,8 @@ class Benchmark:
         settings |= {"transformer": fingerprint(self.files.transformer)}
         if self.prior:
             settings["stage 1"] = sha256(self.prior.path)
+        if self.trained:
+            settings["predictor"] = sha256(self.trained.prior.path)
         for subject in self.subjects:
             settings[f"prompts of {subject.kind}"] = subject.prompts
             photo = [subject.kind, subject.caption, sha256(subject.photos[0])]
@@ -222,11 +250,21 @@ class Benchmark:
         evaluators = self.load_evaluators()
         evaluators.embed_texts([text for subject in self.subjects for text in subject.prompts])
         metrics.embed_photos({subject.name: subject.photos for subject in self.subjects}, evaluators)
+        self.check_eye(evaluators)
         self.detector = None
         self.boxes: dict[tuple[bool, Subject], list[Box]] = {}
         for augment in sorted({run.augment for run in self.runs}):
             for subject in self.subjects:
                 self.boxes[augment, subject] = self.list_crops(subject.photos[0], augment)
+
+    def check_eye(self, evaluators: Evaluators) -> None:
+        """Raise UserError when the network that predicts a face would also score the likeness."""
+        judges = [evaluators.used.get(name) for name in ("identity", "recognizer")]
+        if self.trained and self.trained.prior.metadata["eye_weights"] in judges:
+            raise UserError(
+                f"{self.trained.prior.path} sees with the network that scores faces here: its scores would "
+                "flatter it. Take another --recognizer, or a predictor with another eye"
+            )
 
     def list_crops(self, path: Path, augment: bool) -> list[Box]:
         """Return the crops of a reference photo (appendix D), or the whole photo."""
@@ -324,6 +362,11 @@ class Benchmark:
             # One seed per person, so that people do not share the same noise.
             seeds = [self.args.seed + zlib.crc32(subject.name.encode()) for subject in group]
             personal = self.add_adapters(self.model, run, seeds)
+            if run.predicted:
+                personal.data.copy_(self.predict(group, run.rank))
+            if 0 in run.steps:
+                for slot, subject in enumerate(group):
+                    self.export(run, 0, subject, seeds[slot], slot)
             batches = [
                 personalize.draw_batches(
                     self.crops[run.augment, subject],
@@ -336,8 +379,9 @@ class Benchmark:
                 )
                 for subject, seed in zip(group, seeds)
             ]
-            updates = personalize_together(self.model, personal, batches, run.steps, training, self.device)
-            for step, slots in updates:
+            slots, later = range(len(group)), [step for step in run.steps if step]
+            updates = personalize_together(self.model, personal, batches, later, training, self.device)
+            for step, slots in updates if later else ():
                 for slot in slots:
                     self.export(run, step, group[slot], seeds[slot], slot)
             eject(self.model)
@@ -347,6 +391,12 @@ class Benchmark:
                 f"{run.system(settings.steps)}: the loss of {', '.join(lost)} became infinite or NaN; all "
                 f"others are learned. A smaller --lr than {run.lr:g} may help"
             )
+
+    def predict(self, group: Sequence[Subject], rank: int) -> torch.Tensor:
+        """Return the predicted mid and up of some people, a row for each, from their reference photos."""
+        eye = eye_of(self.trained, self.args.eye_weights, self.files, self.device)
+        photos = [subject.photos[0] for subject in group]
+        return torch.stack([predict(self.trained, eye, {path: read_photo(path)}, rank) for path in photos])
 
     def export(self, run: Run, step: int, subject: Subject, seed: int, slot: int) -> None:
         """Write a person's LoRA after a number of steps, unless it is there."""
@@ -360,6 +410,7 @@ class Benchmark:
             self.files.transformer,
             self.prior_of(run),
             subject.photos[:1],
+            **({"eye": self.trained.prior.metadata["eye"]} if run.predicted else {}),
             resolution=self.training_resolution,
             caption=subject.caption,
             seed=seed,
@@ -504,7 +555,8 @@ examples:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m metaphd run", description=HELP, formatter_class=Manual)
+    limits = {"steps": (0, MOST)}
+    parser = Parser(prog="python -m metaphd run", description=HELP, formatter_class=Manual, limits=limits)
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
     parser.add_argument(
         "--people",
@@ -528,6 +580,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--classes", **file, help='class of each person, {"anna": "woman"}; default: by name, as woman_anna'
     )
+    parser.add_argument(
+        "--predictor", **file, help="of --method predicted; default: predictor.safetensors beside the weights"
+    )
+    parser.add_argument("--eye-weights", **file, help="of the network it sees with; default: the model's")
     add_model_arguments(parser)
 
     group = parser.add_argument_group("systems: all combinations of")
@@ -537,12 +593,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=METHODS,
         default=["meta-lora", "lora"],
-        help="-noaug: the whole photo instead of crops and flips",
+        help="predicted: begun where a predictor sees the person, see predictor/; -noaug: the whole photo "
+        "instead of crops and flips",
     )
     group.add_argument("--ranks", **several, type=int, default=[1], help="r2, the ranks of the LoRAs")
     group.add_argument("--lr", **several, type=float, default=[4e-4], help="learning rates of AdamW")
     group.add_argument(
-        "--steps", **several, type=int, help="all taken from one training; default: 375, and 625 for lora"
+        "--steps",
+        **several,
+        type=int,
+        help="all taken from one training; default: 375, 625 for lora, 0 for predicted",
     )
     group = parser.add_argument_group("personalization (defaults: the paper's)")
     personalize.add_personal_arguments(group)

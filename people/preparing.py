@@ -76,5 +76,5 @@ def prepare_data(
 
     cache = TensorCache(args.out / "cache")
     dataset = LatentDataset(people, cache, files, shape, args.class_word, args.t5_length, device, dtype)
-    dataset.encode(ranks, getattr(args, "vram", None))
+    dataset.encode(ranks, args.vram)
     return dataset

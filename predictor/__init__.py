@@ -1,1 +1,1 @@
-"""A person's mid and up predicted from an embedding of the face, without training. This is beyond the paper."""
+"""Beyond the paper: a person's mid and up predicted from an embedding of the face, without training."""

@@ -2,13 +2,14 @@
 
     python -m predictor --data /ids --class woman
 
-After it, `python personalize.py ref.jpg --start predicted` begins where the predictor ends. /ids is as for
+Then `python personalize.py ref.jpg --start predicted` writes a LoRA without training. /ids is as for
 train_meta.py, with two photos or more of each person. The same command again goes on where the run was.
 """
 
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,26 +20,29 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 import flux
+from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import ModelFiles, native_size
 from flux.memory import release
 from flux.model import Flux
-from flux.sampling import flow_loss
-from metalora import TARGETS, SlotAdamW, assign_meta, clip_slots, inject, load_meta, use_slots
+from flux.sampling import flow_loss, spread_times
+from metalora import TARGETS, Prior, assign_meta, inject, load_meta, use_slots
 from people.buckets import count_batches, deal_batches, deal_buckets
-from people.cache import content_key
+from people.cache import TensorCache, content_key
 from people.dataset import Batch, BucketData, LatentDataset
-from people.encoding import make_batch, send
-from people.folders import Person, Photo
+from people.encoding import send
+from people.folders import Person, Photo, list_folders
 from people.photos import READING, read_photo
 from people.preparing import add_people_arguments, prepare_data
 from predictor.eyes import Eye, add_eye_arguments, find_eye
 from predictor.model import Predictor, save_predictor
 from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
-from run.command import Stop, command_line, run_script
+from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
+from run.costs import Plan
 from run.files import alone
-from run.models import add_model_arguments, choose_device, find_model
+from run.models import add_model_arguments, choose_device, files_to_plan, find_model
+from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.ranks import Ranks
 from run.seeds import generator_for
 from run.settings import Training, add_training_arguments
@@ -49,10 +53,9 @@ WARM_UP = 50  # steps in which the learning rate grows
 
 @dataclass(frozen=True)
 class FaceBatch(Batch):
-    """Photos of people, and of each person the embedding of another photo."""
+    """Photos, and for each of them the embedding of another photo of the same person."""
 
     faces: Tensor  # (b, width)
-    seen: list[dict[str, Tensor]]  # batches of those other photos, for `refine`
 
 
 def train_predictor(
@@ -63,7 +66,7 @@ def train_predictor(
     run: BucketRun,
     training: Training,
 ) -> None:
-    """Train meta_down and the predictor together, or continue it, on buckets of people."""
+    """Train the predictor and meta_down together, or continue it, on buckets of people (their pids)."""
     while run.step < run.q_total:
         for batch in dataloader(buckets[run.open_bucket()]):
             numbers = update(model, learner, batch, learner.rate(run.step), training)
@@ -74,76 +77,51 @@ def train_predictor(
 def update(
     model: Flux, learner: "PredictorLearner", batch: FaceBatch, lr: float, training: Training
 ) -> dict[str, Tensor]:
-    """Predict everyone's mid and up from one photo, and move what they come from to denoise another photo.
+    """Predict mid and up from one photo of each person, and move what they come from to denoise another.
 
-    Returns the loss and the norm of the gradient; nothing moves if one of them is not finite.
+    Returns the loss and the norm of the gradient. If one of them is not finite, nothing moves.
     """
-    rows, personal = learner.predictor(batch.faces), learner.personal
-    personal.data[: len(rows)] = rows.detach()  # a slot for each sample
+    rows = learner.predictor(batch.faces)
+    learner.personal.data[: len(rows)] = rows.detach()
     use_slots(model, batch.slots)
-    refine(model, learner, batch, training)
     loss = flow_loss(model, **batch.inputs, guidance=training.train_guidance)  # L_diff
-    (loss * learner.share(len(rows))).backward()
-    rows.backward(personal.grad[: len(rows)])
-    return learner.step(loss, len(rows), lr)
-
-
-def refine(model: Flux, learner: "PredictorLearner", batch: FaceBatch, training: Training) -> None:
-    """Train the predicted rows on the photos that were seen, as stage 2 would: MAML of first order."""
-    optimizer = SlotAdamW(learner.personal, learner.inner_lr, 0.0)
-    for p in learner.meta_down:
-        p.requires_grad_(not batch.seen)
-    for inputs in batch.seen:
-        flow_loss(model, **inputs, guidance=training.train_guidance, reduction="none").flatten(1).mean(
-            dim=1
-        ).sum().backward()
-        clip_slots(learner.personal, training.clip_grad)
-        optimizer.step(batch.slots)
-        learner.personal.grad = None
-    for p in learner.meta_down:
-        p.requires_grad_(not learner.frozen)
+    loss = loss * learner.share(len(rows))
+    loss.backward()  # as far as the rows,
+    rows.backward(learner.personal.grad[: len(rows)])  # and on to the predictor
+    return learner.step(loss, lr)
 
 
 def batches(
     bucket: Sequence[int],
+    load: Callable[[tuple[int, ...]], "FacesOfBucket"],
     dataset: LatentDataset,
-    load: Callable[[tuple[int, ...]], tuple[BucketData, list[Tensor | None]]],
     run: BucketRun,
     batch_size: int,
-    inner: int,
     training: Training,
 ) -> Iterator[FaceBatch]:
     """Yield what is left of a bucket's turn: every photo once, each with another photo of its person."""
-    (data, faces), generator = load(tuple(bucket)), run.generator("order", run.visit)
-    others = choices(data.slots, [face is not None for face in faces])
-    order = deal_batches(data.shapes, 1, batch_size, generator)
-    while len(order) < run.q_bucket:  # another rank has more batches
-        order += deal_batches(data.shapes, 1, batch_size, generator)
-    for chosen in order[run.bucket_step : run.bucket_step + run.steps_left]:
-        generator = run.generator("noise", run.step)
-        seen = [others[k][int(torch.randint(len(others[k]), (), generator=generator))] for k in chosen]
-        batch = dataset.batch(data, chosen, generator, training)
-        steps = int(torch.randint(inner + 1, (), generator=generator)) if inner else 0
-        given = [data.entries[k] for k in seen]
-        refining = [
-            make_batch(given, generator, training, dataset.device, dataset.dtype) for _ in range(steps)
+    bucket, order, generator = load(tuple(bucket)), [], run.generator("order", run.visit)
+    shapes = [bucket.data.shapes[k] for k in bucket.photos]
+    while len(order) < run.q_bucket:  # once, unless another rank has more batches
+        order += deal_batches(shapes, 1, batch_size, generator)
+    for dealt in order[run.bucket_step : run.bucket_step + run.steps_left]:
+        chosen, generator = [bucket.photos[k] for k in dealt], run.generator("noise", run.step)
+        batch = dataset.batch(bucket.data, chosen, generator, training)
+        # Times that cover their distribution evenly make the gradient less noisy.
+        start = torch.rand((), generator=generator).item()
+        times = spread_times(len(chosen), start, training.t_mean, training.t_std)
+        seen = [
+            bucket.others[k][int(torch.randint(len(bucket.others[k]), (), generator=generator))]
+            for k in chosen
         ]
+        faces = torch.stack([bucket.faces[k] for k in seen])
+        (times,), (faces,) = send([times], dataset.device), send([faces], dataset.device)
         slots = torch.arange(len(chosen), device=dataset.device)
-        (vectors,) = send([torch.stack([faces[k] for k in seen])], dataset.device)
-        yield FaceBatch(batch.inputs, slots, batch.photos, vectors, refining)
-
-
-def choices(slots: Sequence[int], visible: Sequence[bool]) -> list[list[int]]:
-    """Return for each photo the others of its person in which a face was found; its own if there is none."""
-    members = defaultdict(list)
-    for k, slot in enumerate(slots):
-        if visible[k]:
-            members[slot].append(k)
-    return [[j for j in members[slot] if j != k] or members[slot] for k, slot in enumerate(slots)]
+        yield FaceBatch({**batch.inputs, "t": times}, slots, batch.photos, faces)
 
 
 class PredictorLearner:
-    """What is trained: the predictor and meta_down, by one AdamW."""
+    """What is trained, the predictor and meta_down, by one AdamW. Every rank has the same."""
 
     def __init__(
         self,
@@ -151,52 +129,44 @@ class PredictorLearner:
         predictor: Predictor,
         steps: int,
         training: Training,
-        frozen: bool,
-        inner_lr: float,
         ranks: Ranks | None = None,
     ):
-        """steps: in all, which the learning rate's course needs; frozen: whether meta_down stays."""
-        self.steps, self.training, self.ranks = steps, training, ranks or Ranks()
-        self.predictor, self.personal, self.frozen, self.inner_lr = (
-            predictor,
-            model.factors.personal,
-            frozen,
-            inner_lr,
-        )
-        self.meta_down = list(model.factors.meta_down)
-        self.trained = [*predictor.parameters(), *([] if frozen else self.meta_down)]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, training.lr, BETAS, weight_decay=training.weight_decay, fused=True
-        )
+        """steps: of the whole run, on which the learning rate depends. meta_down may be frozen."""
+        self.predictor, self.steps, self.training, self.ranks = predictor, steps, training, ranks or Ranks()
+        self.personal = model.factors.personal  # a slot for each photo of a batch
+        self.trained = [*predictor.parameters(), *(p for p in model.factors.meta_down if p.requires_grad)]
+        decay = training.weight_decay
+        self.optimizer = torch.optim.AdamW(self.trained, training.lr, BETAS, weight_decay=decay, fused=True)
 
     def rate(self, step: int) -> float:
-        """Return a step's learning rate: it grows for WARM_UP steps and falls to 0 over the second half."""
+        """Return a step's learning rate: it grows for WARM_UP steps, and falls to 0 over the second half."""
         return self.training.lr * min(1.0, (step + 1) / WARM_UP, 2 * (1 - step / self.steps))
 
     def share(self, photos: int) -> float:
+        """Return which part of all ranks' photos those of this rank are."""
         return photos / self.ranks.sum(photos)
 
-    def step(self, loss: Tensor, photos: int, lr: float) -> dict[str, Tensor]:
+    def step(self, loss: Tensor, lr: float) -> dict[str, Tensor]:
+        """Update by the gradients of all ranks; return the sum of their losses, and the gradient's norm."""
         self.ranks.sum_gradients(self.trained)
-        numbers = {"loss": self.ranks.sum(loss.detach() * self.share(photos))}
-        numbers["grad"] = get_total_norm([p.grad for p in self.trained])
-        clip_grads_with_norm_(self.trained, self.training.clip_grad, numbers["grad"])
-        finite = torch.stack([*numbers.values()]).isfinite().all()
-        self.optimizer.found_inf = 1 - finite.float()  # with 1, torch's fused AdamW changes nothing
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        norm = get_total_norm([p.grad for p in self.trained])
+        numbers = {"loss": self.ranks.sum(loss.detach()), "grad": norm}
+        clip_grads_with_norm_(self.trained, self.training.clip_grad, norm)
+        # With 1, torch's fused AdamW changes nothing.
+        self.optimizer.found_inf = 1 - torch.stack([*numbers.values()]).isfinite().all().float()
+        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         for p in (self.personal, *self.trained):
             p.grad = None
         return numbers
 
-    # What `BucketRun` saves and brings back
+    # What `BucketRun` saves and brings back; nothing belongs to a bucket
 
     def start_bucket(self, bucket: int) -> None:
         pass
 
     def bucket_state(self) -> dict:
-        return {}  # nothing belongs to a bucket
+        return {}
 
     def load_bucket_state(self, state: dict) -> None:
         pass
@@ -214,75 +184,130 @@ class PredictorLearner:
 
 
 class Faces:
-    """The embeddings of all photos by one eye, kept in the data set's cache."""
+    """The embeddings of photos, in the cache of a data set."""
 
-    def __init__(self, dataset: LatentDataset, eye: Eye):
-        self.dataset, self.recipe = dataset, ("eye", 1, READING, eye.name, eye.weights)
-        self.encode(eye)
+    def __init__(self, cache: TensorCache, eye: Eye):
+        self.cache, self.recipe = cache, ("eye", READING, eye.name, eye.weights)
 
     def key(self, photo: Photo) -> str:
         return content_key(*self.recipe, photo.digest)
 
-    def encode(self, eye: Eye) -> None:
-        """Embed all photos that are not in the cache yet; a photo without a face gets an empty entry."""
-        cache = self.dataset.cache
-        for person in tqdm(self.dataset.people, "faces"):
+    def encode(self, people: Iterable[Person], eye: Eye, ranks: Ranks) -> None:
+        """Embed the photos that are not in the cache yet; one without a face gets an empty entry."""
+        for person in tqdm(people, "faces", disable=not ranks.leads):
             for photo in person.photos:
-                if self.key(photo) not in cache:
+                key = self.key(photo)
+                if ranks.makes(key) and key not in self.cache:
                     face = eye.embed(photo.path, read_photo(photo.path))
-                    cache.put(self.key(photo), {"face": torch.zeros(0) if face is None else face})
+                    self.cache.put(key, {"face": torch.zeros(0) if face is None else face})
+        ranks.wait()  # until the others have embedded their parts
 
-    def __call__(self, people: Iterable[Person]) -> list[Tensor | None]:
-        """Return the embedding of each photo of some people, None where no face was found."""
-        keys = [self.key(photo) for person in people for photo in person.photos]
-        faces = [self.dataset.cache.get(key)["face"] for key in keys]
-        return [face if len(face) else None for face in faces]
+    def of(self, people: Iterable[Person]) -> list[Tensor | None]:
+        """Return the embedding of each photo of some people, (width,); None where no face was found."""
+        entries = [self.cache.get(self.key(photo)) for person in people for photo in person.photos]
+        if None in entries:
+            raise UserError(f"{self.cache.folder} has lost entries; the same command makes them anew")
+        return [entry["face"] if len(entry["face"]) else None for entry in entries]
+
+
+@dataclass(frozen=True)
+class FacesOfBucket:
+    """A bucket's photos with their embeddings."""
+
+    data: BucketData
+    faces: list[Tensor | None]
+    others: list[list[int]]  # of each photo, those of the same person that it can be predicted from
+
+    @property
+    def photos(self) -> list[int]:
+        """The photos that there is another one for."""
+        return [k for k, others in enumerate(self.others) if others]
+
+    def draw_face(self, photo: int, generator: torch.Generator) -> Tensor:
+        """Return the embedding of another photo of the person, drawn at random."""
+        others = self.others[photo]
+        return self.faces[others[int(torch.randint(len(others), (), generator=generator))]]
+
+
+def list_others(slots: Sequence[int], visible: Sequence[bool]) -> list[list[int]]:
+    """Return for each photo the others of its person in which a face was found."""
+    members = defaultdict(list)
+    for k, slot in enumerate(slots):
+        if visible[k]:
+            members[slot].append(k)
+    return [[other for other in members[slot] if other != k] for k, slot in enumerate(slots)]
 
 
 # --- The command -------------------------------------------------------------------------------------------
 
-MAY_CHANGE = ("data", "out", "save_every", "strict", "device", "deterministic")
+# All other settings must stay as they are when a run goes on.
+MAY_CHANGE = ("data", "out", "save_every", "strict", "device", "vram", "stream", "checkpoint", "base_dtype")
+MAY_CHANGE += ("compile", "plan", "world", "deterministic", "eye", "eye_weights", "meta")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    ranks = Ranks()
+    ranks = Ranks()  # one, unless torchrun has started more
     device, dtype = choose_device(args)
-    files = find_model(args)
-    with alone(args.out), Stop() as stop:
-        try:
-            result = train(args, files, device, dtype, stop, ranks)
-            print(f"{result}: next, python personalize.py PHOTO --start predicted --predictor {result}")
-        except Stopped:
-            print(f"\nstopped; this goes on:\n  {command_line('-m predictor', argv)}")
+    if args.plan:
+        plan(args, load_meta(args.meta) if args.meta else None, device, dtype, files_to_plan(args))
+        return
+    device = ranks.device(device)
+    list_folders(args.data)  # fails early
+    with ranks.together(device):
+        with ranks.lead_first():  # it may have to be downloaded
+            files = find_model(args)
+        with alone(args.out) if ranks.leads else nullcontext(), Stop() as stop:
+            ranks.wait()  # until the folder is ours
+            try:
+                result = train(args, files, device, dtype, stop, ranks)
+                print(f"{result}: next, python personalize.py PHOTO --start predicted --predictor {result}")
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(explain_out_of_memory(error, device, stop.resident)) from error
+            except Stopped:
+                print(f"\nstopped; this goes on:\n  {command_line('-m predictor', argv, ranks.command)}")
 
 
-def train(args, files: ModelFiles, device, dtype, stop: Stop, ranks: Ranks) -> Path:
+def train(
+    args: argparse.Namespace,
+    files: ModelFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    stop: Stop,
+    ranks: Ranks,
+) -> Path:
+    """Prepare the data and the model, train, and return the file that is written."""
     resolution, training = args.resolution or native_size(files.folder), Training.of(args)
     prior = load_meta(args.meta) if args.meta else None
-    dataset = prepare_data(args, files, resolution, {}, MAY_CHANGE, device, dtype, ranks)
+    chosen = ranks.once(lambda: plan(args, prior, device, dtype, vars(files)))
     eye = find_eye(args.eye, args.eye_weights, files, device)
-    faces, about = Faces(dataset, eye), {"eye": eye.name, "eye_weights": eye.weights}
+    settings = {"fp8": chosen.fp8, "eye's weights": [eye.name, eye.weights]}
+    settings |= {"prior": prior and fingerprint(prior.path)}
+    dataset = prepare_data(args, files, resolution, settings, MAY_CHANGE, device, dtype, ranks)
+    faces = Faces(dataset.cache, eye)
+    faces.encode(dataset.people, eye, ranks)
+    about = {"eye": eye.name, "eye_weights": eye.weights}
     del eye
     release(device)
+
+    @lru_cache(maxsize=1)  # a single bucket is read once
+    def load(bucket: tuple[int, ...]) -> FacesOfBucket:
+        data, own = dataset.load(bucket), faces.of(dataset.people[pid] for pid in bucket)
+        return FacesOfBucket(data, own, list_others(data.slots, [face is not None for face in own]))
+
     pids = range(len(dataset.people))
     buckets = deal_buckets(pids, args.bucket_ids, generator_for("buckets", args.seed))
-    q_buckets = [count_batches(dataset.shapes(bucket), 1, args.batch) for bucket in buckets]
+    q_buckets = [max(map(partial(count_steps, dataset, faces, args.batch), ranks.parts(b))) for b in buckets]
+    if not sum(q_buckets):
+        raise UserError(f"{args.data}: nobody has two photos in which the eye finds a face")
 
-    model = flux.load_flux(files.transformer, device, dtype)
-    r1, targets = (prior.r1, prior.targets) if prior else (args.r1, args.targets)
-    inject(model, r1, args.r2, args.batch, targets, generator_for("meta_down", args.seed))
-    everyone = torch.stack([face for face in faces(dataset.people) if face is not None])
-    size = model.factors.personal.shape[1]
-    torch.manual_seed(args.seed)
-    predictor = Predictor(everyone.shape[1], args.codes, size, args.hidden)
-    predictor.mean.copy_(everyone.mean(dim=0))
-    predictor.deviation.copy_(everyone.std(dim=0))
-    predictor.table.data[0] = model.factors.personal.data[0].cpu()
-    predictor.to(device)
-    if prior:
-        assign_meta(model, prior)
-    learner = PredictorLearner(model, predictor, args.steps, training, bool(prior), args.inner_lr, ranks)
+    model = load_model(args, files, chosen, prior, device, dtype)
+    predictor = start_predictor(model, faces.of(dataset.people), args.codes, args.hidden, args.seed).to(
+        device
+    )
+    learner = PredictorLearner(model, predictor, args.steps, training, ranks)
     run = BucketRun(
         args.out,
         learner,
@@ -296,52 +321,98 @@ def train(args, files: ModelFiles, device, dtype, stop: Stop, ranks: Ranks) -> P
         save_every=args.save_every,
     )
     run.resume()
-
-    @lru_cache(maxsize=1)  # a single bucket is read once
-    def load(bucket: tuple[int, ...]) -> tuple[BucketData, list[Tensor | None]]:
-        return dataset.load(bucket), faces([dataset.people[pid] for pid in bucket])
-
     dataloader = partial(
-        batches,
-        dataset=dataset,
-        load=load,
-        run=run,
-        batch_size=args.batch,
-        inner=args.inner,
-        training=training,
+        batches, load=load, dataset=dataset, run=run, batch_size=args.batch, training=training
     )
     with run:
-        train_predictor(model, learner, buckets, dataloader, run, training)
-    about |= {"r1": r1, "r2": args.r2, "targets": targets, "method": "predictor", "class": args.class_word}
-    about |= {"base_model": files.transformer.name, "base_fingerprint": fingerprint(files.transformer)}
-    about |= {"steps": run.step, "people": len(dataset.people), "lr": args.lr, "batch": args.batch}
+        mine = [ranks.mine(bucket) for bucket in buckets]
+        train_predictor(model, learner, mine, dataloader, run, training)
+
+    about |= {"method": "predictor", "class": args.class_word, "base_model": files.transformer.name}
+    about |= {"base_fingerprint": fingerprint(files.transformer), "people": len(dataset.people)}
+    about |= {"r1": model.factors.r1, "targets": prior.targets if prior else args.targets}
+    about |= {name: getattr(args, name) for name in ("r2", "steps", "batch", "lr", "seed")}
     result = args.out / "predictor.safetensors"
-    save_predictor(model, predictor, result, about)
+    if ranks.leads:
+        save_predictor(model, predictor, result, about)
     return result
 
 
+def count_steps(dataset: LatentDataset, faces: Faces, batch_size: int, pids: Sequence[int]) -> int:
+    """Return the batches of these people's photos that can be predicted from another one."""
+    people = [dataset.people[pid] for pid in pids]
+    slots = [slot for slot, person in enumerate(people) for _ in person.photos]
+    others = list_others(slots, [face is not None for face in faces.of(people)])
+    shapes = [shape for shape, some in zip(dataset.shapes(pids), others, strict=True) if some]
+    return count_batches(shapes, 1, batch_size)
+
+
+def load_model(
+    args: argparse.Namespace,
+    files: ModelFiles,
+    chosen: Plan,
+    prior: Prior | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Flux:
+    """Load the transformer as planned, with a slot for each photo of a batch."""
+    model = flux.load_flux(files.transformer, device if chosen.resident else "cpu", dtype)
+    r1, targets = (prior.r1, prior.targets) if prior else (args.r1, args.targets)
+    inject(model, r1, args.r2, args.batch, targets, generator_for("meta_down", args.seed))
+    if prior:
+        assign_meta(model, prior)
+    return chosen.apply(model, device)
+
+
+def start_predictor(
+    model: Flux, faces: Iterable[Tensor | None], codes: int, hidden: int, seed: int
+) -> Predictor:
+    """Return a predictor that gives everyone the start of stage 2, a random mid and a zero up."""
+    everyone = torch.stack([face for face in faces if face is not None])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        predictor = Predictor(everyone.shape[1], codes, model.factors.personal.shape[1], hidden)
+    predictor.mean.copy_(everyone.mean(dim=0))
+    predictor.deviation.copy_(everyone.std(dim=0).clamp(min=1e-6))
+    predictor.table.data[0] = model.factors.personal.data[0].cpu()
+    return predictor
+
+
+def plan(
+    args: argparse.Namespace,
+    prior: Prior | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: dict[str, Path],
+) -> Plan:
+    """Choose how the transformer fits. The table takes what mid and up of as many identities take."""
+    settings = {"r1": prior.r1 if prior else args.r1, "r2": args.r2, "batch": args.batch}
+    settings |= {"resolution": args.resolution, "identities": args.batch + 1 + args.codes}
+    return make_plan("stage1", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **settings)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m predictor", description=__doc__.split("\n")[0], formatter_class=HelpFormatter
-    )
+    description = __doc__.split("\n")[0]
+    parser = Parser(prog="python -m predictor", description=description, formatter_class=HelpFormatter)
     add_people_arguments(parser)
+    parser.set_defaults(min_photos=2)
     add_eye_arguments(parser)
     add_model_arguments(parser)
     group = parser.add_argument_group("method")
     group.add_argument(
-        "--meta",
-        type=Path,
-        help="a stage-1 file whose meta_down is kept as it is; default: it is trained along",
+        "--meta", type=Path, help="stage-1 file whose meta_down is kept; default: it is trained as well"
     )
     group.add_argument("--r1", type=int, default=128, help="rows of meta_down")
     group.add_argument("--r2", type=int, default=1, help="rank of an identity's update")
     group.add_argument("--targets", choices=TARGETS, default="all", help="which layers are adapted")
-    group.add_argument("--codes", type=int, default=128, help="numbers that tell a person from others")
-    group.add_argument("--hidden", type=int, default=0, help="width of a second layer; 0: the map is linear")
-    group.add_argument("--inner", type=int, default=0, help="steps of refinement at most")
-    group.add_argument("--inner-lr", type=float, default=8e-3)
+    group.add_argument("--codes", type=int, default=128, help="numbers by which people differ")
+    group.add_argument(
+        "--hidden", type=int, default=0, help="width of a second layer before them; 0: the map is linear"
+    )
     group.add_argument("--steps", type=int, default=5000, help="optimizer updates in all")
-    group.add_argument("--bucket-ids", type=int, default=2000, help="people whose photos are in memory")
+    group.add_argument(
+        "--bucket-ids", type=int, default=200, help="people whose photos are in memory, 1 MB each at 1024"
+    )
     group.add_argument("--batch", type=int, default=16, help="photos in an update, of each rank")
     group.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     add_training_arguments(parser)
@@ -350,7 +421,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=Path("out/predictor"), help="folder for everything that is written"
     )
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of the start, the order, times and noise")
+    add_memory_arguments(parser)
     return parser.parse_args(argv)
 
 

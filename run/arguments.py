@@ -15,6 +15,8 @@ LIMITS = {
     **dict.fromkeys(("r1", "r2", "rank", "ranks", "n", "seeds"), (1, 2**14)),
     **dict.fromkeys(("sample_every", "min_side"), (0, MOST)),
     "seed": (0, 2**32 - 1),
+    "codes": (1, 2**14),
+    "hidden": (0, 2**16),
     "resolution": (16, 2**14),
     "t5_length": (1, 2**12),
     "samples": (0, 6),
@@ -29,15 +31,17 @@ OPEN = ("lr", "clip_grad", "vram")  # the smallest value itself is not allowed
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that wants texts in UTF-8, finite numbers within LIMITS, and no empty paths."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, limits: dict[str, tuple[float, float]] | None = None, **options):
+        """limits: of this command, where they differ from LIMITS."""
         super().__init__(*args, **options)
+        self.limits = LIMITS | (limits or {})
         self._negative_number_matcher = re.compile(r"-\.?\d")  # as from Python 3.14 on: --face -2,10,50,70
         for kind, read in ((None, read_text), (int, read_whole), (float, read_number), (Path, read_path)):
             self.register("type", kind, read)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         parsed = super().parse_args(args, namespace)
-        for name in LIMITS:
+        for name in self.limits:
             values = getattr(parsed, name, None)
             for value in values if isinstance(values, list) else [values]:
                 if isinstance(value, int | float):
@@ -45,8 +49,8 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def check_limits(self, name: str, value: float) -> None:
-        """End with an error when an option's value is outside of its LIMITS."""
-        least, most = LIMITS[name]
+        """End with an error when an option's value is outside of its limits."""
+        least, most = self.limits[name]
         is_open = name in OPEN
         if least < value <= most or value == least and not is_open:
             return

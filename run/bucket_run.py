@@ -146,7 +146,7 @@ class BucketRun:
         if state is None and self.visit < len(self.q_buckets):
             self.state.start_bucket(self.bucket)
         elif state is not None or len(self.q_buckets) > 1:  # with one bucket they are still in memory
-            self.state.load_bucket_state(state or self.store.fetch(self.visit))
+            self.state.load_bucket_state(self.store.fetch(self.visit) if state is None else state)
         self.store.read_ahead(self.visit + 1)
         return self.bucket
 

@@ -1,0 +1,71 @@
+"""Where stage 2 starts, or what it returns at once: mid and up as a predictor sees them in photos."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import flux
+from flux.errors import UserError
+from flux.loading import ModelFiles, folder_around
+from metalora import Prior, assign_meta, export_lora, inject
+from predictor.eyes import Eye, find_eye
+from predictor.model import Trained, load_predictor
+
+
+def find_predictor(path: Path | None, files: ModelFiles) -> Trained:
+    """Load a predictor, or the one beside a model's weights; this reads no weights of the model.
+
+    Raises FileNotFoundError, saying how to get one, when there is none.
+    """
+    path = path or folder_around(files.transformer) / "predictor.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no predictor at {path}. Train one (python -m predictor --data PEOPLE, which ends with "
+            "predictor.safetensors) and pass it as --predictor FILE"
+        )
+    return load_predictor(path, flux.load_flux(files.transformer, "meta"))
+
+
+def eye_of(trained: Trained, weights: Path | None, files: ModelFiles, device: torch.device) -> Eye:
+    """Return the eye that a predictor was trained with; UserError when the weights are others."""
+    about = trained.prior.metadata
+    eye = find_eye(about["eye"], weights, files, device)
+    if eye.weights != about["eye_weights"]:
+        raise UserError(
+            f"{trained.prior.path} was trained with other weights of the eye {eye.name} than "
+            f"{weights or 'the default ones'}: pass those as --eye-weights FILE"
+        )
+    return eye
+
+
+@torch.no_grad()
+def predict(trained: Trained, eye: Eye, photos: Mapping[Path, Image.Image], rank: int) -> Tensor:
+    """Return mid and up of the person on the photos, a row of `Factors.personal`, (size,) float32.
+
+    Of several photos the embeddings are averaged. Raises UserError for another rank than the predictor's, and
+    for a photo without a face.
+    """
+    if rank != trained.r2:
+        raise UserError(f"{trained.prior.path} predicts LoRAs of rank {trained.r2}, not --rank {rank}")
+    faces = {path: eye.embed(path, photo) for path, photo in photos.items()}
+    missing = [str(path) for path, face in faces.items() if face is None]
+    if missing:
+        raise UserError(
+            f"no face found in {', '.join(missing)}: take a photo in which it is larger or upright"
+        )
+    return trained.predictor(torch.stack([*faces.values()]).mean(dim=0, keepdim=True))[0]
+
+
+def export_row(
+    transformer: Path, prior: Prior, r2: int, row: Tensor, path: Path, metadata: dict, form: str = "diffusers"
+) -> None:
+    """Write a predicted identity as a LoRA file, see `export_lora`, without the model's weights."""
+    model = flux.load_flux(transformer, "meta")
+    inject(model, prior.r1, r2, 1, prior.targets, reset=False)
+    model.factors.to_empty(device="cpu")
+    assign_meta(model, prior)
+    model.factors.personal.data[0] = row
+    export_lora(model, path, metadata, form=form)

@@ -1,0 +1,318 @@
+"""The predictor: its map, its training and its file, and what personalize.py and the benchmark make of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Killed, assert_same
+from PIL import Image
+from torch.func import functional_call
+
+import flux
+import personalize
+import predictor.__main__ as command
+from flux.checkpoint import read_tensors
+from flux.errors import UserError
+from flux.sampling import flow_loss
+from lora.reading import read_lora
+from lora.writing import write_tensors
+from metalora import collapse, inject
+from predictor.eyes import MARGIN, SmallEye, square_around
+from predictor.model import Predictor, load_predictor
+from predictor.start import predict
+from run.checkpoints import Checkpoints
+from run.models import SHIPPED
+from run.settings import Training
+from vision.small import IdentityNet
+
+pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
+JUDGE = SHIPPED["tiny"] / "judges" / "identity.safetensors"
+SETTINGS = ["--r1", 4, "--codes", 6, "--batch", 3, "--lr", 1e-2, "--save-every", 3, "--eye", "small"]
+
+
+@pytest.fixture(scope="module")
+def eye(tmp_path_factory) -> Path:
+    """A small recogniser of random weights."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("eye") / "eye.safetensors"
+    write_tensors(IdentityNet().state_dict(), file, {})
+    return file
+
+
+@pytest.fixture(scope="module")
+def train(model, people, eye):
+    """Call the command: train(out, flag, value, ...); returns the tensors of predictor.safetensors."""
+
+    def call(out: Path, *flags: object, data: Path = people) -> dict[str, torch.Tensor]:
+        words = ["--data", data, "--model", model, "--out", out, "--eye-weights", eye, *SETTINGS, *flags]
+        command.main([str(word) for word in words])
+        return read_tensors(out / "predictor.safetensors")[0]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(train, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("predictor")
+    train(out, "--steps", 9, "--hidden", 5)
+    return out / "predictor.safetensors"
+
+
+# --- The map -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_a_row_is_the_sum_that_the_docstring_says(hidden):
+    torch.manual_seed(0)
+    network = Predictor(width=4, codes=3, size=7, hidden=hidden).double()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter)
+    network.mean.normal_()
+    network.deviation.uniform_(0.5, 2)
+    faces = torch.randn(2, 4, dtype=torch.float64)
+    for face, row in zip(faces, network(faces)):
+        e = (face - network.mean) / network.deviation
+        code = network.a.weight @ e
+        if hidden:
+            inner = network.b.weight @ e + network.b.bias
+            half = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
+            code = code + network.c.weight @ half + network.c.bias
+        expected = network.table[0] + sum(c * line for c, line in zip(code, network.table[1:]))
+        torch.testing.assert_close(row, expected)
+        assert not torch.allclose(row, expected - code[0] * network.table[1])
+
+
+def test_the_gradient_is_that_of_the_whole_graph(model):
+    """`update` hands the gradient of mid and up on to the map; autograd through everything gives the same."""
+    torch.manual_seed(0)
+    transformer = inject(flux.load_flux(model / "flux1-random.safetensors", "cpu", torch.float32), 4, 1, 3)
+    size = transformer.factors.personal.shape[1]
+    network = Predictor(width=5, codes=3, size=size, hidden=4)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs = {
+        "latents": torch.randn(2, 4, 8, 8),
+        "noise": torch.randn(2, 4, 8, 8),
+        "t": torch.tensor([0.3, 0.7]),
+        "txt": torch.randn(2, 6, 32),
+        "pooled": torch.randn(2, 32),
+    }
+    faces, slots = torch.randn(2, 5), torch.arange(2)
+    learner = command.PredictorLearner(transformer, network, 10, Training())
+    seen = {}
+    learner.step = lambda *_: seen.update({name: p.grad.clone() for name, p in network.named_parameters()})
+    batch = command.FaceBatch(inputs, slots, [], faces)
+    command.update(transformer, learner, batch, 1e-3, Training())
+
+    rows = torch.cat([network(faces), torch.zeros(1, size)])
+    transformer.zero_grad()
+    network.zero_grad()
+    given = {**dict(transformer.named_parameters()), "factors.personal": rows}
+    whole = lambda *arguments: functional_call(transformer, given, arguments)
+    whole.factors = transformer.factors
+    transformer.factors.batch_slots = slots
+    flow_loss(whole, **inputs, guidance=Training().train_guidance).backward()
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-4, atol=1e-7)
+        assert parameter.grad.abs().max() > 1e-6
+
+
+def test_a_photo_is_never_seen_and_denoised_at_once():
+    assert command.list_others([0, 0, 0, 1, 1, 2], [True] * 6) == [[1, 2], [0, 2], [0, 1], [4], [3], []]
+    # What is not visible can be predicted, but not the other way round.
+    assert command.list_others([0, 0, 1, 1], [True, False, False, False]) == [[], [0], [], []]
+
+
+# --- Training ----------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(train, trained, tmp_path, monkeypatch):
+    whole, step = read_tensors(trained)[0], command.update
+
+    def dies(model, learner, *rest):
+        if learner.optimizer.state and next(iter(learner.optimizer.state.values()))["step"] == 5:
+            raise Killed
+        return step(model, learner, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "update", dies)
+        with pytest.raises(Killed):
+            train(tmp_path / "out", "--steps", 9, "--hidden", 5)
+    assert Checkpoints(tmp_path / "out" / "checkpoints").load()["step"] == 3
+    assert_same(train(tmp_path / "out", "--steps", 9, "--hidden", 5), whole)
+    other = train(tmp_path / "other", "--steps", 9, "--hidden", 5, "--seed", 1)
+    assert any(not torch.equal(tensor, whole[name]) for name, tensor in other.items())
+
+
+def test_other_settings_are_refused(train, trained):
+    with pytest.raises(UserError, match="other settings"):
+        train(trained.parent, "--steps", 10, "--hidden", 5)
+
+
+def test_a_stage_1_file_is_kept_as_it_is(train, world, tmp_path):
+    found = train(tmp_path / "out", "--steps", 3, "--meta", world / "meta.safetensors")
+    given = read_tensors(world / "meta.safetensors")[0]
+    assert given and all(torch.equal(found[name], tensor) for name, tensor in given.items())
+
+
+def test_people_with_a_single_photo_are_refused(train, people, tmp_path):
+    for person in people.iterdir():
+        if person.is_dir():
+            (tmp_path / "ids" / person.name).mkdir(parents=True)
+            shutil.copy(person / "000.png", tmp_path / "ids" / person.name)
+    with pytest.raises(UserError, match="photos"):
+        train(tmp_path / "out", "--steps", 3, data=tmp_path / "ids")
+
+
+# --- The file ----------------------------------------------------------------------------------------------
+
+
+def test_the_file_names_factors_by_layer(trained, model):
+    tensors, metadata = read_tensors(trained)
+    assert metadata["eye"] == "small" and metadata["r2"] == "1"
+    loaded = load_predictor(trained, flux.load_flux(model / "flux1-random.safetensors", "meta"))
+    transformer = inject(flux.load_flux(model / "flux1-random.safetensors"), 4, 1, 7, reset=False)
+    transformer.factors.personal.data.copy_(loaded.predictor.table.data)
+    for layer, (_, mid, up) in transformer.factors.by_layer().items():
+        assert torch.equal(mid, tensors[f"{layer}.mid"].float())
+        assert torch.equal(up, tensors[f"{layer}.up"].float())
+    assert up[1:].abs().max() > 0
+
+
+def test_what_is_no_predictor_is_named(trained, world, other_model, tmp_path):
+    empty = lambda folder: flux.load_flux(folder / "flux1-random.safetensors", "meta")
+    with pytest.raises(UserError, match="is no predictor"):
+        load_predictor(world / "meta.safetensors", empty(world))
+    with pytest.raises(UserError, match="does not fit this model"):
+        load_predictor(trained, empty(other_model))
+    tensors, metadata = read_tensors(trained)
+    tensors.pop("predictor.mean")
+    write_tensors(tensors, tmp_path / "less.safetensors", metadata)
+    with pytest.raises(UserError, match="is no predictor"):
+        load_predictor(tmp_path / "less.safetensors", empty(world))
+
+
+# --- personalize.py ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(people, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ref.png").write_bytes(next(people.glob("*_000/000.png")).read_bytes())
+    return Path("ref.png")
+
+
+@pytest.fixture
+def run(model, trained, eye):
+    def call(*argv: object) -> None:
+        words = [
+            "--model",
+            model,
+            "--start",
+            "predicted",
+            "--predictor",
+            trained,
+            "--eye-weights",
+            eye,
+            *argv,
+        ]
+        personalize.main([str(word) for word in words])
+
+    return call
+
+
+def test_without_steps_the_prediction_is_written(run, photo, model, trained, eye, monkeypatch):
+    """No network but the eye is loaded, and the file is the prediction multiplied out."""
+    load = flux.load_flux
+    with monkeypatch.context() as patch:
+        patch.setattr(flux, "load_flux", lambda path, device: load(path, {"meta": device}[device]))
+        for name in ("load_conditioner", "load_autoencoder"):
+            patch.delattr(personalize.flux, name)
+        run(photo)
+    transformer = load(model / "flux1-random.safetensors")
+    written, metadata = read_lora(photo.with_suffix(".safetensors"), transformer)
+    assert (metadata["start"], metadata["steps"], metadata["eye"]) == ("predicted", "0", "small")
+    loaded = load_predictor(trained, load(model / "flux1-random.safetensors", "meta"))
+    face = SmallEye(eye).embed(photo, Image.open(photo))
+    inject(transformer, 4, 1, 1, reset=False)
+    transformer.factors.personal.data[0] = loaded.predictor(face[None])[0]
+    for layer, (meta_down, _, _) in transformer.factors.by_layer().items():
+        meta_down.copy_(loaded.prior.tensors[f"{layer}.meta_down"])
+    for part, (a, b) in collapse(transformer).items():
+        torch.testing.assert_close(written[part][0].float(), a, rtol=2e-3, atol=1e-5)
+        torch.testing.assert_close(written[part][1].float(), b, rtol=2e-3, atol=1e-6)
+    assert max(b.abs().max() for _, b in written.values()) > 0
+
+
+def test_of_several_photos_the_embeddings_are_averaged(trained, model, people, eye):
+    loaded = load_predictor(trained, flux.load_flux(model / "flux1-random.safetensors", "meta"))
+    files = sorted(next(people.glob("*_000")).glob("*.png"))[:3]
+    photos, network = {file: Image.open(file) for file in files}, SmallEye(eye)
+    faces = torch.stack([network.embed(file, photo) for file, photo in photos.items()])
+    row = predict(loaded, network, photos, rank=1)
+    torch.testing.assert_close(row, loaded.predictor(faces.mean(dim=0)[None])[0].detach())
+    assert not torch.allclose(row, loaded.predictor(faces[:1])[0])
+
+
+def test_training_begins_at_the_prediction(run, photo):
+    run(photo, "--steps", 1, "--lr", 1e-9, "--no-augment", "--samples", 0, "--out", "one.safetensors")
+    run(photo, "--out", "none.safetensors")
+    one, none = (read_tensors(Path(f"{name}.safetensors"))[0] for name in ("one", "none"))
+    for name, tensor in none.items():
+        torch.testing.assert_close(one[name], tensor, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--steps", "0"], "--steps 0 belongs to --start predicted"),
+        (["--predictor", "x.safetensors"], "belong to --start predicted"),
+        (["--start", "predicted", "--method", "lora"], "a prior of its own"),
+        (["--start", "predicted", "--meta", "x.safetensors"], "a prior of its own"),
+    ],
+)
+def test_options_that_do_not_go_together(words, message, photo, capsys):
+    with pytest.raises(SystemExit):
+        personalize.main([str(photo), "--model", "tiny", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said(run, photo, model):
+    with pytest.raises(UserError, match="other weights of the eye small"):
+        run(photo, "--eye-weights", JUDGE)
+    with pytest.raises(UserError, match="rank 1, not --rank 2"):
+        run(photo, "--rank", 2)
+    with pytest.raises(FileNotFoundError, match="python -m predictor"):
+        personalize.main([str(photo), "--model", str(model), "--start", "predicted"])
+
+
+# --- The benchmark -----------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_takes_predictions_and_goes_on_from_them(bench, trained, eye):
+    out = bench("--predictor", trained, "--eye-weights", eye, "--method", "predicted-noaug", "--steps", 0, 2)
+    systems = [f"predicted-noaug_r1_lr0.01_s{steps}" for steps in (0, 2)]
+    scores = [json.loads((out / "scores" / f"{name}.json").read_text()) for name in systems]
+    assert all(len(found["pictures"]) == 12 for found in scores)
+    loras = [read_tensors(out / "loras" / name / "man_001.safetensors") for name in systems]
+    assert [metadata["steps"] for _, metadata in loras] == ["0", "2"]
+    assert any(not torch.equal(loras[0][0][name], loras[1][0][name]) for name in loras[0][0])
+
+
+def test_who_predicts_must_not_judge(bench, train, tmp_path):
+    train(tmp_path / "judge", "--steps", 1, "--eye-weights", JUDGE)
+    words = ["--predictor", tmp_path / "judge" / "predictor.safetensors", "--eye-weights", JUDGE]
+    with pytest.raises(UserError, match="would\nflatter|flatter"):
+        bench(*words, "--method", "predicted", "--steps", 0)
+
+
+# --- Eyes --------------------------------------------------------------------------------------------------
+
+
+def test_clip_sees_a_square_around_the_face():
+    photo = Image.new("RGB", (100, 60), "white")
+    crop = square_around(photo, (10, 10, 30, 50))
+    assert crop.size == (MARGIN * 40, MARGIN * 40)
+    assert crop.getpixel((0, 30)) == (0, 0, 0) and crop.getpixel((30, 30)) == (255, 255, 255)
