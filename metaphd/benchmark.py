@@ -33,7 +33,7 @@ from people.faces import clip_face, find_face, known_face
 from people.folders import scan_people
 from people.photos import Box, read_photo
 from predictor.start import eye_of, find_predictor, predict
-from run.arguments import MOST, Manual, Parser
+from run.arguments import Manual, Parser
 from run.command import command_line
 from run.costs import Plan, Workload, estimate
 from run.files import alone, atomic
@@ -51,7 +51,7 @@ from scoring.tables import TITLES, table, write_scores
 from vision.detector import load_detector
 
 PROMPTS = Path(__file__).parent / "prompts" / "frontal.txt"
-METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug", "predicted", "predicted-noaug")
+METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug", "predicted", "refined", "refined-noaug")
 # Options that may differ between two runs in one --out. Any other difference would mix results that cannot be
 # compared. Of files not the name but the content is compared, see `Benchmark.record`.
 MAY_CHANGE = ("people", "out", "method", "ranks", "lr", "steps", "seeds", "at_once", "device")
@@ -93,11 +93,12 @@ class Run:
 
     @property
     def augment(self) -> bool:
-        return not self.method.endswith("-noaug")
+        return not self.method.endswith("-noaug") and self.method != "predicted"
 
     @property
     def predicted(self) -> bool:
-        return self.method.startswith("predicted")
+        """Whether it starts where a predictor sees the person; the method "predicted" also ends there."""
+        return self.method.startswith(("predicted", "refined"))
 
     def system(self, steps: int) -> str:
         """Name the system that this training gives after a number of steps."""
@@ -130,8 +131,9 @@ def is_system(settings: object) -> bool:
     if not isinstance(settings, dict) or settings.get("method") not in METHODS:
         return False
     numbers = [settings.get(key) for key in ("rank", "lr", "steps")]
-    least = [1, 0, not settings["method"].startswith("predicted")]
-    return all(isinstance(x, int | float) and x >= low for x, low in zip(numbers, least)) and numbers[1] > 0
+    if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+        return False
+    return (settings["steps"] == 0) == (settings["method"] == "predicted")
 
 
 def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run]:
@@ -140,11 +142,10 @@ def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run
     for system in before:
         wanted.setdefault((system["method"], system["rank"], system["lr"]), set()).add(system["steps"])
     for method, rank, lr in product(args.method, args.ranks, args.lr):
-        plain = method.removesuffix("-noaug")
-        steps = args.steps or [personalize.STEPS.get(plain, 0)]
-        steps = {n for n in steps if n or plain == "predicted"}  # only a prediction is something without any
-        if not steps:
-            raise UserError(f"--steps 0 belongs to --method predicted, not to {method}")
+        if method == "predicted":
+            wanted[method, rank, args.lr[0]] = {0}  # whatever the rate
+            continue
+        steps = args.steps or [personalize.STEPS["lora" if method.startswith("lora") else "meta-lora"]]
         wanted.setdefault((method, rank, lr), set()).update(steps)
     return [Run(*key, tuple(sorted(steps))) for key, steps in wanted.items()]
 
@@ -364,9 +365,11 @@ class Benchmark:
             personal = self.add_adapters(self.model, run, seeds)
             if run.predicted:
                 personal.data.copy_(self.predict(group, run.rank))
-            if 0 in run.steps:
+            if run.method == "predicted":
                 for slot, subject in enumerate(group):
                     self.export(run, 0, subject, seeds[slot], slot)
+                eject(self.model)
+                continue
             batches = [
                 personalize.draw_batches(
                     self.crops[run.augment, subject],
@@ -379,9 +382,8 @@ class Benchmark:
                 )
                 for subject, seed in zip(group, seeds)
             ]
-            slots, later = range(len(group)), [step for step in run.steps if step]
-            updates = personalize_together(self.model, personal, batches, later, training, self.device)
-            for step, slots in updates if later else ():
+            updates = personalize_together(self.model, personal, batches, run.steps, training, self.device)
+            for step, slots in updates:
                 for slot in slots:
                     self.export(run, step, group[slot], seeds[slot], slot)
             eject(self.model)
@@ -555,8 +557,7 @@ examples:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    limits = {"steps": (0, MOST)}
-    parser = Parser(prog="python -m metaphd run", description=HELP, formatter_class=Manual, limits=limits)
+    parser = Parser(prog="python -m metaphd run", description=HELP, formatter_class=Manual)
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
     parser.add_argument(
         "--people",
@@ -581,7 +582,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--classes", **file, help='class of each person, {"anna": "woman"}; default: by name, as woman_anna'
     )
     parser.add_argument(
-        "--predictor", **file, help="of --method predicted; default: predictor.safetensors beside the weights"
+        "--predictor", **file, help="default: predictor.safetensors beside the model's weights"
     )
     parser.add_argument("--eye-weights", **file, help="of the network it sees with; default: the model's")
     add_model_arguments(parser)
@@ -593,8 +594,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=METHODS,
         default=["meta-lora", "lora"],
-        help="predicted: begun where a predictor sees the person, see predictor/; -noaug: the whole photo "
-        "instead of crops and flips",
+        help="predicted: what a predictor sees in the photo, without training (see predictor/); refined: "
+        "trained from there; -noaug: on the whole photo instead of crops and flips",
     )
     group.add_argument("--ranks", **several, type=int, default=[1], help="r2, the ranks of the LoRAs")
     group.add_argument("--lr", **several, type=float, default=[4e-4], help="learning rates of AdamW")
@@ -602,7 +603,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--steps",
         **several,
         type=int,
-        help="all taken from one training; default: 375, 625 for lora, 0 for predicted",
+        help="all taken from one training; default: 375, and 625 for lora",
     )
     group = parser.add_argument_group("personalization (defaults: the paper's)")
     personalize.add_personal_arguments(group)
