@@ -168,9 +168,10 @@ def make_plan(
     speeds = measured or PAPERS_CARD
     budget = options.vram or device_memory(device) / GIB
     plan, cost = choose(work, budget, options, speeds)
-    older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
-    if plan.compiled and plan.fp8 and older:
-        raise UserError("--compile: GPUs before Ada cannot compile 8-bit weights; leave it out")
+    if plan.compiled and plan.fp8 and device.type == "cuda":
+        raise UserError(
+            "--compile with 8-bit weights gave wrong numbers on a GPU (docs/gpu.md): leave it out"
+        )
     source = speeds.source if measured or options.dry else ""
     print(table(work, plan, cost, budget, options.base_dtype == "fp8", source))
     return plan

@@ -238,6 +238,16 @@ def test_flags_override_each_choice(capsys):
         plan("--stream", "58")
 
 
+def test_8_bits_are_not_compiled_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("run.plan.measure", lambda device: None)
+    monkeypatch.setattr("run.plan.device_memory", lambda device: 48 * GIB)
+    options = MemoryOptions(base_dtype="fp8", compile=True)
+    words = "stage2", {}, options
+    assert make_plan(*words, torch.device("cpu"), torch.bfloat16).compiled
+    with pytest.raises(UserError, match="--compile with 8-bit weights"):
+        make_plan(*words, torch.device("cuda"), torch.bfloat16)
+
+
 def test_what_cannot_be_compiled_is_not_chosen():
     assert choose(STAGE1, 48)[0].checkpoint == "attention"
     assert choose(STAGE1, 48, MemoryOptions(stream="0", compile=True))[0].checkpoint != "attention"
