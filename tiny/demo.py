@@ -3,7 +3,8 @@
     make demo          (or: python tiny/demo.py --out out/demo)
 
 Each command is printed before it runs. At the end it prints the scores of the base model, of LoRA and of
-Meta-LoRA after the same numbers of steps, and names a report and a contact sheet to look at.
+Meta-LoRA after the same numbers of steps, and of LoRAs that were predicted without any. It names a report and a contact
+sheet to look at.
 """
 
 import argparse
@@ -35,7 +36,8 @@ def run(*command: object) -> None:
 def write_sheet(people: Path, pictures: Path, steps: int, path: Path) -> None:
     """Lay out photos of a few people and, below them, the pictures of each system, a column per prompt."""
     prompts, found = PROMPTS.read_text().splitlines(), scan_people(people)
-    systems = [folder.name for folder in pictures.iterdir() if folder.name.endswith(("base", f"_s{steps}"))]
+    shown = ("base", "_s0", f"_s{steps}")
+    systems = [folder.name for folder in pictures.iterdir() if folder.name.endswith(shown)]
     rows, labels = [], []
     for person in found[:: -(-len(found) // SHOWN)]:
         rows.append([Image.open(photo.path) for photo in person.photos[: 1 + len(prompts)]])
@@ -80,7 +82,7 @@ def main() -> None:
     prompts = [f"a photo of a {word} at the beach", f"a painting of a {word} in the forest"]
     run("sample.py", *model, "--lora", lora, "--steps", 12, "--prompt", *prompts, "--out", out / "samples")
 
-    systems = ["--method", "lora-noaug", "meta-lora-noaug", *training, *args.steps]
+    systems = ["--method", "lora-noaug", "meta-lora-noaug", "predicted", *training, *args.steps]
     systems += ["--at-once", args.people]
     protocol = ["--people", out / "new", "--prompts", PROMPTS, "--seeds", 1, "--sample-steps", 12]
     benchmark = out / "benchmark"
