@@ -32,6 +32,8 @@ from flux.streaming import FrozenLinear
 from metalora import inject
 from people.dataset import Batch
 from personalize import updates
+from predictor import __main__ as predictor
+from predictor.model import Predictor
 from run.costs import FLUX_DEV, GIB, Plan, Workload, estimate
 from run.settings import Training
 from train_meta import MetaLearner, update
@@ -39,6 +41,8 @@ from train_meta import MetaLearner, update
 STAGE1 = Workload("stage1", batch=4, identities=50)
 STAGE2 = Workload("stage2")
 SAMPLE = Workload("sample", identities=0)
+CODES = 128  # of the predictor, whose table takes what as many identities take
+PREDICTOR = Workload("stage1", batch=4, identities=4 + 1 + CODES)
 # The workload, its plan, and the GiB that its peak may have at most.
 ROWS = [
     (STAGE1, Plan("all"), 36.7),
@@ -46,6 +50,7 @@ ROWS = [
     (STAGE1, Plan("all", fp8=True), 25.8),
     (STAGE1, Plan("attention", 57), None),
     (replace(STAGE1, resolution=768), Plan("all"), None),
+    (PREDICTOR, Plan("all"), 44.0),
     (STAGE2, Plan("all"), 25.7),
     (STAGE2, Plan("none"), 59.3),
     (STAGE2, Plan("all", fp8=True), 14.8),
@@ -117,7 +122,8 @@ def simulate(work: Workload, plan: Plan) -> int:
         model = pretend(Flux, work.sizes)
         model.requires_grad_(False)
         if work.kind != "sample":
-            inject(model, work.r1, work.r2, work.identities, reset=False)
+            slots = work.batch if predicts(work) else work.identities
+            inject(model, work.r1, work.r2, slots, reset=False)
         for meta_down in model.factors.meta_down if work.kind == "stage2" else ():
             meta_down.data = meta_down.data.half()  # as `metalora.assign_meta` leaves it
             meta_down.requires_grad_(False)
@@ -132,6 +138,11 @@ def simulate(work: Workload, plan: Plan) -> int:
             else:
                 train(model, work, tracker)
     return tracker.peak
+
+
+def predicts(work: Workload) -> bool:
+    """Say whether this is the training of a predictor, which has a slot for each photo of a batch."""
+    return work.kind == "stage1" and work.identities == PREDICTOR.identities
 
 
 def pretend(kind: type[nn.Module], sizes: FluxSizes | AutoEncoderSizes) -> nn.Module:
@@ -176,7 +187,14 @@ def train(model: Flux, work: Workload, tracker: Tracker) -> None:
     """Do two steps of training; the tracker's peak is then that of the second."""
     latents, t, txt, pooled = inputs(work)
     batch = {"latents": latents, "noise": torch.empty_like(latents), "t": t, "txt": txt, "pooled": pooled}
-    if work.kind == "stage1":
+    if predicts(work):
+        table = Predictor(512, CODES, model.factors.personal.shape[1])
+        for p in table.parameters():
+            tracker.add(p)
+        learner = predictor.PredictorLearner(model, table, 2, Training())
+        faces = predictor.FaceBatch(batch, torch.arange(work.batch), [], torch.empty(work.batch, 512))
+        steps = (predictor.update(model, learner, faces, 1e-3, Training()) for _ in range(2))
+    elif work.kind == "stage1":
         learner, slots = MetaLearner(model, Training()), torch.zeros(work.batch, dtype=torch.long)
         steps = (update(model, learner, Batch(batch, slots, []), False, Training()) for _ in range(2))
     else:
@@ -206,7 +224,8 @@ def random_setting(draw: random.Random) -> tuple[Workload, Plan]:
 def describe(work: Workload, plan: Plan) -> str:
     text = f"{work.kind}, {work.batch} x {work.resolution}px + {work.t5_length}"
     if work.kind != "sample":
-        text += f", r1 {work.r1}, r2 {work.r2}, {work.identities} people, checkpoint {plan.checkpoint}"
+        who = f"a predictor of {CODES} codes" if predicts(work) else f"{work.identities} people"
+        text += f", r1 {work.r1}, r2 {work.r2}, {who}, checkpoint {plan.checkpoint}"
         text += ", RMSNorm " + ("fused" if work.fused_norm else "in seven operations")
     return f"{text}, stream {plan.stream}, {'fp8' if plan.fp8 else 'bf16'}"
 

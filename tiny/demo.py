@@ -3,8 +3,8 @@
     make demo          (or: python tiny/demo.py --out out/demo)
 
 Each command is printed before it runs. At the end it prints the scores of the base model, of LoRA and of
-Meta-LoRA after the same numbers of steps, and of LoRAs that were predicted without any. It names a report and a contact
-sheet to look at.
+Meta-LoRA after the same numbers of steps, and of LoRAs that are predicted without any, and names a report and
+a contact sheet to look at.
 """
 
 import argparse
