@@ -1,0 +1,249 @@
+"""Predicted LoRAs against trained ones on the toy model: run the study that README.md planned.
+
+    python -m studies.predicted            # what is missing is trained, generated and scored; hours
+    python -m studies.predicted --figures  # the tables of README.md again, from the committed scores
+
+scores.csv has a line per system, person and seed, averaged over prompts.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import predictor.__main__ as predictor
+from bench.documents import write
+from metaphd import benchmark
+from run.command import run_script
+from run.files import atomic
+from scoring.tables import markdown
+from studies.claim.scores import ADHERENT, FACESIM, LIMIT, METRICS, SIMILAR, TINY, draw_people, estimate
+from studies.claim.words import number, tell_points
+from tiny.people import write_people
+
+FOLDER = Path(__file__).parent
+PROMPTS = FOLDER.parent / "claim" / "prompts.txt"
+PEOPLE = {"choosing": (12, 200), "fresh": (30, 500)}  # how many, and their seed
+LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
+RESAMPLES = 1000
+STEPS = {"lora-noaug": (5, 10, 20, 30, 45, 60, 90, 120, 180), "refined-noaug": (5, 10, 20, 30, 45, 60, 90)}
+RATES = {"lora-noaug": (8e-3, 2e-2), "refined-noaug": (2e-3, 8e-3)}
+KEY = ("people", "predictor", "method", "lr")
+PLACE = ("steps", "person", "seed")
+TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained", "predicted": "predicted"}
+
+# Options of `python -m predictor`; "of": how many people it sees. The first ships with the toy model.
+RECIPE = {"of": 1600, "r1": 32, "hidden": 512, "steps": 6500, "bucket-ids": 1600, "seed": 0}
+SHORT = RECIPE | {"steps": 2500}
+PREDICTORS = {
+    "shipped": RECIPE,
+    "100 people": SHORT | {"of": 100},
+    "400 people": SHORT | {"of": 400},
+    "1,600 people": SHORT,
+    "linear": SHORT | {"hidden": 0},
+}
+
+
+# --- Running -----------------------------------------------------------------------------------------------
+
+
+def find_predictor(name: str, out: Path) -> list[object]:
+    """Return the benchmark's option for a predictor, after training it; nothing for the shipped one."""
+    if name == "shipped":
+        return []
+    folder, recipe = out / "predictors" / name.replace(" ", "-").replace(",", ""), dict(PREDICTORS[name])
+    data = out / f"ids_{recipe['of']}"
+    write_people(data, people=recipe.pop("of"), photos=12, seed=100)
+    words = ["--data", data, "--model", "tiny", "--out", folder]
+    words += itertools.chain.from_iterable((f"--{option}", value) for option, value in recipe.items())
+    if not (folder / "predictor.safetensors").exists():
+        predictor.main([str(word) for word in words])
+    return ["--predictor", folder / "predictor.safetensors"]
+
+
+def measure(out: Path, people: str, name: str) -> Iterator[dict]:
+    """Make and score what a predictor predicts; for the shipped one also trainings. Yield rows."""
+    count, seed = PEOPLE[people]
+    folder = out / "people" / people
+    write_people(folder, people=count, photos=8, seed=seed, photo_share=1)
+    shared = ["--people", folder, "--model", "tiny", "--prompts", PROMPTS, "--seeds", 2, "--sample-steps", 8]
+    shared += ["--at-once", count, "--draws", "spread", *find_predictor(name, out)]
+    results = out / people / name.replace(" ", "-").replace(",", "")
+    calls = [["--method", "predicted"]]
+    if name == "shipped":
+        calls += [["--method", x, "--lr", *RATES[x], "--steps", *STEPS[x]] for x in STEPS]
+    for words in calls:
+        benchmark.main([str(word) for word in [*shared, *words, "--out", results]])
+    for file in sorted((results / "scores").glob("*.json")):
+        found = json.loads(file.read_text())
+        system, sums = found["system"], defaultdict(list)
+        for row in found["pictures"]:
+            sums[row["person"], row["seed"]].append([row[metric] for metric in METRICS])
+        method = system.get("method", "base")
+        key = (people, name, method, f"{system['lr']:g}" if method in STEPS else "")
+        for place, values in sums.items():
+            scores = [f"{value:.4f}" for value in np.mean(values, axis=0)]
+            place = system.get("steps", 0), *place
+            yield dict(zip((*KEY, *PLACE, *METRICS), (*key, *place, *scores)))
+
+
+# --- What the scores say -----------------------------------------------------------------------------------
+
+
+class Scores:
+    """The scores of some people, and resamples of people and seeds, of which the first is the true sample."""
+
+    def __init__(self, people: str, resamples: int = RESAMPLES):
+        table = defaultdict(dict)
+        with (FOLDER / "scores.csv").open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row["people"] == people:
+                    place = int(row["steps"]), row["person"], row["seed"]
+                    table[tuple(row[name] for name in KEY[1:])][place] = [float(row[x]) for x in METRICS]
+        # By (predictor, method, rate): steps, and mean scores (1 + resamples, steps, metrics).
+        self.curves: dict[tuple, tuple[list[int], np.ndarray]] = {}
+        for key, own in table.items():
+            steps, who, seeds = (sorted({place[k] for place in own}) for k in range(3))
+            values = np.array([own[place] for place in sorted(own)])
+            values = values.reshape(len(steps), len(who), len(seeds), len(METRICS))
+            weights = draw_people(len(who), len(seeds), resamples)
+            self.curves[key] = steps, np.einsum("rps,kpsm->rkm", weights, values)
+
+    def at_once(self, name: str) -> np.ndarray:
+        """Return the scores (1 + resamples, metrics) of a predictor without training."""
+        return self.curves[name, "predicted", ""][1][:, 0]
+
+    @property
+    def base(self) -> np.ndarray:
+        return self.curves["shipped", "base", ""][1][:, 0]
+
+    def trained(self, method: str) -> dict[str, np.ndarray]:
+        """Return the curves (1 + resamples, 0 .. steps, metrics) of a method, by rate."""
+        start, found = self.base if method == "lora-noaug" else self.at_once("shipped"), {}
+        for (name, which, lr), (steps, scores) in self.curves.items():
+            if (name, which) == ("shipped", method):
+                whole = np.concatenate([start[:, None], scores], axis=1)
+                between = [
+                    np.interp(range(steps[-1] + 1), [0, *steps], one) for one in np.eye(len(steps) + 1)
+                ]
+                found[lr] = np.einsum("kg,rkm->rgm", between, whole)
+        return found
+
+    def steps_to(self, method: str, level: float) -> np.ndarray:
+        """Return the steps of the fastest rate to a level while adherence is kept: (1 + resamples,)."""
+        floor, steps = self.base[:, None, ADHERENT] - LIMIT - TINY, []
+        for curve in self.trained(method).values():
+            good = (curve[..., SIMILAR] >= level - TINY) & (curve[..., ADHERENT] >= floor)
+            steps.append(np.where(good.any(axis=1), good.argmax(axis=1), np.inf))
+        return np.min(steps, axis=0)
+
+
+def percent(values: np.ndarray) -> str:
+    """Write a score in percent with its interval."""
+    found = estimate(values)
+    return f"{number(100 * found.value)} [{number(100 * found.low)}, {number(100 * found.high)}]"
+
+
+def predicted(scores: Scores) -> str:
+    """Lay out what each predictor reaches without training."""
+    lines = [["predictor", "R-FaceSim", "FaceSim - R-FaceSim", "adherence, relative to the base's"]]
+    for name in PREDICTORS:
+        if (name, "predicted", "") in scores.curves:
+            own = scores.at_once(name)
+            copied = estimate(own[:, FACESIM] - own[:, SIMILAR])
+            kept = estimate(own[:, ADHERENT] - scores.base[:, ADHERENT])
+            lines.append([name, percent(own[:, SIMILAR]), tell_points(copied), tell_points(kept)])
+    return markdown(lines)
+
+
+def speed(scores: Scores) -> str:
+    """Lay out the steps to each level, of LoRA and from the prediction on."""
+    lines = [["R-FaceSim", "LoRA's steps", "steps after the prediction", "ratio"]]
+    for level in LEVELS:
+        theirs, ours = (scores.steps_to(method, level) for method in ("lora-noaug", "refined-noaug"))
+        ratio = np.divide(theirs, ours, out=np.full(len(ours), np.inf), where=ours > 0)
+        ratio[np.isinf(ours)] = np.where(np.isinf(theirs[np.isinf(ours)]), np.nan, 0)
+        found = [estimate(values) for values in (theirs, ours, ratio)]
+        cells = [[number(x, k) for x in (one.value, one.low, one.high)] for one, k in zip(found, (0, 0, 2))]
+        lines.append([f"{level}", *(f"{value} [{low}, {high}]" for value, low, high in cells)])
+    return markdown(lines)
+
+
+def courses(scores: Scores) -> str:
+    """Lay out R-FaceSim and adherence at each rate and number of steps."""
+    counts = sorted({0, *itertools.chain.from_iterable(STEPS.values())})
+    lines = [["", "rate", *map(str, counts)]]
+    for method in STEPS:
+        for lr, curve in scores.trained(method).items():
+            cells = []
+            for n in counts:
+                there = n < curve.shape[1]
+                cells.append(
+                    f"{100 * curve[0, n, SIMILAR]:.1f} / {100 * curve[0, n, ADHERENT]:.1f}" if there else ""
+                )
+            lines.append([TOLD[method], lr, *cells])
+    return markdown(lines)
+
+
+def ends(scores: Scores) -> str:
+    """Say the highest R-FaceSim of both, and the adherence where R-FaceSim is equal."""
+    best = {
+        method: np.max([curve[..., SIMILAR].max(axis=1) for curve in scores.trained(method).values()], axis=0)
+        for method in STEPS
+    }
+    theirs, ours = best.values()
+    text = f"The highest R-FaceSim: {percent(ours)} after the prediction, {percent(theirs)} by LoRA, "
+    text += f"a difference of {tell_points(estimate(ours - theirs))}. "
+    at_once = scores.at_once("shipped")
+    same = []
+    for k, level in enumerate(at_once[:, SIMILAR]):  # of LoRA's rates the one with most adherence there
+        found = []
+        for curve in scores.trained("lora-noaug").values():
+            good = curve[k, :, SIMILAR] >= level - TINY
+            found += [curve[k, good.argmax(), ADHERENT]] if good.any() else []
+        same.append(max(found, default=np.nan))
+    kept = tell_points(estimate(at_once[:, ADHERENT] - np.array(same)))
+    return text + f"Adherence of the prediction minus LoRA's at the same R-FaceSim: {kept} points."
+
+
+BLOCKS = {"predicted": predicted, "speed": speed, "courses": courses, "ends": ends}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/predicted"), help="pictures, LoRAs, predictors")
+    parser.add_argument("--predictors", nargs="+", choices=PREDICTORS, default=[*PREDICTORS])
+    parser.add_argument("--people", nargs="+", choices=PEOPLE, default=[*PEOPLE])
+    parser.add_argument("--figures", action="store_true", help="only the tables, from the committed scores")
+    args = parser.parse_args(argv)
+    if not args.figures:
+        for people, name in itertools.product(args.people, args.predictors):
+            add_rows([*measure(args.out, people, name)])
+    scores = Scores("fresh")
+    write(FOLDER / "README.md", {name: lambda block=block: block(scores) for name, block in BLOCKS.items()})
+    print(*(block(scores) for block in BLOCKS.values()), sep="\n\n")
+
+
+def add_rows(rows: list[dict]) -> None:
+    """Put rows into scores.csv in the place of what was there of these people and this predictor."""
+    path = FOLDER / "scores.csv"
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            same = [rows[0][name] for name in KEY[:2]]
+            rows = [row for row in csv.DictReader(file) if [row[name] for name in KEY[:2]] != same] + rows
+    rows = sorted(rows, key=lambda row: [str(row[name]) for name in (*KEY, *PLACE)])
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, (*KEY, *PLACE, *METRICS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    run_script(main)
