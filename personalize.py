@@ -272,7 +272,8 @@ def describe(
     about = {**asdict(settings), **asdict(training), **about}
     about |= {"base_model": transformer.name, "base_fingerprint": fingerprint(transformer)}
     about |= {"photos": [sha256(path) for path in photos]}
-    return about | ({"stage_1": sha256(prior.path), "targets": prior.targets} if prior else {})
+    source = "predictor" if settings.start == "predicted" else "stage_1"
+    return about | ({source: sha256(prior.path), "targets": prior.targets} if prior else {})
 
 
 # --- The command -------------------------------------------------------------------------------------------
@@ -283,6 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = choose_device(args)
     settings, training = settings_of(args), Training.of(args)
     if args.plan:
+        if not settings.steps:
+            return print("--steps 0 does not load the transformer: there is nothing to plan")
         prior = load_meta(args.meta) if args.meta else None
         plan(args, settings, prior, args.resolution, device, dtype, files_to_plan(args))
         return
@@ -305,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         trained = find_predictor(args.predictor, files)
         prior, eye = trained.prior, eye_of(trained, args.eye_weights, files, device)
         warn_of_another_base(prior, files.transformer)
-        start = predict(trained, eye, photos, settings.rank)
+        start = predict(trained, eye, photos, settings.rank, args.face)
         about |= {"eye": eye.name, "eye_weights": eye.weights}
     elif settings.method == "meta-lora":
         prior = find_prior(files.transformer, args.meta)

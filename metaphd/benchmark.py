@@ -397,8 +397,10 @@ class Benchmark:
     def predict(self, group: Sequence[Subject], rank: int) -> torch.Tensor:
         """Return the predicted mid and up of some people, a row for each, from their reference photos."""
         eye = eye_of(self.trained, self.args.eye_weights, self.files, self.device)
-        photos = [subject.photos[0] for subject in group]
-        return torch.stack([predict(self.trained, eye, {path: read_photo(path)}, rank) for path in photos])
+        rows = []
+        for path in (subject.photos[0] for subject in group):
+            rows.append(predict(self.trained, eye, {path: read_photo(path)}, rank, known_face(path)))
+        return torch.stack(rows)
 
     def export(self, run: Run, step: int, subject: Subject, seed: int, slot: int) -> None:
         """Write a person's LoRA after a number of steps, unless it is there."""

@@ -198,8 +198,10 @@ class Faces:
             for photo in person.photos:
                 key = self.key(photo)
                 if ranks.makes(key) and key not in self.cache:
-                    face = eye.embed(photo.path, read_photo(photo.path))
-                    self.cache.put(key, {"face": torch.zeros(0) if face is None else face})
+                    picture = read_photo(photo.path)
+                    box = eye.largest_face(photo.path, picture) if eye.detector else None
+                    found = box or not eye.detector
+                    self.cache.put(key, {"face": eye.embed(picture, box) if found else torch.zeros(0)})
         ranks.wait()  # until the others have embedded their parts
 
     def of(self, people: Iterable[Person]) -> list[Tensor | None]:

@@ -5,6 +5,7 @@ An eye should not be the network that scores the likeness later: such scores wou
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -18,6 +19,9 @@ from vision import inception_resnet, small
 from vision.clip_vit import find_clip_vit, load_clip_vit
 from vision.detector import find_faces, load_detector
 
+if TYPE_CHECKING:
+    import cv2
+
 MARGIN = 1.5  # the side of the square that CLIP sees, relative to the longer side of the face's box
 
 
@@ -26,11 +30,15 @@ class Eye:
 
     name: str
     weights: str
+    detector: "cv2.FaceDetectorYN | None" = None  # None: it looks at whole pictures
 
-    @torch.no_grad()
-    def embed(self, path: Path, photo: Image.Image) -> Tensor | None:
-        """Return a vector (width,) on the CPU; None when no face is found."""
+    def embed(self, photo: Image.Image, face: Box | None = None) -> Tensor:
+        """Return a vector (width,) on the CPU; face: its box, for an eye with a detector."""
         raise NotImplementedError
+
+    def largest_face(self, path: Path, photo: Image.Image) -> Box | None:
+        """Return the box that faces.json has for a photo, or else that of the largest face; None without."""
+        return known_face(path) or next((face.box for face in find_faces(photo, self.detector)), None)
 
 
 class SmallEye(Eye):
@@ -40,30 +48,30 @@ class SmallEye(Eye):
         self.name, self.weights = "small", fingerprint(file)
         self.network = small.load_identity(file, device)
 
-    def embed(self, path: Path, photo: Image.Image) -> Tensor:
+    def embed(self, photo: Image.Image, face: Box | None = None) -> Tensor:
         return self.network.embed_faces([small.shrink(photo)])[0].cpu()
 
 
-class FaceEye(Eye):
-    """CLIP's image tower or a face recogniser, on the largest face of a photo."""
+class CLIPEye(Eye):
+    """CLIP's image tower, on a square around the face."""
 
-    def __init__(self, name: str, file: Path | None, device: torch.device | str = "cpu"):
-        """name: clip or recognizer; file: its weights, None for those that are downloaded."""
-        self.name, self.detector = name, load_detector()
-        if name == "clip":
-            self.network = load_clip_vit(file, device)
-            self.weights = fingerprint(find_clip_vit(file))
-        else:
-            self.network = inception_resnet.load_recognizer(file, device)
-            self.weights = fingerprint(file) if file else inception_resnet.SHA256
+    def __init__(self, file: Path | None, device: torch.device | str = "cpu"):
+        self.name, self.weights = "clip", fingerprint(find_clip_vit(file))
+        self.network, self.detector = load_clip_vit(file, device), load_detector()
 
-    def embed(self, path: Path, photo: Image.Image) -> Tensor | None:
-        box = known_face(path) or next((face.box for face in find_faces(photo, self.detector)), None)
-        if box is None:
-            return None
-        if self.name == "clip":
-            return self.network.embed_images([square_around(photo, box)])[0].float().cpu()
-        return self.network.embed_faces([photo], [box])[0].float().cpu()
+    def embed(self, photo: Image.Image, face: Box | None = None) -> Tensor:
+        return self.network.embed_images([square_around(photo, face)])[0].float().cpu()
+
+
+class RecognizerEye(Eye):
+    """A face recogniser, which must then not score the result."""
+
+    def __init__(self, file: Path | None, device: torch.device | str = "cpu"):
+        self.name, self.weights = "recognizer", fingerprint(file) if file else inception_resnet.SHA256
+        self.network, self.detector = inception_resnet.load_recognizer(file, device), load_detector()
+
+    def embed(self, photo: Image.Image, face: Box | None = None) -> Tensor:
+        return self.network.embed_faces([photo], [face])[0].float().cpu()
 
 
 def square_around(photo: Image.Image, box: Box) -> Image.Image:
@@ -73,7 +81,7 @@ def square_around(photo: Image.Image, box: Box) -> Image.Image:
     return photo.convert("RGB").crop(tuple(round(side) for side in (x - half, y - half, x + half, y + half)))
 
 
-EYES = ("small", "clip", "recognizer")
+EYES = {"small": SmallEye, "clip": CLIPEye, "recognizer": RecognizerEye}
 
 
 def add_eye_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +92,7 @@ def add_eye_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_eye(name: str | None, weights: Path | None, files: ModelFiles, device: torch.device) -> Eye:
-    """Return an eye by its name, on the device."""
+    """Return an eye by its name, on the device; None for the model's own or else CLIP."""
     own = folder_around(files.transformer) / "eye.safetensors"
-    if name is None:
-        name = "small" if own.is_file() else "clip"
-    return SmallEye(weights or own, device) if name == "small" else FaceEye(name, weights, device)
+    name = name or ("small" if own.is_file() else "clip")
+    return EYES[name](weights or (own if name == "small" else None), device)

@@ -11,6 +11,8 @@ import flux
 from flux.errors import UserError
 from flux.loading import ModelFiles, folder_around
 from metalora import Prior, assign_meta, export_lora, inject
+from people.faces import clip_face, find_face
+from people.photos import Box
 from predictor.eyes import Eye, find_eye
 from predictor.model import Trained, load_predictor
 
@@ -42,21 +44,23 @@ def eye_of(trained: Trained, weights: Path | None, files: ModelFiles, device: to
 
 
 @torch.no_grad()
-def predict(trained: Trained, eye: Eye, photos: Mapping[Path, Image.Image], rank: int) -> Tensor:
+def predict(
+    trained: Trained, eye: Eye, photos: Mapping[Path, Image.Image], rank: int, face: Box | None = None
+) -> Tensor:
     """Return mid and up of the person on the photos, a row of `Factors.personal`, (size,) float32.
 
-    Of several photos the embeddings are averaged. Raises UserError for another rank than the predictor's, and
-    for a photo without a face.
+    face: its box, if it is known and there is one photo. Of several photos the embeddings are averaged.
+    Raises UserError for another rank than the predictor's, and for a photo without a face or with several.
     """
     if rank != trained.r2:
         raise UserError(f"{trained.prior.path} predicts LoRAs of rank {trained.r2}, not --rank {rank}")
-    faces = {path: eye.embed(path, photo) for path, photo in photos.items()}
-    missing = [str(path) for path, face in faces.items() if face is None]
-    if missing:
-        raise UserError(
-            f"no face found in {', '.join(missing)}: take a photo in which it is larger or upright"
-        )
-    return trained.predictor(torch.stack([*faces.values()]).mean(dim=0, keepdim=True))[0]
+    faces = []
+    for path, photo in photos.items():
+        box = face and clip_face(path, photo, face)
+        if not box and eye.detector:
+            box = find_face(path, photo, eye.detector, advice="say where it is: --face x0,y0,x1,y1")
+        faces.append(eye.embed(photo, box))
+    return trained.predictor(torch.stack(faces).mean(dim=0, keepdim=True))[0]
 
 
 def export_row(

@@ -1,4 +1,4 @@
-"""studies/predicted: its tables follow from the committed scores, and its measures from scores with known answers."""
+"""studies/predicted: its tables are those of the committed scores, its measures right on known ones."""
 
 import csv
 
@@ -34,7 +34,8 @@ def scores(tmp_path, monkeypatch):
 
 
 def test_steps_are_interpolated_and_adherence_is_kept(scores):
-    assert [scores.steps_to("lora-noaug", level)[0] for level in (0.25, 0.5, 0.7)] == [25, 50, 70]
+    # To .25 the rate is faster that has lost too much adherence by .5.
+    assert [scores.steps_to("lora-noaug", level)[0] for level in (0.25, 0.5, 0.7)] == [13, 50, 70]
     assert [scores.steps_to("refined-noaug", level)[0] for level in (0.3, 0.5, 0.7)] == [0, 5, 15]
     assert np.isinf(scores.steps_to("refined-noaug", 0.9)[0])
 

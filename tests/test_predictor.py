@@ -19,12 +19,13 @@ from flux.sampling import flow_loss
 from lora.reading import read_lora
 from lora.writing import write_tensors
 from metalora import collapse, inject
-from predictor.eyes import MARGIN, SmallEye, square_around
+from predictor.eyes import MARGIN, Eye, SmallEye, square_around
 from predictor.model import Predictor, load_predictor
 from predictor.start import predict
 from run.checkpoints import Checkpoints
 from run.models import SHIPPED
 from run.settings import Training
+from vision.detector import find_faces
 from vision.small import IdentityNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
@@ -235,7 +236,7 @@ def test_without_steps_the_prediction_is_written(run, photo, model, trained, eye
     written, metadata = read_lora(photo.with_suffix(".safetensors"), transformer)
     assert (metadata["start"], metadata["steps"], metadata["eye"]) == ("predicted", "0", "small")
     loaded = load_predictor(trained, load(model / "flux1-random.safetensors", "meta"))
-    face = SmallEye(eye).embed(photo, Image.open(photo))
+    face = SmallEye(eye).embed(Image.open(photo))
     inject(transformer, 4, 1, 1, reset=False)
     transformer.factors.personal.data[0] = loaded.predictor(face[None])[0]
     for layer, (meta_down, _, _) in transformer.factors.by_layer().items():
@@ -250,7 +251,7 @@ def test_of_several_photos_the_embeddings_are_averaged(trained, model, people, e
     loaded = load_predictor(trained, flux.load_flux(model / "flux1-random.safetensors", "meta"))
     files = sorted(next(people.glob("*_000")).glob("*.png"))[:3]
     photos, network = {file: Image.open(file) for file in files}, SmallEye(eye)
-    faces = torch.stack([network.embed(file, photo) for file, photo in photos.items()])
+    faces = torch.stack([network.embed(photo) for photo in photos.values()])
     row = predict(loaded, network, photos, rank=1)
     torch.testing.assert_close(row, loaded.predictor(faces.mean(dim=0)[None])[0].detach())
     assert not torch.allclose(row, loaded.predictor(faces[:1])[0])
@@ -318,3 +319,32 @@ def test_clip_sees_a_square_around_the_face():
     crop = square_around(photo, (10, 10, 30, 50))
     assert crop.size == (MARGIN * 40, MARGIN * 40)
     assert crop.getpixel((0, 30)) == (0, 0, 0) and crop.getpixel((30, 30)) == (255, 255, 255)
+
+
+class Recorder(Eye):
+    """An eye that needs a face, and remembers where it was."""
+
+    name, weights = "recorder", ""
+
+    def __init__(self, detector):
+        self.detector, self.boxes = detector, []
+
+    def embed(self, photo, face=None):
+        self.boxes.append(face)
+        return torch.zeros(128)
+
+
+def test_the_face_is_found_or_given(trained, model, portraits, detector):
+    loaded = load_predictor(trained, flux.load_flux(model / "flux1-random.safetensors", "meta"))
+    path, eye = portraits[0], Recorder(detector)
+    photo = Image.open(path)
+    predict(loaded, eye, {path: photo}, 1)
+    assert eye.boxes == [eye.largest_face(path, photo)] == [find_faces(photo, detector)[0].box]
+    predict(loaded, eye, {path: photo}, 1, face=(10, 20, 30, 40))
+    assert eye.boxes[1] == (10, 20, 30, 40)
+    both = Image.new("RGB", (2 * photo.width, photo.height))
+    both.paste(photo), both.paste(photo, (photo.width, 0))
+    with pytest.raises(UserError, match="2 faces found.*--face"):
+        predict(loaded, eye, {path: both}, 1)
+    with pytest.raises(UserError, match="no face found"):
+        predict(loaded, eye, {path: Image.new("RGB", (200, 200))}, 1)
