@@ -38,7 +38,7 @@ PLACE = ("steps", "person", "seed")
 TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained", "predicted": "predicted"}
 
 # Options of `python -m predictor`; "of": how many people it sees. The first ships with the toy model.
-RECIPE = {"of": 1600, "r1": 32, "hidden": 512, "steps": 6500, "bucket-ids": 1600, "seed": 0}
+RECIPE = {"of": 1600, "r1": 32, "hidden": 512, "steps": 4500, "bucket-ids": 1600, "seed": 0}
 SHORT = RECIPE | {"steps": 2500}
 PREDICTORS = {
     "shipped": RECIPE,
