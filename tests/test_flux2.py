@@ -1,18 +1,28 @@
-"""FLUX.2's transformer against diffusers' Flux2Transformer2DModel, on random weights, and its headers."""
+"""FLUX.2's transformer and autoencoder against diffusers, on random weights, and the published headers."""
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import test_autoencoder
+import test_model
 import torch
-from compare import difference, header, randomize, shapes_of
-from diffusers import Flux2Transformer2DModel
+from compare import difference, header, randomize, reference, shapes_of
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flux import flux2, layers
+from flux import autoencoder, flux2, layers
+from flux.autoencoder import AutoEncoder, AutoEncoderSizes
+from flux.checkpoint import Checkpoint, fit
 from flux.flux2 import Flux2, Flux2Sizes, SwiGLU
+from flux.formats import Source, is_flux2, kinds_inside
 from flux.layers import rope_table, timestep_embedding
+from flux.loading import load_autoencoder, load_transformer
 from flux.memory import arrange, checkpoint_blocks, compile_blocks
+from flux.model import Flux
+from flux.sampling import pack
 from flux.streaming import Stream, quantize_rows
 
 TOLERANCE = 1e-5
@@ -84,6 +94,7 @@ def pair(sizes: Flux2Sizes) -> tuple[Flux2, Flux2Transformer2DModel]:
         num_attention_heads=sizes.num_heads,
         joint_attention_dim=sizes.txt_size,
         axes_dims_rope=sizes.axes,
+        rope_theta=sizes.theta,
         guidance_embeds=sizes.guidance,
     ).eval()
     theirs.load_state_dict(to_diffusers(ours.state_dict()))
@@ -297,6 +308,7 @@ def test_streamed_blocks_and_blocks_in_8_bits(stream, fp8, monkeypatch):
 
 def test_blocks_can_be_compiled(monkeypatch):
     graphs = []
+    torch._dynamo.reset()
     compile = torch.compile
     backend = lambda graph, given: graphs.append(graph) or graph
     monkeypatch.setattr(torch, "compile", lambda forward: compile(forward, backend=backend, fullgraph=True))
@@ -305,3 +317,214 @@ def test_blocks_can_be_compiled(monkeypatch):
     compile_blocks(model)
     assert relative_error(gradients(model), expected) < 1e-5
     assert len(graphs) == 2  # of a double and of a single block
+
+
+# --- The autoencoder ---------------------------------------------------------------------------------------
+
+AE = AutoEncoderSizes(ch=32, ch_mult=(1, 2, 4), z_channels=4, packed=True)
+
+
+def ae_pair() -> tuple[AutoEncoder, AutoencoderKLFlux2]:
+    ours = randomize(AutoEncoder(AE))
+    generator = torch.Generator().manual_seed(1)
+    ours.bn.running_mean.copy_(torch.randn(16, generator=generator))
+    ours.bn.running_var.copy_(torch.rand(16, generator=generator) + 0.1)
+    theirs = AutoencoderKLFlux2(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[32, 64, 128],
+        latent_channels=4,
+    ).eval()
+    state = test_autoencoder.to_diffusers(ours.state_dict(), levels=3)
+    theirs.load_state_dict({re.sub(r"^(en|de)coder\.(.*quant_conv)", r"\2", x): state[x] for x in state})
+    return ours, theirs
+
+
+@torch.no_grad()
+def ae_errors(ours: AutoEncoder, theirs: AutoencoderKLFlux2) -> dict[str, float]:
+    """Return the largest difference of latents and of the image; theirs are packed by the pipeline."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(2, 3, 24, 16, generator=generator) * 2 - 1
+    latents = torch.randn(2, 16, 3, 2, generator=generator)
+    mean, variance = (x[:, None, None] for x in (theirs.bn.running_mean, theirs.bn.running_var))
+    std = torch.sqrt(variance + theirs.config.batch_norm_eps)
+    z = Flux2KleinPipeline._patchify_latents(theirs.encode(image).latent_dist.mean)
+    decoded = theirs.decode(Flux2KleinPipeline._unpatchify_latents(latents * std + mean)).sample
+    return {
+        "encode": difference(ours.encode(image), (z - mean) / std),
+        "decode": difference(ours.decode(latents), decoded.clamp(-1, 1)),
+    }
+
+
+def test_the_autoencoder_equals_diffusers():
+    found = ae_errors(*ae_pair())
+    assert max(found.values()) < TOLERANCE, found
+
+
+def forget_the_first_convolutions(ours, monkeypatch):
+    ours.encoder.quant_conv = ours.decoder.post_quant_conv = nn.Identity()
+
+
+def change_eps(ours, monkeypatch):
+    ours.bn.eps = 1e-2
+
+
+def change_the_mean(ours, monkeypatch):
+    ours.bn.running_mean += 0.01
+
+
+def pack_rows_of_columns(ours, monkeypatch):
+    """Take the two neighbours of a row for those of a column."""
+    unshuffle, shuffle = nn.functional.pixel_unshuffle, nn.functional.pixel_shuffle
+    monkeypatch.setattr(autoencoder.F, "pixel_unshuffle", lambda z, n: unshuffle(z.mT, n).mT)
+    monkeypatch.setattr(autoencoder.F, "pixel_shuffle", lambda z, n: shuffle(z.mT, n).mT)
+
+
+@pytest.mark.parametrize(
+    "broken", [forget_the_first_convolutions, change_eps, change_the_mean, pack_rows_of_columns]
+)
+def test_a_broken_autoencoder_is_noticed(broken, monkeypatch):
+    ours, theirs = ae_pair()
+    broken(ours, monkeypatch)
+    assert min(ae_errors(ours, theirs).values()) > 20 * TOLERANCE
+
+
+def test_latents_are_packed_as_tokens_are():
+    z = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+    norm = ae_pair()[0].bn
+    mean, std = norm.statistics
+    tokens = norm(z).flatten(2).mT
+    assert difference(tokens * std.flatten() + mean.flatten(), pack(z)) < 1e-6
+    assert difference(norm.undo(norm(z)), z) < 1e-6
+
+
+@torch.no_grad()
+def test_latents_are_the_mean():
+    ours, image = ae_pair()[0], torch.zeros(1, 3, 8, 16)
+    mean, std = ours.encode_moments(image)
+    assert mean.shape == std.shape == (1, AE.latent_channels, 8 // AE.reduction, 16 // AE.reduction)
+    assert not std.any()
+    assert torch.equal(ours.encode(image, torch.Generator().manual_seed(0)), mean)
+    with pytest.raises(ValueError, match="12x16.*multiples of 8"):
+        ours.encode(torch.zeros(1, 3, 12, 16))
+
+
+@torch.no_grad()
+def test_tiles_are_of_unpacked_latents():
+    ours, latents = ae_pair()[0], torch.randn(1, 16, 4, 3, generator=torch.Generator().manual_seed(1))
+    whole = ours.decode(latents)
+    assert difference(ours.decode(latents, tile=8), whole) < 1e-6
+    tiles = ours.decode(latents, tile=7)
+    assert tiles.shape == whole.shape and difference(tiles, whole) > 1e-6
+
+
+def test_the_published_autoencoder():
+    shapes = header("flux2-ae")
+    sizes = AutoEncoderSizes.from_shapes(shapes, {})
+    assert sizes == AutoEncoderSizes(z_channels=32, packed=True)
+    assert (sizes.latent_channels, sizes.reduction, sizes.token_pixels) == (128, 16, 16)
+    with torch.device("meta"):
+        assert shapes_of(AutoEncoder(sizes)) == shapes
+    assert not AutoEncoderSizes.from_shapes(header("ae"), {}).packed
+
+
+# --- Files -------------------------------------------------------------------------------------------------
+
+SIZES = {Flux2: Flux2Sizes, AutoEncoder: AutoEncoderSizes}
+
+
+def sources(kind: type[nn.Module], entries: dict) -> dict[str, Source]:
+    """Return what the tensors of a model are made of; a ValueError tells which are missing or too many."""
+    entries = {name: (tuple(shape), dtype) for name, (shape, dtype) in entries.items()}
+    checkpoint = Checkpoint(Path("x.safetensors"), dict.fromkeys(entries, Path("x.safetensors")), entries)
+    return fit(kind, SIZES[kind], checkpoint, torch.bfloat16)[1]
+
+
+def of_diffusers(model: nn.Module) -> dict:
+    return {name: (shape, "F32") for name, shape in shapes_of(model).items()}
+
+
+def klein_of_diffusers() -> dict:
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel(
+            num_layers=5,
+            num_single_layers=20,
+            num_attention_heads=24,
+            joint_attention_dim=7680,
+            guidance_embeds=False,
+        )
+    return of_diffusers(model)
+
+
+def dev_of_diffusers() -> dict:
+    with torch.device("meta"):
+        return of_diffusers(Flux2Transformer2DModel())
+
+
+def ae_of_diffusers() -> dict:
+    with torch.device("meta"):
+        return of_diffusers(AutoencoderKLFlux2())
+
+
+HEADERS = {  # and the published one that it is, in other names
+    "klein-base-4B": (Flux2, lambda: reference("flux2-klein-base-4b.keys"), "flux2-klein-base-4b"),
+    "klein-base-9B": (Flux2, lambda: reference("flux2-klein-base-9b.keys"), "flux2-klein-base-9b"),
+    "dev": (Flux2, lambda: reference("flux2-dev.keys"), "flux2-dev"),
+    "ae": (AutoEncoder, lambda: reference("flux2-ae.keys"), "flux2-ae"),
+    "klein-base-4B in diffusers": (Flux2, klein_of_diffusers, "flux2-klein-base-4b"),
+    "dev in diffusers": (Flux2, dev_of_diffusers, "flux2-dev"),
+    "ae in diffusers": (AutoEncoder, ae_of_diffusers, "flux2-ae"),
+}
+
+
+@pytest.mark.parametrize("kind, entries, published", HEADERS.values(), ids=HEADERS)
+def test_published_files_are_used_whole(kind, entries, published):
+    entries = entries()
+    found = sources(kind, entries)
+    used = [name for source in found.values() for name in source.names]
+    assert sorted(used) == sorted(entries)
+    assert {name: source.shape for name, source in found.items()} == header(published)
+    name = used[len(used) // 2]
+    with pytest.raises(ValueError, match="missing|lacks"):
+        sources(kind, {other: entry for other, entry in entries.items() if other != name})
+    with pytest.raises(ValueError, match="unexpected extra.weight"):
+        sources(kind, entries | {"extra.weight": ((2,), "F32")})
+
+
+@pytest.mark.parametrize("size", ["10GB", "100KB"], ids=["one file", "shards"])
+@MODELS
+def test_a_transformer_of_diffusers(sizes, size, tmp_path):
+    sizes = replace(sizes, axes=(4, 12, 12, 4), theta=500)
+    _, theirs = pair(sizes)
+    theirs.save_pretrained(tmp_path, max_shard_size=size)
+    ours = load_transformer(tmp_path, dtype=torch.float32)
+    assert ours.sizes == sizes
+    assert error(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_file_tells_its_family(prefix, tmp_path):
+    for number, model in enumerate((randomize(Flux2(KLEIN)), randomize(Flux(test_model.DEV)))):
+        state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+        save_file(state, tmp_path / f"{number}.safetensors")
+        loaded = load_transformer(tmp_path / f"{number}.safetensors", dtype=torch.float32)
+        assert type(loaded) is type(model)
+        assert is_flux2(state) == (type(model) is Flux2)
+        assert kinds_inside(list(state)) == ({type(model)} if prefix else set())
+        assert all(torch.equal(loaded.state_dict()[x], value) for x, value in model.state_dict().items())
+
+
+def test_an_autoencoder_of_diffusers(tmp_path):
+    _, theirs = ae_pair()
+    theirs.save_pretrained(tmp_path)
+    ours = load_autoencoder(tmp_path, dtype=torch.float32)
+    assert ours.sizes == AE
+    found = ae_errors(ours, theirs)
+    assert max(found.values()) < TOLERANCE, found
+
+
+def test_an_autoencoder_in_its_own_names(tmp_path):
+    expected, _ = ae_pair()
+    save_file(expected.state_dict(), tmp_path / "ae.safetensors")
+    ours = load_autoencoder(tmp_path / "ae.safetensors", dtype=torch.float32).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.state_dict().items())
