@@ -321,19 +321,20 @@ def test_blocks_can_be_compiled(monkeypatch):
 
 # --- The autoencoder ---------------------------------------------------------------------------------------
 
-AE = AutoEncoderSizes(ch=32, ch_mult=(1, 2, 4), z_channels=4, packed=True)
+AE = AutoEncoderSizes(ch=32, ch_mult=(1, 2, 2), encoder_blocks=1, decoder_blocks=2, z_channels=8, packed=True)
 
 
 def ae_pair() -> tuple[AutoEncoder, AutoencoderKLFlux2]:
     ours = randomize(AutoEncoder(AE))
     generator = torch.Generator().manual_seed(1)
-    ours.bn.running_mean.copy_(torch.randn(16, generator=generator))
-    ours.bn.running_var.copy_(torch.rand(16, generator=generator) + 0.1)
+    ours.bn.running_mean.copy_(torch.randn(32, generator=generator))
+    ours.bn.running_var.copy_(torch.rand(32, generator=generator) + 0.5)
     theirs = AutoencoderKLFlux2(
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[32, 64, 128],
-        latent_channels=4,
+        block_out_channels=[32, 64, 64],
+        layers_per_block=1,
+        latent_channels=8,
     ).eval()
     state = test_autoencoder.to_diffusers(ours.state_dict(), levels=3)
     theirs.load_state_dict({re.sub(r"^(en|de)coder\.(.*quant_conv)", r"\2", x): state[x] for x in state})
@@ -345,7 +346,7 @@ def ae_errors(ours: AutoEncoder, theirs: AutoencoderKLFlux2) -> dict[str, float]
     """Return the largest difference of latents and of the image; theirs are packed by the pipeline."""
     generator = torch.Generator().manual_seed(1)
     image = torch.rand(2, 3, 24, 16, generator=generator) * 2 - 1
-    latents = torch.randn(2, 16, 3, 2, generator=generator)
+    latents = torch.randn(2, 32, 3, 2, generator=generator)
     mean, variance = (x[:, None, None] for x in (theirs.bn.running_mean, theirs.bn.running_var))
     std = torch.sqrt(variance + theirs.config.batch_norm_eps)
     z = Flux2KleinPipeline._patchify_latents(theirs.encode(image).latent_dist.mean)
@@ -390,7 +391,7 @@ def test_a_broken_autoencoder_is_noticed(broken, monkeypatch):
 
 
 def test_latents_are_packed_as_tokens_are():
-    z = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(2, 8, 6, 4, generator=torch.Generator().manual_seed(1))
     norm = ae_pair()[0].bn
     mean, std = norm.statistics
     tokens = norm(z).flatten(2).mT
@@ -411,7 +412,7 @@ def test_latents_are_the_mean():
 
 @torch.no_grad()
 def test_tiles_are_of_unpacked_latents():
-    ours, latents = ae_pair()[0], torch.randn(1, 16, 4, 3, generator=torch.Generator().manual_seed(1))
+    ours, latents = ae_pair()[0], torch.randn(1, 32, 4, 3, generator=torch.Generator().manual_seed(1))
     whole = ours.decode(latents)
     assert difference(ours.decode(latents, tile=8), whole) < 1e-6
     tiles = ours.decode(latents, tile=7)
@@ -489,6 +490,18 @@ def test_published_files_are_used_whole(kind, entries, published):
         sources(kind, {other: entry for other, entry in entries.items() if other != name})
     with pytest.raises(ValueError, match="unexpected extra.weight"):
         sources(kind, entries | {"extra.weight": ((2,), "F32")})
+
+
+def test_a_part_taken_for_another_is_told():
+    with pytest.raises(ValueError, match="not a Flux2 checkpoint: this is an autoencoder"):
+        sources(Flux2, reference("flux2-ae.keys"))
+    with pytest.raises(ValueError, match="not a AutoEncoder checkpoint: this is a transformer"):
+        sources(AutoEncoder, reference("flux2-dev.keys"))
+    with pytest.raises(ValueError, match="not a Flux2 checkpoint: it lacks double_stream_modulation_img"):
+        sources(Flux2, reference("flux1-dev.keys"))
+    unpacked = {name: x for name, x in ae_of_diffusers().items() if not name.startswith("bn.")}
+    with pytest.raises(ValueError, match="another model's autoencoder: it has quant_conv.weight"):
+        sources(AutoEncoder, unpacked)
 
 
 @pytest.mark.parametrize("size", ["10GB", "100KB"], ids=["one file", "shards"])
