@@ -82,6 +82,8 @@ class SwiGLU(nn.Module):
 
 
 class Flux2DoubleBlock(DoubleStream):
+    """Both streams with a gated MLP; their modulation is given."""
+
     def __init__(self, hidden_size: int, head_dim: int, mlp_size: int):
         super().__init__()
         for stream in ("img", "txt"):
@@ -95,6 +97,8 @@ class Flux2DoubleBlock(DoubleStream):
 
 
 class Flux2SingleBlock(SingleStream):
+    """Attention beside a gated MLP; the modulation is given."""
+
     def __init__(self, hidden_size: int, head_dim: int, mlp_size: int):
         super().__init__()
         self.split = [hidden_size] * 3 + [2 * mlp_size]
