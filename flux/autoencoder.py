@@ -1,7 +1,8 @@
 """FLUX's autoencoder: an image to latents and back.
 
 Layers, numbers and tensor names follow black-forest-labs/flux `src/flux/modules/autoencoder.py` (the file
-`ae.safetensors`). Sizes are read from the file's header, so a smaller autoencoder of the kind loads as well.
+`ae.safetensors`); what FLUX.2 adds follows black-forest-labs/flux2 `src/flux2/autoencoder.py`. Sizes are read
+from the file's header, so a smaller autoencoder of the kind loads as well.
 """
 
 from collections import OrderedDict
@@ -22,7 +23,10 @@ GROUPS = 32  # of every norm
 
 @dataclass(frozen=True)
 class AutoEncoderSizes:
-    """The defaults are FLUX.1's; latents = scale_factor * (z - shift_factor) have about unit variance."""
+    """The defaults are FLUX.1's; latents = scale_factor * (z - shift_factor) have about unit variance.
+
+    FLUX.2's have neither factor: they are packed and normalised, see `PackedNorm`.
+    """
 
     in_channels: int = 3
     ch: int = 128
@@ -32,6 +36,7 @@ class AutoEncoderSizes:
     z_channels: int = 16
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
+    packed: bool = False
 
     def __post_init__(self):
         if self.encoder_blocks == 0 and set(self.ch_mult) != {1}:
@@ -42,12 +47,16 @@ class AutoEncoderSizes:
     @property
     def reduction(self) -> int:
         """Return the pixels per latent along one side."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return self.token_pixels if self.packed else self.token_pixels // 2
 
     @property
     def token_pixels(self) -> int:
-        """Return the pixels per image token along one side: a token is 2 x 2 latents."""
-        return 2 * self.reduction
+        """Return the pixels per image token along one side: a token is 2 x 2 latents, or a packed one."""
+        return 2 ** len(self.ch_mult)
+
+    @property
+    def latent_channels(self) -> int:
+        return 4 * self.z_channels if self.packed else self.z_channels
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, config: dict) -> Self:
@@ -69,17 +78,19 @@ class AutoEncoderSizes:
             z_channels=shape_of(shapes, "decoder.conv_in.weight", 4)[1],
             scale_factor=config_number(config, "scaling_factor", cls.scale_factor),  # diffusers' names
             shift_factor=config_number(config, "shift_factor", cls.shift_factor),
+            packed="bn.running_mean" in shapes,
         )
 
 
 class AutoEncoder(nn.Module):
-    """Image (b, 3, h, w) in [-1, 1] <-> latents (b, z, h / reduction, w / reduction), float32 outside."""
+    """Image (b, 3, h, w) in [-1, 1] <-> latents (b, c, h / reduction, w / reduction), float32 outside."""
 
     def __init__(self, sizes: AutoEncoderSizes):
         super().__init__()
         self.sizes = sizes
         self.encoder = Encoder(sizes)
         self.decoder = Decoder(sizes)
+        self.bn = PackedNorm(sizes.z_channels) if sizes.packed else None
 
     def encode(self, image: Tensor, generator: Generator | None = None) -> Tensor:
         """Return the posterior's mean, or with a (CPU) generator a sample of it; see `encode_moments`."""
@@ -92,23 +103,31 @@ class AutoEncoder(nn.Module):
     def encode_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the posterior, already shifted and scaled like latents.
 
-        Raises UserError when a side of the image is not a multiple of the reduction.
+        FLUX.2's latents are the mean itself, packed and normalised: their deviation is 0. Raises UserError
+        when a side of the image is not a multiple of the reduction.
         """
         h, w = image.shape[-2:]
         if h % self.sizes.reduction or w % self.sizes.reduction:
             raise UserError(f"image is {h}x{w}, both sides must be multiples of {self.sizes.reduction}")
         mean, logvar = self.encoder(image.to(self.encoder.conv_in.weight.dtype)).float().chunk(2, dim=1)
+        if self.bn is not None:
+            mean = self.bn(mean)
+            return mean, torch.zeros_like(mean)
         std = torch.exp(0.5 * logvar.clamp(-30, 20))  # the clamp is diffusers'; upstream has none
         return self.sizes.scale_factor * (mean - self.sizes.shift_factor), self.sizes.scale_factor * std
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Return the image, clamped to [-1, 1]; to train the decoder call `decoder`, which does not clamp.
 
-        tile: side in latent pixels of square tiles, which are decoded one by one and blended. Memory is then
-        that for decoding one tile and, for each pixel of the image, 4 float32 numbers. The image differs a
-        little, since norms and attention see one tile instead of all. Raises UserError when it is below 4.
+        tile: side in unpacked latent pixels of square tiles, which are decoded one by one and blended. Memory
+        is then that for decoding one tile and, for each pixel of the image, 4 float32 numbers. The image
+        differs a little, since norms and attention see one tile instead of all. Raises UserError when it is
+        below 4.
         """
-        z = latents / self.sizes.scale_factor + self.sizes.shift_factor
+        if self.bn is not None:
+            z = self.bn.undo(latents)
+        else:
+            z = latents / self.sizes.scale_factor + self.sizes.shift_factor
         z = z.to(self.decoder.conv_in.weight.dtype)
         if tile is not None:
             return self._decode_tiles(z, tile)
@@ -119,7 +138,7 @@ class AutoEncoder(nn.Module):
         if tile < 4:
             raise UserError(f"tiles of {tile} latent pixels, must be 4 or more")
         b, _, h, w = z.shape
-        r, (th, tw) = self.sizes.reduction, (min(tile, h), min(tile, w))
+        r, (th, tw) = self.sizes.token_pixels // 2, (min(tile, h), min(tile, w))
         # Positive everywhere, so that the sum of weights is nowhere 0.
         fade = [torch.arange(0.5, n * r, device=z.device) for n in (th, tw)]
         fade = [torch.minimum(x, x.flip(0)).clamp(max=tile * r / 4) for x in fade]
@@ -154,19 +173,23 @@ class Encoder(nn.Module):
             self.down.append(nn.Sequential(level))
         self.mid = mid_blocks(d)
         self.norm_out = group_norm(d)
-        self.conv_out = nn.Conv2d(d, 2 * sizes.z_channels, 3, padding=1)
+        z2 = 2 * sizes.z_channels
+        self.conv_out = nn.Conv2d(d, z2, 3, padding=1)
+        self.quant_conv = nn.Conv2d(z2, z2, 1) if sizes.packed else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
-        """image: (b, 3, h, w) -> mean and log variance (b, 2 z, h / reduction, w / reduction), unscaled."""
+        """image: (b, 3, h, w) -> mean and log variance (b, 2 z, ...) of unpacked latents, unscaled."""
         x = self.mid(self.down(self.conv_in(image)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(x))))
 
 
 class Decoder(nn.Module):
     def __init__(self, sizes: AutoEncoderSizes):
         super().__init__()
         widths = [sizes.ch * mult for mult in sizes.ch_mult]
-        self.conv_in = nn.Conv2d(sizes.z_channels, widths[-1], 3, padding=1)
+        z = sizes.z_channels
+        self.post_quant_conv = nn.Conv2d(z, z, 1) if sizes.packed else nn.Identity()
+        self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
         self.mid = mid_blocks(widths[-1])
         self.up = nn.ModuleList()
         for i, d in enumerate(widths):
@@ -179,11 +202,36 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], sizes.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z: (b, z, h / reduction, w / reduction), unscaled -> image (b, 3, h, w), not clamped."""
-        x = self.mid(self.conv_in(z))
+        """z: (b, z, ...), unpacked and unscaled latents -> image (b, 3, h, w), not clamped."""
+        x = self.mid(self.conv_in(self.post_quant_conv(z)))
         for level in reversed(self.up):  # stored by resolution, finest first
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class PackedNorm(nn.BatchNorm2d):
+    """Pack 2 x 2 latents into channels, as `flux.sampling.pack` does, and normalise these: FLUX.2's latents.
+
+    A batch norm by its names only: it normalises by the stored statistics, always.
+    """
+
+    def __init__(self, z_channels: int):
+        super().__init__(4 * z_channels, eps=1e-4, affine=False)
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, (4 z, 1, 1) float32."""
+        mean, variance = (x.float()[:, None, None] for x in (self.running_mean, self.running_var))
+        return mean, torch.sqrt(variance + self.eps)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (b, z, h, w), both sides even -> latents (b, 4 z, h / 2, w / 2)."""
+        mean, std = self.statistics
+        return (F.pixel_unshuffle(z, 2) - mean) / std  # channels (c ph pw)
+
+    def undo(self, latents: Tensor) -> Tensor:
+        mean, std = self.statistics
+        return F.pixel_shuffle(latents * std + mean, 2)
 
 
 def group_norm(d: int) -> nn.GroupNorm:

@@ -1,10 +1,11 @@
-"""The names under which other programs store FLUX.1's weights, and how to recognise other models.
+"""The names under which other programs store FLUX's weights, and how to recognise other models.
 
 Our modules carry the names of the original files. One table per model holds diffusers' names where they
 differ; beside them are ComfyUI's prefixes and its scaled fp8. `translate` reads headers only, no weights.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from flux.autoencoder import AutoEncoder
 from flux.clip import CLIPText
 from flux.errors import UserError
+from flux.flux2 import Flux2
 from flux.model import Flux
 from flux.t5 import T5
 
@@ -57,6 +59,24 @@ FLUX = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     "final_layer.linear": ("proj_out",),
 }
+ALIKE = r"(img|txt)_in|double_blocks\..*_attn\..*|single_blocks\..*\.norm\..*|final_layer\..*"  # in both
+FLUX2 = {
+    **{ours: theirs for ours, theirs in FLUX.items() if re.fullmatch(ALIKE, ours)},
+    **{
+        f"{ours}_in.{layer}_layer": (f"time_guidance_embed.{EMBEDDERS[ours]}_embedder.linear_{number}",)
+        for ours in ("time", "guidance")
+        for layer, number in LAYERS.items()
+    },
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.linear_in",),
+    "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.linear_out",),
+    "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.linear_in",),
+    "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.linear_out",),
+    "single_blocks.{}.linear1": ("single_transformer_blocks.{}.attn.to_qkv_mlp_proj",),
+    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.attn.to_out",),
+}
 SWAPPED = "final_layer.adaLN_modulation.1"  # shift above scale in ours, scale above shift in theirs
 
 RES_BLOCKS = {
@@ -80,19 +100,22 @@ AUTOENCODER = {
     "decoder.up.{}.upsample.conv": ("decoder.up_blocks.{}.upsamplers.0.conv",),
     "encoder.norm_out": ("encoder.conv_norm_out",),
     "decoder.norm_out": ("decoder.conv_norm_out",),
+    "encoder.quant_conv": ("quant_conv",),
+    "decoder.post_quant_conv": ("post_quant_conv",),
 }
 
-TABLES = {Flux: FLUX, AutoEncoder: AUTOENCODER}
+TABLES = {Flux: FLUX, Flux2: FLUX2, AutoEncoder: AUTOENCODER}
 
 # Before the names of a part of a ComfyUI checkpoint; the longer one first.
 PREFIXES = {
     Flux: ("model.diffusion_model.", "diffusion_model."),
+    Flux2: ("model.diffusion_model.", "diffusion_model."),
     AutoEncoder: ("vae.", "first_stage_model."),
     CLIPText: ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
     T5: ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
 }
 # How the classes begin that diffusers and transformers name in a config.json.
-CLASSES = {Flux: "Flux", AutoEncoder: "Autoencoder", CLIPText: "CLIP", T5: "T5"}
+CLASSES = {Flux: "Flux", Flux2: "Flux2", AutoEncoder: "Autoencoder", CLIPText: "CLIP", T5: "T5"}
 # FLUX has no use for them: CLIP's half that looks at pictures, T5's decoder. The scales of fp8 inputs are for
 # multiplying in fp8, which we do not.
 IGNORED = {
@@ -107,6 +130,7 @@ ACCEPTED = (
 )
 SIGNS = {  # how names of a part begin, and of no other part
     Flux: ("a transformer", r"(double_|transformer_)blocks\."),
+    Flux2: ("a transformer", r"(double_|transformer_)blocks\."),
     AutoEncoder: ("an autoencoder", r"(en|de)coder\.(conv_in|mid|up|down)"),
     CLIPText: ("CLIP's text encoder", r"text_model\.(embeddings|encoder\.layers)\."),
     T5: ("T5", r"(text_model\.)?(en|de)coder\.block\."),
@@ -172,9 +196,15 @@ class Source:
         return len(set(self.shapes[:3])) == 1 and len({shape[1:] for shape in self.shapes}) == 1
 
 
+def is_flux2(names: Iterable[str]) -> bool:
+    """Tell a FLUX.2 transformer from a FLUX.1 one by its tensors' names, in either naming."""
+    return any("double_stream_modulation_img.lin" in name for name in names)
+
+
 def kinds_inside(names: list[str]) -> set[type[nn.Module]]:
     """Return the models of which a ComfyUI checkpoint holds the weights."""
-    return {kind for kind, prefixes in PREFIXES.items() if any(name.startswith(prefixes) for name in names)}
+    kinds = {kind for kind, prefixes in PREFIXES.items() if any(name.startswith(prefixes) for name in names)}
+    return kinds - {Flux if is_flux2(names) else Flux2}
 
 
 def is_config_of(kind: type[nn.Module], config: dict) -> bool:
@@ -250,7 +280,7 @@ def _without_prefix(kind: type[nn.Module], header: Header) -> dict[str, str]:
     """
     prefixes, others = PREFIXES.get(kind, ()), ()
     if prefixes and any(name.startswith(prefixes) for name in header):
-        others = sum((theirs for other, theirs in PREFIXES.items() if other is not kind), ())
+        others = sum((theirs for theirs in PREFIXES.values() if theirs != prefixes), ())
     result = {}
     for name in header:
         if others and name.startswith(others):
@@ -310,7 +340,8 @@ def _refuse_other_parts(kind: type[nn.Module], ours: dict[str, str]) -> None:
     parts = [part for part, (_, sign) in SIGNS.items() if any(re.match(sign, name) for name in ours)]
     if kind in SIGNS and parts and kind not in parts:
         raise UserError(f"this is {SIGNS[parts[0]][0]}")
-    if kind is AutoEncoder and "quant_conv.weight" in ours:  # Stable Diffusion 1, 2 and XL, FLUX.2
+    if kind is AutoEncoder and "quant_conv.weight" in ours and "bn.running_mean" not in ours:
+        # Stable Diffusion 1, 2 and XL; FLUX.2's has both
         raise UserError(f"this is another model's autoencoder: it has {ours['quant_conv.weight']}")
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
-from flux.checkpoint import load, read_json
+from flux.checkpoint import Checkpoint, load, read_json
 from flux.clip import CLIPSizes, CLIPText
 from flux.conditioner import Conditioner, load_tokenizers
 from flux.errors import UserError
+from flux.flux2 import Flux2, Flux2Sizes
+from flux.formats import is_flux2
 from flux.memory import device_memory, weight_bytes
 from flux.model import Flux, FluxSizes
 from flux.streaming import Stream
@@ -47,6 +49,14 @@ def load_flux(
     FLUX.1-dev) and those of another dtype are made in temporary files; see `flux.checkpoint.empty`.
     """
     return load(Flux, FluxSizes, path, device, dtype)
+
+
+def load_transformer(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Flux | Flux2:
+    """Load a transformer as `load_flux`, of FLUX.1 or FLUX.2: the names of its tensors tell which."""
+    kind = (Flux2, Flux2Sizes) if is_flux2(Checkpoint.open(path).header) else (Flux, FluxSizes)
+    return load(*kind, path, device, dtype)
 
 
 def load_autoencoder(

@@ -12,8 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.errors import UserError
-from flux.layers import DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, rope_table, timestep_embedding
-from flux.sizes import Shapes, config_number, count_names, shape_of
+from flux.layers import (
+    DoubleBlock,
+    LastLayer,
+    MLPEmbedder,
+    SingleBlock,
+    check_axes,
+    rope_table,
+    timestep_embedding,
+)
+from flux.sizes import Shapes, config_axes, config_number, count_names, heads_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,7 @@ class FluxSizes:
         `config` says otherwise (`axes_dims_rope`, as diffusers spells it, and `theta`).
         """
         hidden_size, in_channels = shape_of(shapes, "img_in.weight", 2)
-        (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
-        if hidden_size % head_dim:
-            raise UserError(f"its width {hidden_size} is no multiple of the head size {head_dim}")
-        axes = config.get("axes_dims_rope", [head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16])
-        if not isinstance(axes, list) or len(axes) != 3 or any(type(axis) is not int for axis in axes):
-            raise UserError(f"its config.json has axes_dims_rope {axes!r}, must be three whole numbers")
+        num_heads, head_dim = heads_of(shapes, hidden_size)
         return cls(
             in_channels=in_channels,
             out_channels=shape_of(shapes, "final_layer.linear.weight", 2)[0],
@@ -58,11 +61,11 @@ class FluxSizes:
             txt_size=shape_of(shapes, "txt_in.weight", 2)[1],
             hidden_size=hidden_size,
             mlp_size=shape_of(shapes, "double_blocks.0.img_mlp.0.weight", 2)[0],
-            num_heads=hidden_size // head_dim,
+            num_heads=num_heads,
             depth=count_names(shapes, "double_blocks."),
             depth_single=count_names(shapes, "single_blocks."),
             guidance="guidance_in.in_layer.weight" in shapes,
-            axes=tuple(axes),
+            axes=config_axes(config, (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16)),
             theta=config_number(config, "theta", 10_000),
         )
 
@@ -72,12 +75,7 @@ class Flux(nn.Module):
 
     def __init__(self, sizes: FluxSizes):
         super().__init__()
-        if sum(sizes.axes) != sizes.head_dim:
-            raise UserError(
-                f"rotary axes {sizes.axes} add up to {sum(sizes.axes)}, the head size is {sizes.head_dim}"
-            )
-        if any(dim % 2 for dim in sizes.axes):
-            raise UserError(f"rotary axes {sizes.axes} must be even: channels are rotated in pairs")
+        check_axes(sizes.axes, sizes.head_dim)
         self.sizes = sizes
         d, block = sizes.hidden_size, (sizes.hidden_size, sizes.head_dim, sizes.mlp_size)
         self.img_in = nn.Linear(sizes.in_channels, d)

@@ -22,6 +22,22 @@ def count_names(shapes: Shapes, prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
+def heads_of(shapes: Shapes, hidden_size: int) -> tuple[int, int]:
+    """Return a transformer's number of heads and the channels of each; UserError when they do not fit."""
+    (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
+    if hidden_size % head_dim:
+        raise UserError(f"its width {hidden_size} is no multiple of the head size {head_dim}")
+    return hidden_size // head_dim, head_dim
+
+
+def config_axes(config: dict, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the channels of a head that each axis rotates, in a config `axes_dims_rope`, or the default."""
+    axes = config.get("axes_dims_rope", [*default])
+    if not isinstance(axes, list) or len(axes) != len(default) or any(type(axis) is not int for axis in axes):
+        raise UserError(f"its config.json has axes_dims_rope {axes!r}, must be {len(default)} whole numbers")
+    return tuple(axes)
+
+
 def config_number(config: dict, key: str, default: float) -> float:
     """Return a finite number of a config; UserError when it is something else."""
     value = config.get(key, default)

@@ -86,7 +86,7 @@ def multiply(layer: nn.Linear | FrozenLinear, x: Tensor) -> Tensor:
     if scale is None:
         return F.linear(x, weight, layer.bias)
     y = F.linear(x, weight)
-    return torch.addcmul(layer.bias, y, scale, out=y)
+    return y.mul_(scale) if layer.bias is None else torch.addcmul(layer.bias, y, scale, out=y)
 
 
 def multiply_back(layer: nn.Linear | FrozenLinear, grad: Tensor) -> Tensor:
