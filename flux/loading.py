@@ -12,6 +12,7 @@ from flux.conditioner import Conditioner, load_tokenizers
 from flux.errors import UserError
 from flux.memory import device_memory, weight_bytes
 from flux.model import Flux, FluxSizes
+from flux.qwen3 import Qwen3, Qwen3Sizes
 from flux.streaming import Stream
 from flux.t5 import T5, T5Sizes
 
@@ -66,6 +67,13 @@ def load_clip(
 ) -> CLIPText:
     """Load the CLIP text encoder; frozen."""
     return load(CLIPText, CLIPSizes, path, device, dtype)
+
+
+def load_qwen3(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Qwen3:
+    """Load the layers of a Qwen3 that FLUX.2 looks at; frozen."""
+    return load(Qwen3, Qwen3Sizes, path, device, dtype)
 
 
 def load_conditioner(
