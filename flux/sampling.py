@@ -134,8 +134,8 @@ def schedule(steps: int, image_tokens: int, shifted: bool = True) -> list[float]
 def flux2_schedule(steps: int, image_tokens: int) -> list[float]:
     """Return the `steps` + 1 times of FLUX.2 from 1 to 0.
 
-    Up to 4,300 image tokens mu is linear in the steps, through a value at 10 and one at 200 which both grow
-    linearly with the tokens; beyond, it is the value at 200 (`compute_empirical_mu` of flux2 `sampling.py`).
+    Up to 4,300 image tokens mu is linear in the steps, from a value of its own at 10 to FLUX.1's at 200, both
+    linear in the tokens; beyond, it is FLUX.1's (flux2 `src/flux2/sampling.py: compute_empirical_mu`).
     """
     mu10 = 8.73809524e-05 * image_tokens + 1.89833333
     mu200 = 1.6927e-4 * image_tokens + 0.45666666

@@ -85,10 +85,8 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder as `tokenizer/` of FLUX.2 klein: Qwen3's rules and markers, and 400 words of this file."""
-    folder = tmp_path_factory.mktemp("tokenizer")
+def write_tokenizer(folder: Path) -> int:
+    """Write a tokenizer with Qwen3's rules and markers, and 400 words of this file; return its size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
@@ -113,6 +111,13 @@ def folder(tmp_path_factory) -> Path:
         "model_max_length": 131072,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer.get_vocab_size()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
     return folder
 
 
