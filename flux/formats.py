@@ -15,6 +15,7 @@ from flux.clip import CLIPText
 from flux.errors import UserError
 from flux.flux2 import Flux2
 from flux.model import Flux
+from flux.qwen3 import Qwen3
 from flux.t5 import T5
 
 Shape = tuple[int, ...]
@@ -115,12 +116,20 @@ PREFIXES = {
     T5: ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
 }
 # How the classes begin that diffusers and transformers name in a config.json.
-CLASSES = {Flux: "Flux", Flux2: "Flux2", AutoEncoder: "Autoencoder", CLIPText: "CLIP", T5: "T5"}
-# FLUX has no use for them: CLIP's half that looks at pictures, T5's decoder. The scales of fp8 inputs are for
-# multiplying in fp8, which we do not.
+CLASSES = {
+    Flux: "Flux",
+    Flux2: "Flux2",
+    AutoEncoder: "Autoencoder",
+    CLIPText: "CLIP",
+    T5: "T5",
+    Qwen3: "Qwen3",
+}
+# FLUX has no use for them: CLIP's half that looks at pictures, T5's decoder, what is above layer 26 of Qwen3,
+# counted from 0. The scales of fp8 inputs are for multiplying in fp8, which we do not.
 IGNORED = {
     CLIPText: re.compile(r"logit_scale|(text|visual)_projection\.weight|vision_model\..+"),
     T5: re.compile(r"logit_scale|decoder\..+|lm_head\.weight"),
+    Qwen3: re.compile(r"lm_head\.weight|model\.norm\.weight|model\.layers\.(2[7-9]|[3-9]\d|\d{3,})\..+"),
 }
 NO_WEIGHTS = re.compile(r"scaled_fp8|.+\.(scale_input|input_scale|comfy_quant)")
 SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")  # ComfyUI's older and its newer name
@@ -134,6 +143,7 @@ SIGNS = {  # how names of a part begin, and of no other part
     AutoEncoder: ("an autoencoder", r"(en|de)coder\.(conv_in|mid|up|down)"),
     CLIPText: ("CLIP's text encoder", r"text_model\.(embeddings|encoder\.layers)\."),
     T5: ("T5", r"(text_model\.)?(en|de)coder\.block\."),
+    Qwen3: ("Qwen3 or a relative", r"model\.(embed_tokens|layers\.\d+\.self_attn)\."),
 }
 QUANTIZED = {  # names that only such files have
     r".+\.(nested_)?(absmax|quant_map)|.+\.quant_state\..+": "quantized to 4 bits by bitsandbytes (NF4)",
@@ -235,7 +245,7 @@ def translate(kind: type[nn.Module], header: Header) -> tuple[dict[str, Source],
     }
     if kind is T5 and "shared.weight" not in ours and "encoder.embed_tokens.weight" in ours:
         ours["shared.weight"] = ours.pop("encoder.embed_tokens.weight")  # two names of one table
-    scales = {f"{m[1]}.weight": ours[m[0]] for m in map(SCALE.fullmatch, ours) if m}
+    scales = {f"{m[1]}.weight": ours[m[0]] for m in map(SCALE.fullmatch, ours) if m and m[0] not in ignored}
     is_scaled = bool(scales) or "scaled_fp8" in ours
     weights = [x for x in ours if x not in ignored and not SCALE.fullmatch(x) and not NO_WEIGHTS.fullmatch(x)]
 

@@ -14,6 +14,7 @@ from flux.flux2 import Flux2, Flux2Sizes
 from flux.formats import is_flux2
 from flux.memory import device_memory, weight_bytes
 from flux.model import Flux, FluxSizes
+from flux.qwen3 import Qwen3, Qwen3Sizes
 from flux.streaming import Stream
 from flux.t5 import T5, T5Sizes
 
@@ -76,6 +77,13 @@ def load_clip(
 ) -> CLIPText:
     """Load the CLIP text encoder; frozen."""
     return load(CLIPText, CLIPSizes, path, device, dtype)
+
+
+def load_qwen3(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Qwen3:
+    """Load the layers of a Qwen3 that FLUX.2 looks at; frozen."""
+    return load(Qwen3, Qwen3Sizes, path, device, dtype)
 
 
 def load_conditioner(

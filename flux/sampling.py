@@ -1,8 +1,8 @@
 """Rectified flow on packed latents: noise, times, the Euler loop, pixels.
 
 x_t = (1 - t) latents + t noise, so t = 1 is noise and t = 0 the image; the model predicts noise - latents.
-Matches black-forest-labs/flux `src/flux/sampling.py`, with the state kept in float32 as in diffusers'
-`FlowMatchEulerDiscreteScheduler`.
+Matches black-forest-labs/flux `src/flux/sampling.py` and, where names begin with `flux2_`, flux2
+`src/flux2/sampling.py`, with the state kept in float32 as in diffusers' `FlowMatchEulerDiscreteScheduler`.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux.autoencoder import AutoEncoder
 from flux.errors import UserError
@@ -98,6 +98,19 @@ def position_ids(
     return img_ids.expand(batch, -1, -1), txt_ids
 
 
+def flux2_position_ids(
+    batch: int, height: int, width: int, txt_length: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the positions of FLUX.2's latents of height x width, a token each, and of the text.
+
+    img_ids (b, height * width, 4): 0, row, column, 0; txt_ids (b, txt_length, 4): 0, 0, 0, position.
+    """
+    zero, rows, columns, places = (torch.arange(n, device=device) for n in (1, height, width, txt_length))
+    img_ids = torch.cartesian_prod(zero, rows, columns, zero)
+    txt_ids = torch.cartesian_prod(zero, zero, zero, places)
+    return img_ids.expand(batch, -1, -1), txt_ids.expand(batch, -1, -1)
+
+
 def draw_noise(seeds: list[int], channels: int, height: int, width: int) -> Tensor:
     """Draw one picture's noise per seed, float32 (b, channels, height, width) on the CPU.
 
@@ -113,11 +126,27 @@ def schedule(steps: int, image_tokens: int, shifted: bool = True) -> list[float]
     Shifted towards the noise by mu, which grows linearly from 0.5 at 256 image tokens to 1.15 at 4,096 (dev);
     evenly spaced when not `shifted` (schnell).
     """
+    if not shifted:
+        return torch.linspace(1, 0, steps + 1).tolist()
+    return shifted_times(steps, 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256))
+
+
+def flux2_schedule(steps: int, image_tokens: int) -> list[float]:
+    """Return the `steps` + 1 times of FLUX.2 from 1 to 0.
+
+    Up to 4,300 image tokens mu is linear in the steps, from a value of its own at 10 to FLUX.1's at 200, both
+    linear in the tokens; beyond, it is FLUX.1's (flux2 `src/flux2/sampling.py: compute_empirical_mu`).
+    """
+    mu10 = 8.73809524e-05 * image_tokens + 1.89833333
+    mu200 = 1.6927e-4 * image_tokens + 0.45666666
+    mu = mu200 if image_tokens > 4300 else mu10 + (mu200 - mu10) * (steps - 10) / (200 - 10)
+    return shifted_times(steps, mu)
+
+
+def shifted_times(steps: int, mu: float) -> list[float]:
+    """Return `steps` + 1 times from 1 to 0, evenly spaced and then shifted towards the noise by mu."""
     t = torch.linspace(1, 0, steps + 1)
-    if shifted:
-        mu = 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256)
-        t = math.exp(mu) / (math.exp(mu) + (1 / t - 1))
-    return t.tolist()
+    return (math.exp(mu) / (math.exp(mu) + (1 / t - 1))).tolist()
 
 
 @torch.inference_mode()
@@ -139,28 +168,76 @@ def denoise(
     are shifted if the model has a guidance input (dev), else even (schnell). `progress` is called with
     the number of steps done.
     """
-    if cfg > 1 and negative is None:
-        raise UserError(f"cfg {cfg} needs a negative prompt; 1 turns it off")
     batch, _, height, width = noise.shape
     device, dtype = model.img_in.weight.device, model.img_in.weight.dtype
-    img = pack(noise).to(device)
     img_ids, txt_ids = position_ids(batch, height, width, txt.shape[1], device)
     guided = torch.full((batch,), guidance, device=device)
-    prompts = [(txt, pooled), negative] if cfg > 1 else [(txt, pooled)]
-    prompts = [(txt.to(device, dtype), pooled.to(device, dtype)) for txt, pooled in prompts]
 
+    def velocity(img: Tensor, t: Tensor, txt: Tensor, pooled: Tensor) -> Tensor:
+        return model(img, img_ids, txt, txt_ids, t, pooled, guided)
+
+    img = pack(noise).to(device)
     times = schedule(steps, img.shape[1], shifted=model.sizes.guidance)
-    for step, (t, t_next) in enumerate(zip(times, times[1:]), 1):
-        t_batch = torch.full((batch,), t, device=device)
-        velocities = [
-            model(img.to(dtype), img_ids, txt, txt_ids, t_batch, pooled, guided) for txt, pooled in prompts
-        ]
-        velocity = velocities[0]
-        if cfg > 1:
-            velocity = velocities[1] + cfg * (velocity - velocities[1])
-        img = euler_step(img, velocity, t, t_next)
-        progress(step)
+    img = integrate(velocity, img, times, (txt, pooled), cfg, negative, dtype, progress)
     return unpack(img, height, width)
+
+
+@torch.inference_mode()
+def flux2_denoise(
+    model: nn.Module,
+    noise: Tensor,
+    txt: Tensor,
+    steps: int = 50,
+    cfg: float = 4.0,
+    negative: tuple[Tensor] | None = None,
+    progress: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """Integrate as `denoise` does, with FLUX.2 klein: a token is a pixel of noise (b, c, h, w).
+
+    model: called with img, img_ids, txt, txt_ids, t. txt (b, l, d); negative: (txt,), in the original that of
+    "". The defaults are for klein base; the distilled one takes 4 steps and cfg 1.
+    """
+    batch, _, height, width = noise.shape
+    device, dtype = model.img_in.weight.device, model.img_in.weight.dtype
+    img_ids, txt_ids = flux2_position_ids(batch, height, width, txt.shape[1], device)
+
+    def velocity(img: Tensor, t: Tensor, txt: Tensor) -> Tensor:
+        return model(img, img_ids, txt, txt_ids, t)
+
+    img = rearrange(noise, "b c h w -> b (h w) c").to(device)
+    times = flux2_schedule(steps, img.shape[1])
+    img = integrate(velocity, img, times, (txt,), cfg, negative, dtype, progress)
+    return rearrange(img, "b (h w) c -> b c h w", h=height)
+
+
+def integrate(
+    velocity: Callable[..., Tensor],
+    img: Tensor,
+    times: list[float],
+    prompt: tuple[Tensor, ...],
+    cfg: float,
+    negative: tuple[Tensor, ...] | None,
+    dtype: torch.dtype,
+    progress: Callable[[int], None],
+) -> Tensor:
+    """Move img (b, l, c) from the first of the times to the last; the rest is as for `denoise`.
+
+    velocity: called with img, t (b,) float32 and the parts of a prompt, the tensors of the prompts and img in
+    `dtype`, on img's device.
+    """
+    if cfg > 1 and negative is None:
+        raise UserError(f"cfg {cfg} needs a negative prompt; 1 turns it off")
+    prompts = [prompt, negative] if cfg > 1 else [prompt]
+    prompts = [[part.to(img.device, dtype) for part in prompt] for prompt in prompts]
+    for step, (t, t_next) in enumerate(zip(times, times[1:]), 1):
+        t_batch = torch.full((len(img),), t, device=img.device)
+        velocities = [velocity(img.to(dtype), t_batch, *prompt) for prompt in prompts]
+        change = velocities[0]
+        if cfg > 1:
+            change = velocities[1] + cfg * (change - velocities[1])
+        img = euler_step(img, change, t, t_next)
+        progress(step)
+    return img
 
 
 @torch.inference_mode()

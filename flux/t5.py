@@ -117,12 +117,13 @@ class GatedMLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, d: int):
+    def __init__(self, d: int, eps: float = 1e-6):
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 @cache
