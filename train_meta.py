@@ -29,9 +29,10 @@ from metalora import TARGETS, SlotAdamW, clip_slots, inject, kaiming_, save_meta
 from people.buckets import count_batches, deal_batches, deal_buckets
 from people.crops import fit_shape
 from people.dataset import Batch, LatentDataset
-from people.folders import Person, list_folders
+from people.folders import Person
 from people.photos import read_photo
 from people.preparing import add_people_arguments, prepare_data
+from people.sources import find_people
 from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
 from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.shard and ranks.size == 1:
         raise UserError("--shard spreads weights over several processes: start them with torchrun")
     device = ranks.device(device)
-    list_folders(args.data)  # fails early
+    find_people(args.data)  # fails early
     with ranks.together(device):
         with ranks.lead_first():  # it may have to be downloaded
             files = find_model(args)
