@@ -66,10 +66,11 @@ def find_people(data: Path, option: str = "--data") -> Sources:
     if groups:
         _refuse_namesakes(folders, data, option)
         folders.sort(key=lambda path: path.name)
-        where = printable(listed(path.name for path in groups))
-        remark = f"the people are the folders in {where}, as no photo is above them"
-        for path in set(tops) - set(groups):
-            beside[0].leave_out(path, "folders beside those that hold the people's")
+        where = printable(listed((path.name for path in groups), most=5))
+        remark = f"the people are the {len(folders)} folders in {where}"
+        for path in tops:
+            if path not in groups:
+                beside[0].leave_out(path, "folders beside those that hold the people's")
     names = name_people(folders)
     people = []
     for path in folders:
