@@ -55,7 +55,7 @@ def find_people(data: Path, option: str = "--data") -> Sources:
     option: what `data` is called in messages. Only lists are read, no photos.
     Raises FileNotFoundError or UserError when there is nobody, or it is not clear who they are.
     """
-    if data.is_file():
+    if data.is_file() or data.suffix.lower() in LISTS and not data.is_dir():
         return _list_people(data, option)
     tops = list_folders(data, option)
     groups = _groups(tops)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 from PIL import Image
 
+from people.faces import known_face
 from people.folders import read_caption, scan_people
 from people.sources import find_people, read_list
 
@@ -345,6 +346,14 @@ def test_captions_of_a_list(tmp_path):
     ]
     ((where, problem),) = [case.split(": ", 1) for case in contents.unused["captions that cannot be read"]]
     assert where == str(tmp_path / "ids" / "bea" / "metadata.jsonl") and "JSON" in problem
-    assert "captions that cannot be read" not in person.contents().unused or not any(
-        person.contents().unused.values()
-    )  # said once
+    assert not any(person.contents().unused.values())  # it is said once
+    (tmp_path / "ids" / "abe" / "faces.json").write_text('{"2.jpg": [1, 2, 3, 4]}')
+    assert [known_face(photo) for photo in contents.photos][:2] == [None, (1, 2, 3, 4)]
+
+
+def test_a_list_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.tsv"):
+        find_people(tmp_path / "gone.tsv")
+    make_people(tmp_path, **{"a.csv": []})
+    make_people(tmp_path / "a.csv", abe=["1.jpg"])  # a folder may be called so
+    assert [person.name for person in find_people(tmp_path / "a.csv").people] == ["abe"]
