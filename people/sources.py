@@ -67,7 +67,7 @@ def find_people(data: Path, option: str = "--data") -> Sources:
         _refuse_namesakes(folders, data, option)
         folders.sort(key=lambda path: path.name)
         where = printable(listed((path.name for path in groups), most=5))
-        remark = f"the people are the {len(folders)} folders in {where}"
+        remark = f"each folder in {where} is a person"
         for path in tops:
             if path not in groups:
                 beside[0].leave_out(path, "folders beside those that hold the people's")

@@ -216,7 +216,7 @@ def test_people_in_one_grouping_folder(tmp_path):
         "identity_007": ["images/identity_007/p_0.jpg", "images/identity_007/p_1.jpg"],
     }
     assert [person.label for person in sources.people][1] == "images/identity_002"
-    assert sources.remark == "the people are the 3 folders in images"
+    assert sources.remark == "each folder in images is a person"
     contents = sources.people[1].contents()
     assert read_caption(contents.photos[0], contents) == ("a man", "metadata")
     unused = [dict(contents.unused) for contents in sources.beside]
@@ -231,7 +231,7 @@ def test_people_in_several_grouping_folders(tmp_path):
     make_people(tmp_path / "men", abe=["1.jpg"], dan=["1.jpg"])
     people, sources = names_and_photos(tmp_path)
     assert list(people) == ["abe", "bea", "dan", "eve"]
-    assert sources.remark == "the people are the 4 folders in men, women"
+    assert sources.remark == "each folder in men, women is a person"
 
 
 def test_a_photo_above_makes_a_folder_a_persons(tmp_path):

@@ -369,7 +369,7 @@ def test_people_one_level_down(tmp_path, capsys):
     people, report = look(tmp_path / "ids")
     assert [person.name for person in people] == ["identity_002", "identity_007"]
     report.tell(tmp_path / "ids", tmp_path / "data.tsv", strict=True)  # it is no fault
-    assert "\nthe people are the 2 folders in images\n" in capsys.readouterr().out
+    assert "\neach folder in images is a person\n" in capsys.readouterr().out
     direct, _ = look(tmp_path / "ids" / "images", tmp_path / "other")
     assert people.contents() == direct.contents() and list(people) == list(direct)
     (tmp_path / "ids" / "images" / "identity_002" / "0.png").write_bytes(b"")
