@@ -467,10 +467,10 @@ def load_meta(path: Path) -> Prior:
     return Prior(path, tensors, metadata)
 
 
-def assign_meta(model: nn.Module, prior: Prior) -> None:
+def assign_meta(model: nn.Module, prior: Prior, freeze: bool = True) -> None:
     """Copy a stage-1 file's tensors into the injected layers; UserError lists what does not fit.
 
-    meta_down is then frozen, and kept in the file's half precision.
+    freeze: meta_down is not trained, and kept in the file's half precision.
     """
     by_layer = model.factors.by_layer().items()
     expected = {f"{name}.meta_down": meta_down for name, (meta_down, _, _) in by_layer}
@@ -484,5 +484,8 @@ def assign_meta(model: nn.Module, prior: Prior) -> None:
     refuse(prior.path, sorted(problems))
     for names, meta_down in zip(model.factors.stacks.values(), model.factors.meta_down):
         stored = torch.stack([prior.tensors[f"{name}.meta_down"] for name in names])
-        meta_down.data = stored.to(meta_down.device)
-        meta_down.requires_grad_(False)
+        if freeze:
+            meta_down.data = stored.to(meta_down.device)
+            meta_down.requires_grad_(False)
+        else:
+            meta_down.data.copy_(stored)

@@ -2,9 +2,9 @@
 
     python train_meta.py --data /ids --r1 128 --class woman
 
-/ids holds a folder of photos per person, each photo with or without a caption (docs/data.md). The
-same command again goes on where the run was, however it ended. On several GPUs, with --batch photos on each:
-torchrun --nproc-per-node 8 train_meta.py ...
+/ids holds a folder of photos per person, each photo with or without a caption; docs/data.md has the other
+layouts. The same command again goes on where the run was, however it ended, and with a larger --steps also
+after its end. On several GPUs, with --batch photos on each: torchrun --nproc-per-node 8 train_meta.py ...
 """
 
 import argparse
@@ -25,13 +25,25 @@ from flux.loading import ModelFiles, native_size
 from flux.memory import checkpoint_blocks, weight_bytes
 from flux.model import Flux
 from flux.sampling import flow_loss, generate
-from metalora import TARGETS, SlotAdamW, clip_slots, inject, kaiming_, save_meta, use_slots
+from metalora import (
+    TARGETS,
+    Prior,
+    SlotAdamW,
+    assign_meta,
+    clip_slots,
+    inject,
+    kaiming_,
+    load_meta,
+    save_meta,
+    use_slots,
+)
 from people.buckets import count_batches, deal_batches, deal_buckets
 from people.crops import fit_shape
 from people.dataset import Batch, LatentDataset
-from people.folders import Person, list_folders
+from people.folders import Person
 from people.photos import read_photo
 from people.preparing import add_people_arguments, prepare_data
+from people.sources import find_people
 from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
 from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
@@ -43,6 +55,7 @@ from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.ranks import Ranks, shard
 from run.seeds import generator_for
 from run.settings import Training, add_training_arguments
+from run.terminal import printable
 
 
 def meta_train(
@@ -211,6 +224,7 @@ class MetaLearner:
 # All other settings must stay as they are when a run goes on.
 MAY_CHANGE = ("data", "out", "steps", "save_every", "sample_every", "keep_buckets", "strict")
 MAY_CHANGE += ("device", "vram", "stream", "checkpoint", "base_dtype", "compile", "plan", "world", "shard")
+MAY_CHANGE += ("start",)  # what is in the file may not
 MAY_CHANGE += ("deterministic",)  # it changes rounding only, as most of these do
 
 
@@ -224,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.shard and ranks.size == 1:
         raise UserError("--shard spreads weights over several processes: start them with torchrun")
     device = ranks.device(device)
-    list_folders(args.data)  # fails early
+    find_people(args.data)  # fails early
     with ranks.together(device):
         with ranks.lead_first():  # it may have to be downloaded
             files = find_model(args)
@@ -254,15 +268,17 @@ def train(
 ) -> Path:
     """Prepare the data and the model, run Algorithm 1, and return the file that is written."""
     resolution, training = args.resolution or native_size(files.folder), Training.of(args)
+    prior = load_start(args.start, args.r1, args.targets, files.transformer) if args.start else None
     chosen = ranks.once(lambda: plan(args, device, dtype, vars(files), ranks.size))
-    dataset = prepare_data(args, files, resolution, {"fp8": chosen.fp8}, MAY_CHANGE, device, dtype, ranks)
+    settings = {"fp8": chosen.fp8, "prior": prior and fingerprint(prior.path)}
+    dataset = prepare_data(args, files, resolution, settings, MAY_CHANGE, device, dtype, ranks)
     pids = range(len(dataset.people))
     buckets = deal_buckets(pids, args.bucket_ids, generator_for("buckets", args.seed))
     q_buckets = count_steps(buckets, dataset, args.batch, args.uses_per_image, ranks)
     if sum(q_buckets) > args.steps:
         print(f"--steps {args.steps} is too few to train every bucket once ({sum(q_buckets)} steps)")
 
-    model = load_model(args, files, chosen, max(map(len, buckets)), device, dtype, ranks)
+    model = load_model(args, files, chosen, prior, max(map(len, buckets)), device, dtype, ranks)
     learner = MetaLearner(model, training, args.seed, args.ema, ranks)
     stop.resident = resident(model, learner, ranks.size if args.shard else 1)
     prompts = dataset.load_sample_prompts()
@@ -308,6 +324,7 @@ def train(
     about = {"method": "meta-lora stage 1", "class": args.class_word, "base_model": files.transformer.name}
     about |= {"base_fingerprint": fingerprint(files.transformer), "steps": run.step}
     about |= {name: getattr(args, name) for name in ("r1", "r2", "targets", "lr", "seed")}
+    about |= {"start_fingerprint": fingerprint(prior.path)} if prior else {}
     result = args.out / "meta.safetensors"
     if ranks.leads:
         with learner.averaged():
@@ -330,10 +347,23 @@ def count_steps(
     return q_buckets
 
 
+def load_start(path: Path, r1: int, targets: str, transformer: Path) -> Prior:
+    """Read the file from which meta_down starts; UserError when it has another r1 or other targets."""
+    prior = load_meta(path)
+    if (prior.r1, prior.targets) != (r1, targets):
+        had = f"--r1 {prior.r1} and --targets {prior.targets}"
+        raise UserError(f"--from {path} has {had}; this run has --r1 {r1} and --targets {targets}")
+    base = fingerprint(transformer)
+    if prior.metadata.get("base_fingerprint", base) != base:
+        print(f"--from {printable(path)} was trained with another base model than {transformer.name}")
+    return prior
+
+
 def load_model(
     args: argparse.Namespace,
     files: ModelFiles,
     chosen: Plan,
+    prior: Prior | None,
     slots: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -345,6 +375,8 @@ def load_model(
     if args.shard:
         shard(model, ranks, device)
     inject(model, args.r1, args.r2, slots, args.targets, generator_for("meta_down", args.seed))
+    if prior:
+        assign_meta(model, prior, freeze=False)
     return chosen.apply(model, device)
 
 
@@ -414,6 +446,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--batch", type=int, default=4, help="photos in an update, of each rank")
     group.add_argument("--lr", type=float, default=4e-4, help="learning rate of AdamW")
     group.add_argument(
+        "--from", dest="start", type=Path, help="meta.safetensors of another run, from which meta_down starts"
+    )
+    group.add_argument(
         "--ema", type=float, default=0.0, help="decay of an average of meta_down to save instead; 0: none"
     )
     add_training_arguments(parser)
@@ -427,7 +462,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--keep-buckets",
         action="store_true",
-        help="store also the buckets that do not come back before --steps, so that --steps can be raised",
+        help="store also the buckets that do not come back before --steps; else mid and up of their people "
+        "begin anew when --steps is raised",
     )
     group.add_argument("--seed", type=int, default=0, help="of the start, the order, times and noise")
     group.add_argument(

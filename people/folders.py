@@ -32,6 +32,7 @@ KOHYA = re.compile(r"(\d+)_(\S+) (\S.*)")  # sd-scripts' names of folders: repea
 
 NO_CAPTION_OF = "captions of no photo"
 NO_PHOTO = "files that are no photos"
+UNREADABLE = "captions that cannot be read"
 EXPORT = "photos in formats that are not read: export them as JPEG"
 
 
@@ -53,18 +54,24 @@ class Person:
 
 @dataclass
 class Contents:
-    """What is in a folder."""
+    """What is in a person's folder, or what a list names of a person."""
 
     root: Path  # to which names in messages are relative
     photos: list[Path] = field(default_factory=list)  # and other files, which their content will tell apart
-    texts: dict[str, Path] = field(default_factory=dict)  # files that may be captions, by `_key`
+    texts: MutableMapping[str, Path] = field(default_factory=dict)  # files that may be captions, by `_key`
     listed: MutableMapping[str, str] = field(default_factory=dict)  # from METADATA, by `_key` of the photo
+    given: Mapping[Path, str] = field(default_factory=dict)  # captions from a list of people, by photo
     # What is not used, by reason.
     unused: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def leave_out(self, path: Path, reason: str, detail: str = "") -> None:
-        where = path.relative_to(self.root).as_posix()
+        where = name_in(path, self.root)
         self.unused[reason].append(f"{where}: {detail}" if detail else where)
+
+
+def name_in(path: Path, root: Path) -> str:
+    """Return a path as seen from a folder, or as it is where it is not below it."""
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 def scan_people(folder: Path, option: str = "--data") -> list[Person]:
@@ -75,7 +82,8 @@ def scan_people(folder: Path, option: str = "--data") -> list[Person]:
     Raises FileNotFoundError or UserError when the folder has another layout, or a person has no photo.
     """
     folders = list_folders(folder, option)
-    names, beside = name_people(folders), list_beside(folder)
+    _refuse_folders_below(folders, folder, option)
+    names, beside = name_people(folders), list_beside(folder, folder)
     people, unused = [], [beside.unused]
     for pid, path in enumerate(folders):
         contents = list_contents(path, folder, beside.listed)
@@ -109,19 +117,13 @@ def _warn_of(unused: list[dict[str, list[str]]], where: str) -> None:
 def list_folders(folder: Path, option: str = "--data") -> list[Path]:
     """Return the people's folders, sorted by name, without LITTER and hidden ones.
 
-    Raises FileNotFoundError or UserError when there are none, or the folder is a level too high or too low.
+    Raises FileNotFoundError or UserError when there are none.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{option} {folder}: no such folder; it should hold one folder of photos per person"
         )
-    folders = _folders_in(folder)
-    if folders and not any(photos_in(path) for path in folders):
-        below = [path for parent in folders for path in _folders_in(parent) if photos_in(path)]
-        if below:
-            sample = printable(below[0].relative_to(folder))
-            problem = f"is a level too high: a person's photos should not be in {sample}"
-            raise UserError(f"{option} {folder} {problem}")
+    folders = folders_in(folder)
     if not folders:
         photos = len(photos_in(folder))
         if photos:
@@ -132,7 +134,18 @@ def list_folders(folder: Path, option: str = "--data") -> list[Path]:
     return folders
 
 
-def _folders_in(folder: Path) -> list[Path]:
+def _refuse_folders_below(folders: list[Path], root: Path, option: str) -> None:
+    """Raise UserError when the photos are not in these folders but in those below them."""
+    if not any(photos_in(path) for path in folders):
+        below = [path for parent in folders for path in folders_in(parent) if photos_in(path)]
+        if below:
+            sample = printable(below[0].relative_to(root))
+            problem = f"is a level too high: a person's photos should not be in {sample}"
+            raise UserError(f"{option} {root} {problem}")
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted by name, without LITTER and hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
@@ -164,7 +177,7 @@ def expand_folders(paths: Sequence[Path]) -> list[Path]:
             continue
         contents = list_contents(path, path, below=False)
         found = _choose_photos(contents)
-        for folder in _folders_in(path):
+        for folder in folders_in(path):
             contents.leave_out(folder, "folders below it")
         _warn_of([contents.unused], str(path))
         if not found:
@@ -192,9 +205,9 @@ def name_people(folders: Sequence[Path]) -> dict[Path, str]:
     return {path: name if counts[name] == 1 else path.name for path, name in names.items()}
 
 
-def list_beside(folder: Path) -> Contents:
+def list_beside(folder: Path, root: Path) -> Contents:
     """List what lies beside the people's folders: of that, only captions in METADATA are used."""
-    contents = list_contents(folder, folder, below=False)
+    contents = list_contents(folder, root, below=False)
     for path in [*contents.photos, *contents.texts.values()]:
         contents.leave_out(path, "files beside the people's folders")
     return contents
@@ -242,7 +255,7 @@ def _sort_file(path: Path, contents: Contents) -> None:
         try:
             contents.listed.update(read_metadata(path))
         except (OSError, UserError) as error:
-            contents.leave_out(path, "captions that cannot be read", relative(error, path.parent))
+            contents.leave_out(path, UNREADABLE, relative(error, path.parent))
     elif MASK.fullmatch(path.stem):
         contents.leave_out(path, "masks")
     elif is_text and _key(path) in contents.texts:
@@ -294,9 +307,12 @@ def _key(path: Path | str) -> str:
 def read_caption(photo: Path, contents: Contents) -> tuple[str | None, str | None]:
     """Return a photo's caption on one line, and where it is from, as ".txt"; (None, None) without one.
 
+    That of a list of people comes first, then those of files beside the photo, then those of METADATA.
     Control characters become spaces. JSON without a caption is added to what is not used. Raises UserError
     when the text is empty, very long, or no text.
     """
+    if photo in contents.given:
+        return _one_line(contents.given[photo], f"the caption of {photo} in the list"), "the list"
     for path in caption_files(photo, contents):
         text = read_text(path, MAX_CAPTION)
         if path.suffix.lower() == ".json":

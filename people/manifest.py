@@ -8,9 +8,10 @@ import hashlib
 import json
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,19 +25,17 @@ from people.folders import (
     Contents,
     Person,
     Photo,
-    list_beside,
-    list_contents,
-    list_folders,
-    name_people,
+    name_in,
     read_caption,
     relative,
 )
 from people.photos import PHOTO_SUFFIXES, READ, Size, decode_photo, own_limit
 from people.signatures import NOT_READ
+from people.sources import Source, find_people
 from run.files import atomic
 from run.terminal import printable
 
-VERSION = 2  # raise it whenever `examine` returns something else, so that all photos are examined anew
+VERSION = 3  # raise it whenever a line changes, or what `examine` returns: all photos are examined anew
 THREADS = 4
 EXAMPLES = 3  # of each finding in the table
 
@@ -48,6 +47,7 @@ class Report:
     people: int = 0
     photos: int = 0
     captions: Counter = field(default_factory=Counter)  # of the photos, by where they are from, as ".txt"
+    remarks: list[str] = field(default_factory=list)  # what was understood or limited as asked: no fault
     # By verdict and reason: the photos or people.
     findings: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -76,12 +76,14 @@ class Report:
             for (verdict, reason), cases in sorted(self.findings.items()):
                 file.writelines(f"{verdict}\t{reason}\t{case}\n" for case in cases)
 
-    def tell(self, folder: Path, path: Path, strict: bool) -> None:
-        """Print how much is used and the table; write all findings to `path`.
+    def tell(self, data: Path, path: Path, strict: bool) -> None:
+        """Print how much of the data is used, and the table; write all findings to `path`.
 
         Raises UserError instead, if `strict` and there is any finding.
         """
-        print(f"{self.people} people, {self.photos} photos, in {folder}")
+        print(f"{self.people} people, {self.photos} photos, in {data}")
+        for remark in self.remarks:
+            print(remark)
         sources = ", from " + " and ".join(sorted(self.captions)) if self.captions else ""
         print(f"captions for {self.captions.total()} of {self.photos} photos{sources}")
         if not self.findings:
@@ -90,18 +92,18 @@ class Report:
         self.write(path)
         table = f"{self.table()}\n  all of them: {path}"
         if strict:
-            raise UserError(f"--strict: {folder} has faults\n{table}")
+            raise UserError(f"--strict: {data} has faults\n{table}")
         print(table)
 
 
 class Manifest:
     """The people that a scan accepted. They are read from the file one at a time, by pid.
 
-    starts: where in the file the line of each pid begins.
+    root: to which the names of photos are relative; starts: where in the file the line of each pid begins.
     """
 
-    def __init__(self, file: Path, folder: Path, starts: list[int]):
-        self.file, self.folder, self.starts = file, folder, starts
+    def __init__(self, file: Path, root: Path, starts: list[int]):
+        self.file, self.root, self.starts = file, root, starts
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -115,8 +117,7 @@ class Manifest:
         photos = []
         for name, caption in entry["photos"].items():
             known = entry["files"][name]
-            path = self.folder / entry["folder"] / name
-            photos.append(Photo(path, caption, tuple(known["size"]), known["digest"]))
+            photos.append(Photo(self.root / name, caption, tuple(known["size"]), known["digest"]))
         return Person(pid, entry["name"], tuple(photos))
 
     def __iter__(self) -> Iterator[Person]:
@@ -133,25 +134,31 @@ class Manifest:
 
 
 def scan_photos(
-    folder: Path,
+    data: Path,
     file: Path,
     usable: Callable[[Size], object],
     min_side: int = 1,
     min_photos: int = 1,
+    max_people: int | None = None,
+    max_photos: int | None = None,
     option: str = "--data",
 ) -> tuple[Manifest, Report]:
-    """Examine all photos and captions in `<folder>/<person>/` and below; write the manifest to `file`.
+    """Examine all photos and captions of the people that `find_people` finds; write the manifest to `file`.
 
     A photo that cannot be used is left out. A person with fewer than `min_photos` usable photos is left out.
     A caption that cannot be read is replaced by the default one. The report says all this.
 
     usable: raises UserError for a size (height, width) in which no training is possible.
-    min_side: pixels of the shorter side; option: what the folder is called in messages.
-    Raises FileNotFoundError or UserError when the folder has another layout, or nobody is left.
+    min_side: pixels of the shorter side; max_people, max_photos (of each): how many are used, the first by
+    name; option: what `data` is called in messages.
+    Raises FileNotFoundError or UserError when the data have another layout, or nobody is left.
     """
-    folders, report, starts = list_folders(folder, option), Report(), []
-    names, beside = name_people(folders), list_beside(folder)
-    report.add_unused(beside)
+    sources, report, starts, beyond = find_people(data, option), Report(), [], 0
+    root, people = sources.root, sources.people
+    if sources.remark:
+        report.remarks.append(sources.remark)
+    for contents in sources.beside:
+        report.add_unused(contents)
     owners: dict[int, str] = {}  # of each photo, by the start of its digest
     known = _KnownPhotos(file)
     with (
@@ -160,32 +167,41 @@ def scan_photos(
         ThreadPoolExecutor(THREADS) as pool,
         own_limit(),
     ):
-        for path in tqdm(folders, "people", disable=len(folders) < 50):
-            contents = list_contents(path, folder, beside.listed)
-            files = _examine_all(path, contents.photos, known.files_of(path.name), pool)
-            photos, sources = _choose(path, files, contents, usable, min_side, report)
+        for k, person in enumerate(tqdm(people, "people", disable=len(people) < 50)):
+            if report.people == max_people:
+                left = f"the last {len(people) - k} of {len(people)} people by name are left out"
+                report.remarks.append(f"--max-people {max_people}: {left}")
+                break
+            contents = person.contents()
+            files = _examine_all(root, contents.photos, known.files_of(person.label), pool)
+            captions = _choose(root, files, contents, usable, min_side, report)
             report.add_unused(contents)
-            if len(photos) < min_photos:
-                fewest = f"{len(photos)}, at least {min_photos} are needed"
-                report.add("left out", "people with too few photos", path.name, fewest)
-                photos = {}
+            if len(captions) < min_photos:
+                fewest = f"{len(captions)}, at least {min_photos} are needed"
+                report.add("left out", "people with too few photos", person.label, fewest)
+                captions = {}
             else:
-                digests = {files[name]["digest"] for name in photos}
-                twin = _person_with_the_same(digests, path.name, owners, report)
+                digests = {files[name]["digest"] for name in captions}
+                twin = _person_with_the_same(digests, person.label, owners, report)
                 if twin:
-                    report.add("left out", "people with the photos of another", path.name, f"as {twin}")
-                    photos = {}
+                    report.add("left out", "people with the photos of another", person.label, f"as {twin}")
+                    captions = {}
+            used = dict(islice(captions.items(), max_photos))
+            beyond += len(captions) - len(used)
+            photos = {name: caption for name, (caption, _) in used.items()}
             if photos:
                 report.people += 1
                 report.photos += len(photos)
-                report.captions.update(sources)
+                report.captions.update(source for _, source in used.values() if source)
                 starts.append(lines.tell())
-                _note_folder(path, names[path], photos, report)
-            entry = {"version": VERSION, "name": names[path], "folder": path.name}
+                _note_folder(person, photos, report)
+            entry = {"version": VERSION, "name": person.name, "label": person.label}
             lines.write(_pack(entry | {"files": files, "photos": photos}))
+    if beyond:
+        report.remarks.append(f"--max-photos {max_photos}: {beyond} good photos are left out")
     if not report.people:
-        raise UserError(f"{option} {folder} has nobody to train on (photos may be {READ}):\n{report.table()}")
-    return Manifest(file, folder, starts), report
+        raise UserError(f"{option} {data} has nobody to train on (photos may be {READ}):\n{report.table()}")
+    return Manifest(file, root, starts), report
 
 
 def _pack(entry: dict) -> bytes:
@@ -211,20 +227,20 @@ class _KnownPhotos:
             for line in iter(lines.readline, b""):
                 entry = _unpack(line)
                 if entry and entry["version"] == VERSION:
-                    self.starts[entry["folder"]] = lines.tell() - len(line)
+                    self.starts[entry["label"]] = lines.tell() - len(line)
 
-    def files_of(self, name: str) -> dict[str, dict]:
-        """Return what `examine` said of each photo in a person's folder, by file name."""
-        if name not in self.starts:
+    def files_of(self, label: str) -> dict[str, dict]:
+        """Return what `examine` said of each photo of a person, by its name."""
+        if label not in self.starts:
             return {}
         with self.file.open("rb") as lines:
-            lines.seek(self.starts[name])
+            lines.seek(self.starts[label])
             return _unpack(lines.readline())["files"]
 
 
-def _examine_all(folder: Path, paths: list[Path], known: dict, pool: ThreadPoolExecutor) -> dict[str, dict]:
-    """Return what `examine` says of each photo, by its name in the folder; only changed ones are opened."""
-    names = {path: path.relative_to(folder).as_posix() for path in paths}
+def _examine_all(root: Path, paths: list[Path], known: dict, pool: ThreadPoolExecutor) -> dict[str, dict]:
+    """Return what `examine` says of each photo, by its name below `root`; only changed ones are opened."""
+    names = {path: name_in(path, root) for path in paths}
     states = {path: _state(path) for path in paths}
     # Photos that were refused are tried again: the disk may have been at fault, not the photo.
     good = {name: entry for name, entry in known.items() if "refused" not in entry}
@@ -249,7 +265,8 @@ def _state(path: Path) -> list[int] | None:
 def examine(path: Path) -> dict:
     """Decode a photo; return its digest, its upright size and what `read_photo` changes, or why not."""
     if not path.is_file():  # a link to nothing, or a pipe, which would block when opened
-        return {"refused": "not a regular file" if path.exists() else "a link to nothing"}
+        missing = "a link to nothing" if path.is_symlink() else "no such file"
+        return {"refused": "not a regular file" if path.exists() else missing}
     try:
         photo = decode_photo(path)
         return {"digest": sha256(path), "size": list(photo.size), "changes": photo.changes}
@@ -258,26 +275,25 @@ def examine(path: Path) -> dict:
 
 
 def _choose(
-    folder: Path,
+    root: Path,
     files: dict[str, dict],
     contents: Contents,
     usable: Callable[[Size], object],
     min_side: int,
     report: Report,
-) -> tuple[dict[str, str | None], list[str]]:
-    """Return the captions of the photos that are used, by name, and where they are from.
+) -> dict[str, tuple[str | None, str | None]]:
+    """Return the photos that are good, by name, each with its caption and where that is from.
 
     All other photos are added to the report.
     """
-    captions, sources, names = {}, [], {}  # names: by digest
+    captions, names = {}, {}  # names: by digest
     for name, entry in files.items():
-        where = f"{folder.name}/{name}"
         if "refused" in entry:
-            report.add("skipped", _reason(Path(name).suffix.lower()), where, entry["refused"])
+            report.add("skipped", _reason(Path(name).suffix.lower()), name, entry["refused"])
             continue
         if entry["digest"] in names:
             twin = names[entry["digest"]]
-            report.add("skipped", "the same as another of the same person", where, f"as {twin}")
+            report.add("skipped", "the same as another of the same person", name, f"as {twin}")
             continue
         size = tuple(entry["size"])
         try:
@@ -285,19 +301,18 @@ def _choose(
                 raise UserError(f"{size[0]} x {size[1]} pixels (h x w)")
             usable(size)
         except UserError as error:
-            report.add("skipped", f"too small (--min-side {min_side}) or too narrow", where, str(error))
+            report.add("skipped", f"too small (--min-side {min_side}) or too narrow", name, str(error))
             continue
         names[entry["digest"]] = name
         for change, detail in entry["changes"].items():
-            report.add("converted", change, where, detail)
+            report.add("converted", change, name, detail)
         try:
-            captions[name], source = read_caption(folder / name, contents)
+            captions[name] = read_caption(root / name, contents)
         except (OSError, UserError) as error:
             reason = "no caption that can be read: the default one is used"
-            report.add("converted", reason, where, relative(error, contents.root))
-            captions[name], source = None, None
-        sources += [source] if source else []
-    return captions, sources
+            report.add("converted", reason, name, relative(error, contents.root))
+            captions[name] = None, None
+    return captions
 
 
 def _reason(suffix: str) -> str:
@@ -307,16 +322,18 @@ def _reason(suffix: str) -> str:
     return EXPORT if suffix in NOT_READ else NO_PHOTO
 
 
-def _note_folder(folder: Path, name: str, photos: dict, report: Report) -> None:
+def _note_folder(person: Source, photos: Iterable[str], report: Report) -> None:
     """Add to the report what was understood of a person's folder."""
-    below = sorted({str(Path(photo).parent) for photo in photos} - {"."})
+    if not person.folder:
+        return
+    below = sorted({str(Path(photo).relative_to(person.label).parent) for photo in photos} - {"."})
     if below:
         places = listed(below, most=EXAMPLES)
-        report.add("noted", "photos in folders below a person's are used", folder.name, places)
-    match = KOHYA.fullmatch(folder.name)
+        report.add("noted", "photos in folders below a person's are used", person.label, places)
+    match = KOHYA.fullmatch(person.folder.name)
     if match:
-        ignored = f"{name}; {match[1]} repeats and the class {match[3]} are ignored"
-        report.add("noted", "people by names of kohya's form", folder.name, ignored)
+        ignored = f"{person.name}; {match[1]} repeats and the class {match[3]} are ignored"
+        report.add("noted", "people by names of kohya's form", person.label, ignored)
 
 
 def _person_with_the_same(digests: set[str], name: str, owners: dict[int, str], report: Report) -> str | None:

@@ -20,7 +20,13 @@ from run.ranks import Ranks
 def add_people_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `prepare_data` reads."""
     group = parser.add_argument_group("people")
-    group.add_argument("--data", type=Path, required=True, help="folder of people: <person>/*.jpg|png|webp")
+    group.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of people, <person>/*.jpg|png|webp; or a list (.tsv, .csv, .txt) with a photo's path, a "
+        "person and perhaps a caption in each line",
+    )
     group.add_argument(
         "--class",
         dest="class_word",
@@ -40,6 +46,8 @@ def add_people_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--min-photos", type=int, default=1, help="people with fewer good photos are left out; paper: 20"
     )
+    group.add_argument("--max-people", type=int, help="use only so many people, the first by name")
+    group.add_argument("--max-photos", type=int, help="use only so many photos of each, the first by name")
     group.add_argument(
         "--strict", action="store_true", help="stop when a photo is not used, or not used as it is"
     )
@@ -65,7 +73,8 @@ def prepare_data(
     shape = partial(common_shape, resolution=resolution, multiple=multiple)
 
     def look() -> Manifest:
-        people, report = scan_photos(args.data, args.out / "people.jsonl", shape, min_side, args.min_photos)
+        limits = min_side, args.min_photos, args.max_people, args.max_photos
+        people, report = scan_photos(args.data, args.out / "people.jsonl", shape, *limits)
         report.tell(args.data, args.out / "data.tsv", args.strict)
         return people
 

@@ -31,9 +31,10 @@ from people.buckets import count_batches, deal_batches, deal_buckets
 from people.cache import TensorCache, content_key
 from people.dataset import Batch, BucketData, LatentDataset
 from people.encoding import send
-from people.folders import Person, Photo, list_folders
+from people.folders import Person, Photo
 from people.photos import READING, read_photo
 from people.preparing import add_people_arguments, prepare_data
+from people.sources import find_people
 from predictor.eyes import Eye, add_eye_arguments, find_eye
 from predictor.model import Predictor, save_predictor
 from run.arguments import HelpFormatter, Parser
@@ -255,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         plan(args, load_meta(args.meta) if args.meta else None, device, dtype, files_to_plan(args))
         return
     device = ranks.device(device)
-    list_folders(args.data)  # fails early
+    find_people(args.data)  # fails early
     with ranks.together(device):
         with ranks.lead_first():  # it may have to be downloaded
             files = find_model(args)

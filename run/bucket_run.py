@@ -78,6 +78,7 @@ class BucketRun:
         self.step = self.visit = self.bucket_step = 0
         self.skipped = 0  # consecutive steps that were skipped
         self.saved_visit = 0  # the visit of the last checkpoint
+        self.unstored: list[int] = []  # visits after which the bucket was not stored
         self.interrupted = None  # the open bucket's state, from the checkpoint that the run continues from
 
     @property
@@ -98,6 +99,11 @@ class BucketRun:
     def steps_left(self) -> int:
         """The steps that are left of this turn, or of the run."""
         return min(self.q_bucket - self.bucket_step, self.q_total - self.step)
+
+    def reaches(self, visit: int) -> bool:
+        """Say whether the run will come to a later visit."""
+        turns = sum(self.q_buckets[k % len(self.q_buckets)] for k in range(self.visit, visit))
+        return self.step - self.bucket_step + turns < self.q_total
 
     def generator(self, purpose: str, number: int) -> torch.Generator:
         """Return this rank's random numbers for a purpose, at a step or in a visit."""
@@ -123,12 +129,19 @@ class BucketRun:
         self.bucket_step = round(state["bucket_step"] * self.q_bucket / state["q_bucket"])
         self.state.load_state_dict(state["shared"])
         self.interrupted, self.saved_visit = state["open_bucket"], self.visit
+        self.unstored = state.get("unstored", [])
         self.store.forget(since=self.visit)
+        anew = sum(self.reaches(visit + len(self.q_buckets)) for visit in self.unstored)
+        if anew and self.ranks.leads:
+            print(
+                f"{anew} of {len(self.q_buckets)} buckets were not stored, as the run was to end before their"
+                " next turn: then what is trained of each of their people begins anew"
+            )
 
     def save(self) -> None:
         """Write a checkpoint: all that the run needs to continue, except the stored buckets."""
         position = {"step": self.step, "visit": self.visit, "bucket_step": self.bucket_step}
-        position |= {"q_bucket": self.q_bucket, "skipped": self.skipped}
+        position |= {"q_bucket": self.q_bucket, "skipped": self.skipped, "unstored": self.unstored}
         state = {"shared": self.state.state_dict(), "open_bucket": self.state.bucket_state()}
         self.checkpoints.save(self.step, position | state)
         # Keep the buckets that the checkpoint before this one needs.
@@ -140,10 +153,12 @@ class BucketRun:
     def open_bucket(self) -> int:
         """Initialise mid and up for a bucket's first turn, or load them as its last turn left them.
 
-        Returns the bucket's number.
+        If they were not stored then, as the run was to end earlier, they are initialised anew. Returns the
+        bucket's number.
         """
         state, self.interrupted = self.interrupted, None
-        if state is None and self.visit < len(self.q_buckets):
+        before = self.visit - len(self.q_buckets)
+        if state is None and (before < 0 or before in self.unstored):
             self.state.start_bucket(self.bucket)
         elif state is not None or len(self.q_buckets) > 1:  # with one bucket they are still in memory
             self.state.load_bucket_state(self.store.fetch(self.visit) if state is None else state)
@@ -158,11 +173,14 @@ class BucketRun:
         """
         if self.bucket_step < self.q_bucket:
             return
-        until_next_turn = sum(self.q_buckets) - self.q_bucket  # steps
-        returns = self.keep_buckets or self.step + until_next_turn < self.q_total
-        if returns and len(self.q_buckets) > 1:
-            self.store.put(self.visit, self.state.bucket_state())
+        count = len(self.q_buckets)
+        if count > 1:
+            if self.keep_buckets or self.reaches(self.visit + count):
+                self.store.put(self.visit, self.state.bucket_state())
+            else:
+                self.unstored.append(self.visit)
         self.visit, self.bucket_step = self.visit + 1, 0
+        self.unstored = [visit for visit in self.unstored if visit + count >= self.visit]
 
     # Steps
 

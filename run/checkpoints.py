@@ -129,16 +129,13 @@ class BucketStore:
             self.ahead = {visit: self.pool.submit(read_state, file)}
 
     def fetch(self, visit: int) -> dict:
-        """Return a visit's bucket as its last turn left it; UserError when it was not stored."""
+        """Return a visit's bucket as its last turn left it; UserError when it is not there."""
         reading = self.ahead.pop(visit, None)
         if reading:
             return reading.result()
         file = self.file(visit - self.buckets)
         if not file.exists():
-            raise UserError(
-                f"{file} does not exist: the earlier run was to end before this bucket's next turn, so it "
-                "was not stored. Start again in another --out; --keep-buckets stores all"
-            )
+            raise UserError(f"{file} does not exist, but the run needs it; start again in another --out")
         return read_state(file)
 
     def forget(self, before: int = 0, since: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Folders of people and their captions are listed; wrong layouts are refused."""
+"""Folders and lists of people, and captions, are read; wrong layouts are refused."""
 
 import json
 import warnings
@@ -6,7 +6,9 @@ import warnings
 import pytest
 from PIL import Image
 
-from people.folders import scan_people
+from people.faces import known_face
+from people.folders import read_caption, scan_people
+from people.sources import find_people, read_list
 
 
 def make_people(folder, **photos):
@@ -190,3 +192,168 @@ def test_captions_must_be_text(tmp_path):
     (tmp_path / "abe" / "1.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="1.txt, line 1: byte 0x00 is not UTF-16"):
         scan_people(tmp_path)
+
+
+# --- Folders one level down --------------------------------------------------------------------------------
+
+
+def names_and_photos(data):
+    """Return the people's names and the paths of their photos."""
+    sources = find_people(data)
+    photos = lambda person: [photo.relative_to(data).as_posix() for photo in person.contents().photos]
+    return {person.name: photos(person) for person in sources.people}, sources
+
+
+def test_people_in_one_grouping_folder(tmp_path):
+    make_people(tmp_path / "images", identity_007=["p_1.jpg", "p_0.jpg"], identity_002=["p_0.jpg"], empty=[])
+    make_people(tmp_path, attributes=["ages.txt"])
+    (tmp_path / "images" / "preview.pdf").write_bytes(b"")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "images/identity_002/p_0.jpg", "text": "a man"}')
+    people, sources = names_and_photos(tmp_path)
+    assert people == {
+        "empty": [],
+        "identity_002": ["images/identity_002/p_0.jpg"],
+        "identity_007": ["images/identity_007/p_0.jpg", "images/identity_007/p_1.jpg"],
+    }
+    assert [person.label for person in sources.people][1] == "images/identity_002"
+    assert sources.remark == "each folder in images is a person"
+    contents = sources.people[1].contents()
+    assert read_caption(contents.photos[0], contents) == ("a man", "metadata")
+    unused = [dict(contents.unused) for contents in sources.beside]
+    assert unused == [
+        {"folders beside those that hold the people's": ["attributes"]},
+        {"files beside the people's folders": ["images/preview.pdf"]},
+    ]
+
+
+def test_people_in_several_grouping_folders(tmp_path):
+    make_people(tmp_path / "women", bea=["1.jpg"], eve=["1.jpg"])
+    make_people(tmp_path / "men", abe=["1.jpg"], dan=["1.jpg"])
+    people, sources = names_and_photos(tmp_path)
+    assert list(people) == ["abe", "bea", "dan", "eve"]
+    assert sources.remark == "each folder in men, women is a person"
+
+
+def test_a_photo_above_makes_a_folder_a_persons(tmp_path):
+    """The same folders, but for one photo."""
+    make_people(tmp_path / "women", bea=["1.jpg"], eve=["1.jpg"])
+    make_people(tmp_path / "men", abe=["1.jpg"], dan=["1.jpg"])
+    (tmp_path / "men" / "0.jpg").write_bytes(b"")
+    people, sources = names_and_photos(tmp_path)
+    assert list(people) == ["men", "women"] and not sources.remark
+    assert people["men"] == ["men/0.jpg", "men/abe/1.jpg", "men/dan/1.jpg"]
+
+
+def test_a_person_may_have_one_folder_more(tmp_path):
+    make_people(tmp_path / "P001", assets=["1.jpg", "2.jpg"])
+    make_people(tmp_path / "P002", assets=["1.jpg"])
+    people, sources = names_and_photos(tmp_path)
+    assert {name: len(photos) for name, photos in people.items()} == {"P001": 2, "P002": 1}
+    assert not sources.remark
+    (tmp_path / "P002").rename(tmp_path / "P001" / "other")  # now one folder with two
+    people, sources = names_and_photos(tmp_path)
+    assert list(people) == ["assets", "other"] and sources.remark
+
+
+def test_nobody_is_guessed(tmp_path):
+    make_people(tmp_path / "anna", front=["1.jpg"], side=["1.jpg"])
+    make_people(tmp_path / "boris", front=["1.jpg"], back=["1.jpg"])
+    with pytest.raises(ValueError, match="is anna/front and boris/front one person, or two.*or a list"):
+        find_people(tmp_path)
+    (tmp_path / "boris" / "front").rename(tmp_path / "boris" / "left")
+    assert len(find_people(tmp_path).people) == 4
+
+
+# --- Lists -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("a.tsv", ["path\tperson\tcaption", "b/2.jpg\tbea\ta woman, smiling", "", " 1.jpg \tan abe\t"]),
+        ("a.csv", ["Path,Person,Caption", 'b/2.jpg,bea,"a woman, smiling"', "1.jpg, an abe"]),
+        ("a.TXT", ["path\tperson", "b/2.jpg\tbea\ta woman, smiling", "1.jpg\tan abe"]),
+    ],
+)
+def test_lists(tmp_path, name, lines, end, mark):
+    (tmp_path / name).write_bytes((mark + end.join(lines) + end).encode())
+    assert read_list(tmp_path / name) == {"bea": {"b/2.jpg": "a woman, smiling"}, "an abe": {"1.jpg": ""}}
+
+
+def test_a_list_with_spaces(tmp_path):
+    """As CelebA's identity_CelebA.txt."""
+    (tmp_path / "a.txt").write_text("000001.jpg 2880\n000002.jpg   2937\n000003.jpg 2880 a man, in  Köln\n")
+    assert read_list(tmp_path / "a.txt") == {
+        "2880": {"000001.jpg": "", "000003.jpg": "a man, in  Köln"},
+        "2937": {"000002.jpg": ""},
+    }
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.tsv", "1.jpg\tabe\n2.jpg abe\n", "a.tsv, line 2: '2.jpg abe'; must be path, person .* tabs"),
+        ("a.tsv", "\n\n1.jpg\tabe\ta\tb\n", "line 3: '1.jpg', 'abe', 'a', 'b'; must be path"),
+        ("a.tsv", "1.jpg\t\n", "line 1: '1.jpg', ''; must be"),
+        ("a.tsv", "\tabe\n", "line 1: '', 'abe'; must be"),
+        ("a.csv", "1.jpg;abe\n", "line 1: '1.jpg;abe'; must be .* commas"),
+        ("a.csv", 'path,person\n1.jpg,"abe\n', "a.csv, line 2: unexpected end of data"),
+        ("a.txt", "1.jpg abe\n2.jpg\n", "line 2: '2.jpg'; must be .* spaces or tabs"),
+        ("a.txt", "1.jpg abe\n1.jpg bea\n1.jpg abe\n", "line 3: 1.jpg of abe is in the list already"),
+        ("a.tsv", "1\0.jpg\tabe\n", "line 1: a path or person with control characters"),
+        ("a.tsv", "path\tperson\n", "a.tsv is empty"),
+        ("a.tsv", "", "a.tsv is empty"),
+        ("a.jpg", "", "--data .*a.jpg is a file; it may be a list (.tsv, .csv, .txt), or a folder"),
+        ("a.tsv", b"1.jpg\tabe\nK\xf6ln.jpg\tabe\n", "a.tsv, line 2: byte 0xf6 is not UTF-8"),
+    ],
+)
+def test_bad_lines_are_errors(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = message.replace("(", "[(]").replace(")", "[)]")
+    with pytest.raises(ValueError, match=message):
+        find_people(tmp_path / name)
+
+
+def test_only_the_first_line_may_be_a_header(tmp_path):
+    (tmp_path / "a.tsv").write_text("1.jpg\tabe\npath\tperson\n")
+    assert read_list(tmp_path / "a.tsv") == {"abe": {"1.jpg": ""}, "person": {"path": ""}}
+
+
+def test_captions_of_a_list(tmp_path):
+    """The list's, then files beside the photo, then metadata; photos may be anywhere."""
+    make_people(tmp_path / "ids", abe=["1.jpg", "1.txt", "2.jpg", "2.txt", "3.jpg", "4.jpg"], bea=["1.jpg"])
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / "ids" / "abe" / name).write_text(f"from {name}")
+    (tmp_path / "ids" / "abe" / "metadata.jsonl").write_text('{"file_name": "3.jpg", "text": "metadata"}')
+    (tmp_path / "ids" / "bea" / "metadata.jsonl").write_text("{")
+    make_people(tmp_path, lists=[])
+    paths = [f"../ids/abe/{k}.jpg" for k in (4, 3, 2, 1)] + [str(tmp_path / "ids" / "bea" / "1.jpg")]
+    lines = [f"{path}\t{NFD if 'abe' in path else NFC}\t" for path in paths]
+    lines[3] += "from the list"
+    (tmp_path / "lists" / "a.tsv").write_text("\n".join(lines), "utf-8")
+    (person,) = find_people(tmp_path / "lists" / "a.tsv").people
+    contents = person.contents()
+    assert person.name == NFC and all(photo.is_file() for photo in contents.photos)
+    captions = [read_caption(photo, contents) for photo in contents.photos]
+    assert captions == [
+        ("from the list", "the list"),
+        ("from 2.txt", ".txt"),
+        ("metadata", "metadata"),
+        (None, None),
+        (None, None),
+    ]
+    ((where, problem),) = [case.split(": ", 1) for case in contents.unused["captions that cannot be read"]]
+    assert where == str(tmp_path / "ids" / "bea" / "metadata.jsonl") and "JSON" in problem
+    assert not any(person.contents().unused.values())  # it is said once
+    (tmp_path / "ids" / "abe" / "faces.json").write_text('{"2.jpg": [1, 2, 3, 4]}')
+    assert [known_face(photo) for photo in contents.photos][:2] == [None, (1, 2, 3, 4)]
+
+
+def test_a_list_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.tsv"):
+        find_people(tmp_path / "gone.tsv")
+    make_people(tmp_path, **{"a.csv": []})
+    make_people(tmp_path / "a.csv", abe=["1.jpg"])  # a folder may be called so
+    assert [person.name for person in find_people(tmp_path / "a.csv").people] == ["abe"]

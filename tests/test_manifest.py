@@ -1,5 +1,6 @@
 """The scan finds and names every fault in a data set; the manifest lists what is left."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -192,8 +193,6 @@ def test_nobody_left_and_wrong_levels(tmp_path):
     make_person(tmp_path / "ids" / "anna", photos=1)
     with pytest.raises(ValueError, match="has nobody to train on(.|\n)*anna: 1, at least 2"):
         look(tmp_path / "ids", min_photos=2)
-    with pytest.raises(ValueError, match="a level too high"):
-        look(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="a level too low"):
         look(tmp_path / "ids" / "anna", tmp_path)
 
@@ -275,7 +274,7 @@ def test_a_manifest_takes_no_memory_for_photos(tmp_path):
     for k in range(3):
         make_person(tmp_path / "ids" / str(k), seed=k)
     people, _ = look(tmp_path / "ids")
-    assert isinstance(people, Manifest) and vars(people).keys() == {"file", "folder", "starts"}
+    assert isinstance(people, Manifest) and vars(people).keys() == {"file", "root", "starts"}
     assert len(people.starts) == 3 and all(isinstance(start, int) for start in people.starts)
 
 
@@ -295,6 +294,107 @@ def test_bugs_and_lack_of_memory_end_the_scan(tmp_path, monkeypatch, error):
     with pytest.raises(error):
         look(tmp_path / "ids")
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
+
+
+# Lists, folders one level down, and limits
+
+
+def write_list(ids: Path, file: Path) -> Path:
+    """Write a list of all photos in folders of people."""
+    file.parent.mkdir(exist_ok=True)
+    paths = sorted(ids.glob("*/*.png"), reverse=True)
+    file.write_text("".join(f"{os.path.relpath(path, file.parent)}\t{path.parent.name}\n" for path in paths))
+    return file
+
+
+def content_of(people: Manifest) -> list:
+    """Return the people with their photos, whose paths may be written in several ways."""
+    resolved = lambda photo: dataclasses.replace(photo, path=photo.path.resolve())
+    return [(person.pid, person.name, *map(resolved, person.photos)) for person in people]
+
+
+def test_a_list_is_as_good_as_folders(tmp_path, monkeypatch):
+    for k, name in enumerate(("bea", "abe")):
+        (make_person(tmp_path / "ids" / name, seed=k) / "1.txt").write_text(f"a photo of {name}")
+    file = write_list(tmp_path / "ids", tmp_path / "lists" / "people.tsv")
+    folders, of_folders = look(tmp_path / "ids")
+    listed, of_list = look(file, tmp_path / "other")
+    assert of_folders == of_list and not of_list.findings and not of_list.remarks
+    assert content_of(folders) == content_of(listed) and folders.contents() == listed.contents()
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0] + "\tanother caption", *lines[1:]]))
+    monkeypatch.setattr(manifest, "examine", lambda path: pytest.fail(f"{path} is read again"))
+    changed, _ = look(file, tmp_path / "other")
+    differ = [key for key, value in changed.contents().items() if value != folders.contents()[key]]
+    assert differ == ["photos of bea"]
+    file.write_text("\n".join(lines[1:]))
+    assert look(file, tmp_path / "other")[1].photos == 5
+
+
+def test_faults_of_a_list_are_reported(tmp_path):
+    ids = tmp_path / "ids"
+    make_person(ids / "abe")
+    shutil.copy(ids / "abe" / "0.png", ids / "copy.png")
+    noise(9, (4, 4)).save(ids / "tiny.png")
+    (ids / "notes.pdf").write_bytes(b"%PDF")
+    (ids / "unlisted.png").write_bytes(b"")
+    names = [
+        "abe/0.png",
+        "abe/1.png",
+        "copy.png",
+        "tiny.png",
+        "notes.pdf",
+        "gone.png",
+        str(tmp_path / "x.png"),
+    ]
+    lines = [f"{name},abe" for name in names] + ["abe/1.png,bea", "none.jpg,cid"]
+    (ids / "list.csv").write_text("\n".join(lines))
+    people, report = look(ids / "list.csv")
+    assert [(person.name, len(person.photos)) for person in people] == [("abe", 2)]
+    assert {reason: [case.split(": ")[0] for case in cases] for reason, cases in reasons(report).items()} == {
+        "skipped: photos that cannot be read": [f"{tmp_path}/x.png", "gone.png", "none.jpg"],
+        "skipped: too small (--min-side 8) or too narrow": ["tiny.png"],
+        "skipped: files that are no photos": ["notes.pdf"],
+        "skipped: the same as another of the same person": ["copy.png"],
+        "left out: people with too few photos": ["cid"],
+        "left out: people with the photos of another": ["bea"],
+    }
+    with pytest.raises(ValueError, match="--strict(.|\n)*gone.png: no such file"):
+        report.tell(ids / "list.csv", tmp_path / "data.tsv", strict=True)
+
+
+def test_people_one_level_down(tmp_path, capsys):
+    for k, name in enumerate(("identity_007", "identity_002")):
+        make_person(tmp_path / "ids" / "images" / name, seed=k)
+    people, report = look(tmp_path / "ids")
+    assert [person.name for person in people] == ["identity_002", "identity_007"]
+    report.tell(tmp_path / "ids", tmp_path / "data.tsv", strict=True)  # it is no fault
+    assert "\neach folder in images is a person\n" in capsys.readouterr().out
+    direct, _ = look(tmp_path / "ids" / "images", tmp_path / "other")
+    assert people.contents() == direct.contents() and list(people) == list(direct)
+    (tmp_path / "ids" / "images" / "identity_002" / "0.png").write_bytes(b"")
+    _, report = look(tmp_path / "ids")
+    (case,) = reasons(report)["skipped: photos that cannot be read"]
+    assert case.startswith("images/identity_002/0.png: ")
+
+
+def test_limits(tmp_path, capsys):
+    for k, name in enumerate(("abe", "bea", "cid", "dan")):
+        make_person(tmp_path / "ids" / name, photos=4 if name != "bea" else 1, seed=k)
+    (tmp_path / "ids" / "abe" / "0.png").write_bytes(b"")
+    (tmp_path / "ids" / "dan" / "0.png").write_bytes(b"")  # not looked at
+    people, report = look(tmp_path / "ids", min_photos=3, max_people=2, max_photos=2)
+    names = {person.name: [photo.path.name for photo in person.photos] for person in people}
+    assert names == {"abe": ["1.png", "2.png"], "cid": ["0.png", "1.png"]}
+    assert (report.people, report.photos) == (2, 4)
+    report.tell(tmp_path / "ids", tmp_path / "data.tsv", strict=False)
+    said = capsys.readouterr().out
+    assert "2 people, 4 photos" in said and "captions for 0 of 4 photos" in said
+    assert "--max-people 2: the last 1 of 4 people by name are left out\n" in said
+    assert "--max-photos 2: 3 good photos are left out\n" in said
+    assert not any("dan" in case for cases in report.findings.values() for case in cases)
+    people, report = look(tmp_path / "ids", min_photos=3, max_people=3, max_photos=4)
+    assert (report.people, report.photos, report.remarks) == (3, 10, [])
 
 
 # Anything at all

@@ -22,6 +22,7 @@ from helpers import around_updates, assert_same, copy_cache, log_of, state_of
 import train_meta
 from flux.errors import UserError
 from flux.memory import blocks_of
+from people import preparing
 from people.dataset import Batch
 from run import files, ranks
 from run.checkpoints import read_state
@@ -120,7 +121,7 @@ def broken(folder: Path) -> None:
 
 def failing(folder: Path) -> None:
     """Let rank 0 fail where the others wait for it."""
-    train_meta.scan_photos = None
+    preparing.scan_photos = None
 
 
 def halved(folder: Path) -> None:

@@ -39,6 +39,7 @@ from run import checkpoints, files, log
 from run.bucket_run import BucketRun
 from run.checkpoints import BucketStore, Checkpoints, read_state
 from run.log import plot_curve
+from train_meta import MetaLearner
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")
 
@@ -268,8 +269,34 @@ def test_buckets_that_do_not_come_back_are_not_stored(run, tmp_path, monkeypatch
     assert names(tmp_path / "once") == []
     run(tmp_path / "first", steps=21)  # bucket 0 comes back for a step, bucket 1 does not
     assert names(tmp_path / "first") == ["bucket0000_visit000000.pt"]
-    with pytest.raises(ValueError, match=r"bucket0001_visit000001.pt does not exist.*--keep-buckets"):
-        run(tmp_path / "first", steps=33)
+
+
+def test_a_run_goes_on_after_its_end_with_buckets_that_were_not_stored(run, tmp_path, monkeypatch, capsys):
+    """Bucket 1 begins anew, as in its first turn; a file that should be there is an error as before."""
+    words = [word for word in conftest.SETTINGS if word != "--keep-buckets"]
+    monkeypatch.setattr(conftest, "SETTINGS", words)
+    opened, start, load = [], MetaLearner.start_bucket, MetaLearner.load_bucket_state
+    monkeypatch.setattr(MetaLearner, "start_bucket", lambda *a: opened.append(f"new {a[1]}") or start(*a))
+    monkeypatch.setattr(MetaLearner, "load_bucket_state", lambda *a: opened.append("stored") or load(*a))
+    run(tmp_path / "a", steps=21)
+    assert opened == ["new 0", "new 1", "stored"] and "were not stored" not in capsys.readouterr().out
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    opened.clear()
+    run(tmp_path / "a", steps=22)  # it does not come back
+    assert opened == ["stored"] and "were not stored" not in capsys.readouterr().out
+    opened.clear()
+    kill_at(run, tmp_path / "b", monkeypatch, 36, steps=53)
+    assert opened == ["stored", "new 1"]
+    assert "\n1 of 2 buckets were not stored, as the run was to end" in capsys.readouterr().out
+    ours = run(tmp_path / "b", steps=53)
+    assert [line["step"] for line in log_of(tmp_path / "b")] == list(range(1, 54))
+    assert opened == ["stored", "new 1", "stored", "stored", "stored"]  # 33 to 40 from the checkpoint
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    assert_same(ours, run(tmp_path / "c", steps=53))  # killed or not, and stopped where it may be
+    kill_at(run, tmp_path / "d", monkeypatch, 15, steps=21)
+    (tmp_path / "d" / "buckets" / "bucket0000_visit000000.pt").unlink()
+    with pytest.raises(ValueError, match="bucket0000_visit000000.pt does not exist, but the run needs it"):
+        run(tmp_path / "d", steps=21)
 
 
 def test_one_file_per_bucket_and_one_more_at_most(run, tmp_path, monkeypatch):

@@ -412,6 +412,64 @@ def test_other_settings_are_refused(run, undisturbed, people, tmp_path):
     run(undisturbed, "--save-every", 7, "--sample-every", 50)  # these are free
 
 
+def test_another_run_goes_on_where_one_ended(run, undisturbed, model, tmp_path):
+    """With --from, meta_down begins as it was saved; the first bucket's warm-up leaves it so."""
+    saved = load_file(undisturbed / "meta.safetensors")
+    flags = ["--from", undisturbed / "meta.safetensors"]
+    start = run(tmp_path / "a", *flags, "--seed", 3, steps=5)
+    assert_same(start, saved)
+    assert not all(torch.equal(saved[name], tensor) for name, tensor in run(tmp_path / "b", steps=5).items())
+    moved = run(tmp_path / "a", *flags, "--seed", 3, steps=7)
+    assert all(0 < (moved[name] - saved[name]).abs().max() < 0.1 for name in saved)
+    shutil.copy(undisturbed / "meta.safetensors", tmp_path / "copy.safetensors")
+    assert_same(run(tmp_path / "a", "--from", tmp_path / "copy.safetensors", "--seed", 3, steps=7), moved)
+    with pytest.raises(ValueError, match="other settings(.|\n)*prior: .* -> None"):
+        run(tmp_path / "a", "--seed", 3, steps=8)
+
+
+def test_only_a_file_that_fits_can_be_a_start(run, undisturbed, other_model, tmp_path):
+    flags = ["--from", undisturbed / "meta.safetensors"]
+    message = "has --r1 4 and --targets all; this run has --r1 8 and --targets all"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *flags, "--r1", 8, steps=1)
+    with pytest.raises(ValueError, match="this run has --r1 4 and --targets no-modulation"):
+        run(tmp_path, *flags, "--targets", "no-modulation", steps=1)
+    with pytest.raises(ValueError, match="must be .*, 64"):
+        run(tmp_path / "other", *flags, "--model", other_model, steps=1, encodes=True)
+    with pytest.raises(ValueError, match="is no file of stage 1"):
+        run(tmp_path, "--from", other_model / "ae.safetensors", steps=1)
+
+
+# --- The people --------------------------------------------------------------------------------------------
+
+
+def test_a_list_trains_as_the_folders_do(run, undisturbed, people, tmp_path):
+    """Begun with the folders, and gone on with a list of the same photos, each with its caption."""
+    photos = sorted(people.glob("*/*.png"))
+    lines = [f"{path}\t{path.parent.name}\t{path.with_suffix('.txt').read_text()}\n" for path in photos]
+    (tmp_path / "list.tsv").write_text("path\tperson\tcaption\n" + "".join(lines))
+    run(tmp_path / "out", steps=7)
+    ours = run(tmp_path / "out", data=tmp_path / "list.tsv")
+    assert_equals_undisturbed(ours, tmp_path / "out", undisturbed)
+    (tmp_path / "list.tsv").write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match=r"other settings.*\n  photos of \w+: 4 \(\w+\) -> 3 \(\w+\)$"):
+        run(tmp_path / "out", data=tmp_path / "list.tsv")
+    (tmp_path / "list.tsv").write_text("".join(lines) + "no photo\n")
+    with pytest.raises(ValueError, match="list.tsv, line 21: 'no photo'; must be path"):
+        run(tmp_path / "out", data=tmp_path / "list.tsv")
+
+
+def test_a_few_people_and_photos(run, people, tmp_path, capsys):
+    run(tmp_path, "--max-people", 2, "--max-photos", 3, steps=1)
+    said = capsys.readouterr().out
+    assert "2 people, 6 photos" in said and "the last 3 of 5 people by name are left out" in said
+    first = sorted(path.name for path in people.glob("*_*"))[:2]
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert [key for key in settings if key.startswith("photos of")] == [f"photos of {name}" for name in first]
+    with pytest.raises(ValueError, match="max_people: 2 -> None"):
+        run(tmp_path, "--max-photos", 3, steps=2)
+
+
 # --- Settings and files ------------------------------------------------------------------------------------
 
 
@@ -527,7 +585,15 @@ def test_nothing_is_looked_at_or_encoded_twice(run, undisturbed, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "flags", [["--batch", "0"], ["--bucket-warmup", "1"], ["--r1", "-1"], ["--steps", "0"]]
+    "flags",
+    [
+        ["--batch", "0"],
+        ["--bucket-warmup", "1"],
+        ["--r1", "-1"],
+        ["--steps", "0"],
+        ["--max-people", "0"],
+        ["--max-photos", "0"],
+    ],
 )
 def test_impossible_settings(flags, capsys):
     with pytest.raises(SystemExit):
