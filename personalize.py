@@ -9,7 +9,7 @@ import argparse
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from people.encoding import encode_picture, encode_prompt, make_batch
 from people.faces import clip_face, find_face
 from people.folders import captions_beside, expand_folders
 from people.photos import Box, Size, read_photo
+from predictor.model import Trained
 from predictor.start import export_row, eye_of, find_predictor, predict
 from run.arguments import MOST, HelpFormatter, Parser
 from run.command import run_script
@@ -92,7 +93,7 @@ def personalize(
     prior: a stage-1 file; None for a plain LoRA. crops: what `list_crops` and `encode_crops` make of the
     photo (augment-and-create-data). The model then holds the adapter. Algorithm 2 as printed multiplies q_st2
     by the number of crops; by appendix B.1, 375 iterations of 2.8 s in 18 minutes, it is the total.
-    start: mid and up to begin with instead of the paper's, a row of `Factors.personal`.
+    start: what to begin with instead of the paper's, a row of `Factors.personal`; ours, see predictor/.
     Raises UserError when a loss is infinite or NaN.
     """
     # initialize, load-down-weights
@@ -266,14 +267,17 @@ def describe(
     transformer: Path,
     prior: Prior | None,
     photos: Sequence[Path],
-    **about: object,
+    trained: Trained | None = None,
 ) -> dict[str, object]:
-    """Return what a LoRA file says of itself; photos and the stage-1 file by their hashes."""
-    about = {**asdict(settings), **asdict(training), **about}
+    """Return what a LoRA file says of itself; photos, stage-1 file or predictor by their hashes."""
+    about = {**asdict(settings), **asdict(training)}
     about |= {"base_model": transformer.name, "base_fingerprint": fingerprint(transformer)}
     about |= {"photos": [sha256(path) for path in photos]}
-    source = "predictor" if settings.start == "predicted" else "stage_1"
-    return about | ({source: sha256(prior.path), "targets": prior.targets} if prior else {})
+    about |= {"stage_1": sha256(prior.path), "targets": prior.targets} if prior else {}
+    if trained:
+        about |= {name: trained.prior.metadata[name] for name in ("eye", "eye_weights")}
+        about |= {"predictor": sha256(trained.prior.path)}
+    return about
 
 
 # --- The command -------------------------------------------------------------------------------------------
@@ -303,18 +307,21 @@ def main(argv: list[str] | None = None) -> None:
         return show_crops(photos, crops, beside(args.out, "_crops.png"))
     files = find_model(args)
     resolution = args.resolution or native_size(files.folder)
-    prior, start, about = None, None, {"resolution": resolution, "caption": args.caption, "seed": args.seed}
+    prior = trained = start = None
     if settings.start == "predicted":
         trained = find_predictor(args.predictor, files)
-        prior, eye = trained.prior, eye_of(trained, args.eye_weights, files, device)
-        warn_of_another_base(prior, files.transformer)
-        start = predict(trained, eye, photos, settings.rank, args.face)
-        about |= {"eye": eye.name, "eye_weights": eye.weights}
+        warn_of_another_base(trained.prior, files.transformer)
+        eye = eye_of(trained, args.eye_weights, files, device)
+        start = predict(trained, eye, photos, files.transformer, settings.rank, args.face)
+        settings = replace(settings, targets=trained.prior.targets)
+        del eye
+        release(device)
     elif settings.method == "meta-lora":
         prior = find_prior(files.transformer, args.meta)
-    about = describe(settings, training, files.transformer, prior, args.photos, **about)
+    about = {"resolution": resolution, "caption": args.caption, "seed": args.seed}
+    about |= describe(settings, training, files.transformer, prior, args.photos, trained)
     if not settings.steps:
-        export_row(files.transformer, prior, settings.rank, start, args.out, about, args.format)
+        export_row(files.transformer, settings.targets, settings.rank, start, args.out, about, args.format)
         print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB; python sample.py makes pictures with it")
         return
     # Does the stage-1 file fit? This reads no weights.
@@ -418,9 +425,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("method (defaults: the paper's)")
     group.add_argument(
-        "--method", choices=STEPS, default="meta-lora", help="meta-lora, or lora, which needs no --meta"
+        "--method",
+        choices=STEPS,
+        help="meta-lora, or lora, which needs no --meta; default: meta-lora, and lora with --start predicted",
     )
-    group.add_argument("--steps", type=int, help="optimizer updates; default: 375, and 625 for lora")
+    group.add_argument("--steps", type=int, help="optimizer updates; default: 375, 625 for lora")
     group.add_argument(
         "--rank", type=int, help="r2, the rank of the LoRA; default: 1, and 4 for several photos"
     )
@@ -429,8 +438,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--start",
         choices=["zero", "predicted"],
         default="zero",
-        help="zero: at the base model; predicted, which is ours: where a predictor sees the person, so that "
-        "--steps may be 0",
+        help="zero: at the base model; predicted, which is ours: at the LoRA that a predictor sees in the "
+        "photo, so that --steps may be 0, its default",
     )
     group.add_argument(
         "--predictor", type=Path, help="its file; default: predictor.safetensors beside the model's weights"
@@ -468,12 +477,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.out = args.out or Path(f"{name_of(args.photos[0])}.safetensors")
     args.photos = expand_folders(args.photos)
-    unused = [] if args.caption else captions_beside(args.photos)
-    if unused:
-        warnings.warn(f"captions such as {unused[0]} are not used: --caption gives one", stacklevel=2)
     predicted = args.start == "predicted"
+    if predicted and (args.meta or args.method == "meta-lora"):
+        parser.error(
+            "--start predicted has a prior of its own and trains a plain LoRA: no --meta, no meta-lora"
+        )
+    args.method = args.method or ("lora" if predicted else "meta-lora")
     if args.steps is None:
         args.steps = 0 if predicted else STEPS[args.method]
+    unused = captions_beside(args.photos) if args.steps and not args.caption else []
+    if unused:
+        warnings.warn(f"captions such as {unused[0]} are not used: --caption gives one", stacklevel=2)
     if args.rank is None:
         args.rank = 1 if predicted or len(args.photos) == 1 else 4
     args.caption = args.caption or f"a photo of a {args.class_word}"
@@ -481,8 +495,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out}: must be a file whose name ends in .safetensors")
     if not args.steps and not predicted:
         parser.error("--steps 0 belongs to --start predicted")
-    if predicted and (args.meta or args.method == "lora"):
-        parser.error("--start predicted has a prior of its own: it goes neither with --meta nor with lora")
     if (args.predictor or args.eye_weights) and not predicted:
         parser.error("--predictor and --eye-weights belong to --start predicted")
     if not args.steps:

@@ -178,10 +178,10 @@ class Benchmark:
     def personalization(self, run: Run) -> personalize.Personalization:
         """Return how the people of a run are learned."""
         return personalize.Personalization(
-            method="lora" if run.method.startswith("lora") else "meta-lora",
+            method="meta-lora" if run.method.startswith("meta-lora") else "lora",
             start="predicted" if run.predicted else "zero",
             rank=run.rank,
-            targets=self.args.targets,
+            targets=self.targets(run),
             steps=max(run.steps),
             batch=self.args.batch,
             augment=run.augment,
@@ -189,13 +189,14 @@ class Benchmark:
         )
 
     def prior_of(self, run: Run) -> Prior | None:
-        if run.predicted:
-            return self.trained.prior
         return self.prior if run.method.startswith("meta-lora") else None
+
+    def targets(self, run: Run) -> str:
+        return self.trained.prior.targets if run.predicted else self.args.targets
 
     def add_adapters(self, model: flux.Flux, run: Run, seeds: Sequence[int]) -> torch.Tensor:
         """Add an adapter for each person's seed; return mid and up, a row for each, as stage 2 begins."""
-        return personalize.add_adapters(model, self.prior_of(run), run.rank, self.args.targets, seeds)
+        return personalize.add_adapters(model, self.prior_of(run), run.rank, self.targets(run), seeds)
 
     def _read_settings(self) -> dict:
         """Return the settings of the earlier run in --out; UserError when they are missing or damaged."""
@@ -395,11 +396,12 @@ class Benchmark:
             )
 
     def predict(self, group: Sequence[Subject], rank: int) -> torch.Tensor:
-        """Return the predicted mid and up of some people, a row for each, from their reference photos."""
+        """Return the predicted LoRAs of some people, a row for each, from their reference photos."""
         eye = eye_of(self.trained, self.args.eye_weights, self.files, self.device)
-        rows = []
+        rows, transformer = [], self.files.transformer
         for path in (subject.photos[0] for subject in group):
-            rows.append(predict(self.trained, eye, {path: read_photo(path)}, rank, known_face(path)))
+            photos, face = {path: read_photo(path)}, known_face(path)
+            rows.append(predict(self.trained, eye, photos, transformer, rank, face))
         return torch.stack(rows)
 
     def export(self, run: Run, step: int, subject: Subject, seed: int, slot: int) -> None:
@@ -414,13 +416,11 @@ class Benchmark:
             self.files.transformer,
             self.prior_of(run),
             subject.photos[:1],
-            **({"eye": self.trained.prior.metadata["eye"]} if run.predicted else {}),
-            resolution=self.training_resolution,
-            caption=subject.caption,
-            seed=seed,
-            base_fp8=self.plan.fp8,
+            self.trained if run.predicted else None,
         )
-        export_lora(self.model, path, about | {"steps": step}, slot)
+        about |= {"resolution": self.training_resolution, "caption": subject.caption, "seed": seed}
+        about |= {"base_fp8": self.plan.fp8, "steps": step}
+        export_lora(self.model, path, about, slot)
 
     def generate(self, system: str) -> None:
         """Make the missing pictures, --at-once in a batch, with the files that `learn` wrote."""

@@ -1,4 +1,4 @@
-"""Where stage 2 starts, or what it returns at once: mid and up as a predictor sees them in photos."""
+"""What a predictor sees in photos: the LoRA that training starts from, or that is written at once."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 import flux
 from flux.errors import UserError
 from flux.loading import ModelFiles, folder_around
-from metalora import Prior, assign_meta, export_lora, inject
+from metalora import export_lora, inject
 from people.faces import clip_face, find_face
 from people.photos import Box
 from predictor.eyes import Eye, find_eye
@@ -45,12 +45,18 @@ def eye_of(trained: Trained, weights: Path | None, files: ModelFiles, device: to
 
 @torch.no_grad()
 def predict(
-    trained: Trained, eye: Eye, photos: Mapping[Path, Image.Image], rank: int, face: Box | None = None
+    trained: Trained,
+    eye: Eye,
+    photos: Mapping[Path, Image.Image],
+    transformer: Path,
+    rank: int,
+    face: Box | None = None,
 ) -> Tensor:
-    """Return mid and up of the person on the photos, a row of `Factors.personal`, (size,) float32.
+    """Return the LoRA of the person on the photos, a row of `Factors.personal` without meta_down: (size,).
 
-    face: its box, if it is known and there is one photo. Of several photos the embeddings are averaged.
-    Raises UserError for another rank than the predictor's, and for a photo without a face or with several.
+    transformer: the base's file, of which only the header is read. face: its box, if it is known and there is
+    one photo. Of several photos the embeddings are averaged. Raises UserError for another rank than the
+    predictor's, and for a photo without a face or with several.
     """
     if rank != trained.r2:
         raise UserError(f"{trained.prior.path} predicts LoRAs of rank {trained.r2}, not --rank {rank}")
@@ -60,16 +66,29 @@ def predict(
         if not box and eye.detector:
             box = find_face(path, photo, eye.detector, advice="say where it is: --face x0,y0,x1,y1")
         faces.append(eye.embed(photo, box))
-    return trained.predictor(torch.stack(faces).mean(dim=0, keepdim=True))[0]
+    row = trained.predictor(torch.stack(faces).mean(dim=0, keepdim=True))
+    # Multiplied out: trained on as a plain LoRA, it keeps its lead better than mid and up alone do.
+    given = empty_factors(transformer, trained.prior.r1, rank, trained.prior.targets)
+    plain = empty_factors(transformer, None, rank, trained.prior.targets).factors
+    mids_and_ups = given.factors.by_layer(row)
+    for layer, (_, mid, up) in plain.by_layer().items():
+        _, small, large = mids_and_ups[layer]
+        mid.copy_(small @ trained.prior.tensors[f"{layer}.meta_down"].float())
+        up.copy_(large)
+    return plain.personal.data[0]
+
+
+def empty_factors(transformer: Path, r1: int | None, rank: int, targets: str) -> flux.Flux:
+    """Return a model on the meta device with the factors of one identity on the CPU, to be filled."""
+    model = inject(flux.load_flux(transformer, "meta"), r1, rank, 1, targets, reset=False)
+    model.factors.to_empty(device="cpu")
+    return model
 
 
 def export_row(
-    transformer: Path, prior: Prior, r2: int, row: Tensor, path: Path, metadata: dict, form: str = "diffusers"
+    transformer: Path, targets: str, rank: int, row: Tensor, path: Path, metadata: dict, form: str
 ) -> None:
-    """Write a predicted identity as a LoRA file, see `export_lora`, without the model's weights."""
-    model = flux.load_flux(transformer, "meta")
-    inject(model, prior.r1, r2, 1, prior.targets, reset=False)
-    model.factors.to_empty(device="cpu")
-    assign_meta(model, prior)
+    """Write what `predict` has returned as a LoRA file, see `export_lora`, without the model's weights."""
+    model = empty_factors(transformer, None, rank, targets)
     model.factors.personal.data[0] = row
     export_lora(model, path, metadata, form=form)

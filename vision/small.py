@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flux.checkpoint import read_tensors
-from flux.errors import UserError
+from flux.errors import UserError, listed
 
 SIZE = 64  # pixels
 
@@ -183,8 +183,10 @@ def load_identity(file: Path, device: torch.device | str = "cpu") -> IdentityNet
 
 
 def _filled(network: SmallNet, state: dict[str, Tensor], file: Path, device: torch.device | str) -> SmallNet:
-    try:
-        network.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{file} does not hold this network: {error}") from error
+    needed = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in state.items()}
+    wrong = sorted(name for name in needed | given if needed.get(name) != given.get(name))
+    if wrong:
+        raise UserError(f"{file} does not hold this network: wrong are {listed(wrong, most=5)}")
+    network.load_state_dict(state)
     return network.requires_grad_(False).eval().to(device)

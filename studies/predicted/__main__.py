@@ -31,8 +31,8 @@ PROMPTS = FOLDER.parent / "claim" / "prompts.txt"
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 500)}  # how many, and their seed
 LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
 RESAMPLES = 1000
-STEPS = {"lora-noaug": (5, 10, 20, 30, 45, 60, 90, 120, 180), "refined-noaug": (5, 10, 20, 30, 45, 60, 90)}
-RATES = {"lora-noaug": (8e-3, 2e-2), "refined-noaug": (2e-3, 8e-3)}
+STEPS = {"lora-noaug": (10, 20, 30, 45, 60, 90, 120, 180), "refined-noaug": (10, 30, 60, 90)}
+RATES = {"lora-noaug": (8e-3, 2e-2), "refined-noaug": (8e-3, 2e-2)}
 KEY = ("people", "predictor", "method", "lr")
 PLACE = ("steps", "person", "seed")
 TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained", "predicted": "predicted"}
@@ -71,7 +71,7 @@ def measure(out: Path, people: str, name: str) -> Iterator[dict]:
     count, seed = PEOPLE[people]
     folder = out / "people" / people
     write_people(folder, people=count, photos=8, seed=seed, photo_share=1)
-    shared = ["--people", folder, "--model", "tiny", "--prompts", PROMPTS, "--seeds", 2, "--sample-steps", 8]
+    shared = ["--people", folder, "--model", "tiny", "--prompts", PROMPTS, "--seeds", 1, "--sample-steps", 8]
     shared += ["--at-once", count, "--draws", "spread", *find_predictor(name, out)]
     results = out / people / name.replace(" ", "-").replace(",", "")
     calls = [["--method", "predicted"]]
