@@ -311,9 +311,13 @@ def main(argv: list[str] | None = None) -> None:
     if settings.start == "predicted":
         trained = find_predictor(args.predictor, files)
         warn_of_another_base(trained.prior, files.transformer)
-        eye = eye_of(trained, args.eye_weights, files, device)
-        start = predict(trained, eye, photos, files.transformer, settings.rank, args.face)
-        settings = replace(settings, targets=trained.prior.targets)
+        if args.rank not in (None, trained.r2):
+            raise UserError(
+                f"{trained.prior.path} predicts LoRAs of rank {trained.r2}, not --rank {args.rank}"
+            )
+        settings = replace(settings, rank=trained.r2, targets=trained.prior.targets)
+        eye = eye_of(trained, args.eye_weights, files, device, args.detector)
+        start = predict(trained, eye, photos, files.transformer, args.face)
         del eye
         release(device)
     elif settings.method == "meta-lora":
@@ -374,7 +378,7 @@ def plan(
     prior: None for r1 as in the paper. parts: the model's files, as far as they are there.
     """
     r1 = None if settings.method == "lora" else prior.r1 if prior else Workload.r1
-    workload = {"r1": r1, "r2": settings.rank, "batch": settings.batch, "resolution": resolution}
+    workload = {"r1": r1, "r2": settings.rank or 1, "batch": settings.batch, "resolution": resolution}
     return make_plan("stage2", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **workload)
 
 
@@ -488,8 +492,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     unused = captions_beside(args.photos) if args.steps and not args.caption else []
     if unused:
         warnings.warn(f"captions such as {unused[0]} are not used: --caption gives one", stacklevel=2)
-    if args.rank is None:
-        args.rank = 1 if predicted or len(args.photos) == 1 else 4
+    if args.rank is None and not predicted:  # else as the predictor's
+        args.rank = 1 if len(args.photos) == 1 else 4
     args.caption = args.caption or f"a photo of a {args.class_word}"
     if args.out.suffix != ".safetensors" or args.out.is_dir():
         parser.error(f"--out {args.out}: must be a file whose name ends in .safetensors")

@@ -42,7 +42,7 @@ STAGE1 = Workload("stage1", batch=4, identities=50)
 STAGE2 = Workload("stage2")
 SAMPLE = Workload("sample", identities=0)
 CODES = 128  # of the predictor, whose table takes what as many identities take
-PREDICTOR = Workload("stage1", batch=4, identities=4 + 1 + CODES)
+PREDICTOR = Workload("stage1", batch=4, identities=4 + 1 + CODES, codes=CODES)
 # The workload, its plan, and the GiB that its peak may have at most.
 ROWS = [
     (STAGE1, Plan("all"), 36.7),
@@ -122,7 +122,7 @@ def simulate(work: Workload, plan: Plan) -> int:
         model = pretend(Flux, work.sizes)
         model.requires_grad_(False)
         if work.kind != "sample":
-            slots = work.batch if predicts(work) else work.identities
+            slots = work.batch if work.codes else work.identities
             inject(model, work.r1, work.r2, slots, reset=False)
         for meta_down in model.factors.meta_down if work.kind == "stage2" else ():
             meta_down.data = meta_down.data.half()  # as `metalora.assign_meta` leaves it
@@ -138,11 +138,6 @@ def simulate(work: Workload, plan: Plan) -> int:
             else:
                 train(model, work, tracker)
     return tracker.peak
-
-
-def predicts(work: Workload) -> bool:
-    """Say whether this is the training of a predictor, which has a slot for each photo of a batch."""
-    return work.kind == "stage1" and work.identities == PREDICTOR.identities
 
 
 def pretend(kind: type[nn.Module], sizes: FluxSizes | AutoEncoderSizes) -> nn.Module:
@@ -187,11 +182,11 @@ def train(model: Flux, work: Workload, tracker: Tracker) -> None:
     """Do two steps of training; the tracker's peak is then that of the second."""
     latents, t, txt, pooled = inputs(work)
     batch = {"latents": latents, "noise": torch.empty_like(latents), "t": t, "txt": txt, "pooled": pooled}
-    if predicts(work):
-        table = Predictor(512, CODES, model.factors.personal.shape[1])
-        for p in table.parameters():
+    if work.codes:
+        network = Predictor(512, work.codes, model.factors.personal.shape[1])
+        for p in network.parameters():
             tracker.add(p)
-        learner = predictor.PredictorLearner(model, table, 2, Training())
+        learner = predictor.PredictorLearner(model, network, 2, Training())
         faces = predictor.FaceBatch(batch, torch.arange(work.batch), [], torch.empty(work.batch, 512))
         steps = (predictor.update(model, learner, faces, 1e-3, Training()) for _ in range(2))
     elif work.kind == "stage1":
@@ -224,7 +219,7 @@ def random_setting(draw: random.Random) -> tuple[Workload, Plan]:
 def describe(work: Workload, plan: Plan) -> str:
     text = f"{work.kind}, {work.batch} x {work.resolution}px + {work.t5_length}"
     if work.kind != "sample":
-        who = f"a predictor of {CODES} codes" if predicts(work) else f"{work.identities} people"
+        who = f"a predictor of {work.codes} codes" if work.codes else f"{work.identities} people"
         text += f", r1 {work.r1}, r2 {work.r2}, {who}, checkpoint {plan.checkpoint}"
         text += ", RMSNorm " + ("fused" if work.fused_norm else "in seven operations")
     return f"{text}, stream {plan.stream}, {'fp8' if plan.fp8 else 'bf16'}"

@@ -48,6 +48,7 @@ from scoring.report import write_report
 from scoring.samples import Sample
 from scoring.sheets import write_sheets
 from scoring.tables import TITLES, table, write_scores
+from vision import inception_resnet
 from vision.detector import load_detector
 
 PROMPTS = Path(__file__).parent / "prompts" / "frontal.txt"
@@ -143,7 +144,8 @@ def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run
         wanted.setdefault((system["method"], system["rank"], system["lr"]), set()).add(system["steps"])
     for method, rank, lr in product(args.method, args.ranks, args.lr):
         if method == "predicted":
-            wanted[method, rank, args.lr[0]] = {0}  # whatever the rate
+            if (method, rank) not in {key[:2] for key in wanted}:
+                wanted[method, rank, lr] = {0}  # whatever the rate
             continue
         steps = args.steps or [personalize.STEPS["lora" if method.startswith("lora") else "meta-lora"]]
         wanted.setdefault((method, rank, lr), set()).update(steps)
@@ -169,6 +171,12 @@ class Benchmark:
             self.prior = personalize.find_prior(self.files.transformer, args.meta)
         if any(run.predicted for run in self.runs):
             self.trained = find_predictor(args.predictor, self.files)
+            personalize.warn_of_another_base(self.trained.prior, self.files.transformer)
+            if {run.rank for run in self.runs if run.predicted} != {self.trained.r2}:
+                path = self.trained.prior.path
+                raise UserError(
+                    f"{path} predicts LoRAs of rank {self.trained.r2}: no other --ranks go with it"
+                )
         for run in self.runs:  # does the stage-1 file fit? This reads no weights
             self.add_adapters(flux.load_flux(self.files.transformer, "meta"), run, [0])
         self.plan = plan(args, self.device, self.dtype, vars(self.files), self.prior)
@@ -252,21 +260,34 @@ class Benchmark:
         evaluators = self.load_evaluators()
         evaluators.embed_texts([text for subject in self.subjects for text in subject.prompts])
         metrics.embed_photos({subject.name: subject.photos for subject in self.subjects}, evaluators)
-        self.check_eye(evaluators)
+        self.check_predictions(evaluators)
         self.detector = None
         self.boxes: dict[tuple[bool, Subject], list[Box]] = {}
         for augment in sorted({run.augment for run in self.runs}):
             for subject in self.subjects:
                 self.boxes[augment, subject] = self.list_crops(subject.photos[0], augment)
 
-    def check_eye(self, evaluators: Evaluators) -> None:
-        """Raise UserError when the network that predicts a face would also score the likeness."""
-        judges = [evaluators.used.get(name) for name in ("identity", "recognizer")]
-        if self.trained and self.trained.prior.metadata["eye_weights"] in judges:
+    def check_predictions(self, evaluators: Evaluators) -> None:
+        """Predict everyone's LoRA, a row each; UserError when the eye would also score the likeness."""
+        self.rows = {}
+        if not self.trained:
+            return
+        judges = [evaluators.used.get("identity"), inception_resnet.SHA256]
+        judges += [sha256(self.args.recognizer)] if self.args.recognizer else []
+        if self.trained.prior.metadata["eye_weights"] in judges:
             raise UserError(
                 f"{self.trained.prior.path} sees with the network that scores faces here: its scores would "
                 "flatter it. Take another --recognizer, or a predictor with another eye"
             )
+        args, transformer = self.args, self.files.transformer
+        eye = eye_of(self.trained, args.eye_weights, self.files, self.device, args.detector)
+        for subject in self.subjects:
+            path = subject.photos[0]
+            advice = f"write its box into {path.with_name('faces.json')}"
+            photos, face = {path: read_photo(path)}, known_face(path)
+            self.rows[subject] = predict(self.trained, eye, photos, transformer, face, advice)
+        del eye
+        release(self.device)
 
     def list_crops(self, path: Path, augment: bool) -> list[Box]:
         """Return the crops of a reference photo (appendix D), or the whole photo."""
@@ -365,7 +386,7 @@ class Benchmark:
             seeds = [self.args.seed + zlib.crc32(subject.name.encode()) for subject in group]
             personal = self.add_adapters(self.model, run, seeds)
             if run.predicted:
-                personal.data.copy_(self.predict(group, run.rank))
+                personal.data.copy_(torch.stack([self.rows[subject] for subject in group]))
             if run.method == "predicted":
                 for slot, subject in enumerate(group):
                     self.export(run, 0, subject, seeds[slot], slot)
@@ -394,15 +415,6 @@ class Benchmark:
                 f"{run.system(settings.steps)}: the loss of {', '.join(lost)} became infinite or NaN; all "
                 f"others are learned. A smaller --lr than {run.lr:g} may help"
             )
-
-    def predict(self, group: Sequence[Subject], rank: int) -> torch.Tensor:
-        """Return the predicted LoRAs of some people, a row for each, from their reference photos."""
-        eye = eye_of(self.trained, self.args.eye_weights, self.files, self.device)
-        rows, transformer = [], self.files.transformer
-        for path in (subject.photos[0] for subject in group):
-            photos, face = {path: read_photo(path)}, known_face(path)
-            rows.append(predict(self.trained, eye, photos, transformer, rank, face))
-        return torch.stack(rows)
 
     def export(self, run: Run, step: int, subject: Subject, seed: int, slot: int) -> None:
         """Write a person's LoRA after a number of steps, unless it is there."""
@@ -495,7 +507,7 @@ def plan(
     sizes = {"r2": max(args.ranks), "identities": args.at_once, "batch": args.at_once * args.batch}
     r1s = set()
     for method in args.method:
-        r1s.add(None if method.startswith("lora") else prior.r1 if prior else 128)
+        r1s.add((prior.r1 if prior else 128) if method.startswith("meta-lora") else None)
     adapters = {r1: estimate(Workload("stage2", r1=r1, **sizes), Plan()).adapters for r1 in r1s}
     sizes |= {"r1": max(adapters, key=adapters.get), "resolution": args.resolution}
     return make_plan("stage2", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **sizes)

@@ -79,7 +79,7 @@ def prepare_data(
         return people
 
     people = ranks.once(look)
-    settings |= {**vars(args), "resolution": resolution, "min_side": min_side, "dtype": str(dtype)}
+    settings = settings | {**vars(args), "resolution": resolution, "min_side": min_side, "dtype": str(dtype)}
     settings |= {"base": fingerprint(files.transformer), "world": ranks.size}
     ranks.once(lambda: check_settings(args.out, settings | people.contents(), may_change))
 

@@ -23,7 +23,7 @@ import flux
 from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import ModelFiles, native_size
-from flux.memory import release
+from flux.memory import release, weight_bytes
 from flux.model import Flux
 from flux.sampling import flow_loss, spread_times
 from metalora import TARGETS, Prior, assign_meta, inject, load_meta, use_slots
@@ -31,6 +31,7 @@ from people.buckets import count_batches, deal_batches, deal_buckets
 from people.cache import TensorCache, content_key
 from people.dataset import Batch, BucketData, LatentDataset
 from people.encoding import send
+from people.faces import known_face
 from people.folders import Person, Photo
 from people.photos import READING, read_photo
 from people.preparing import add_people_arguments, prepare_data
@@ -48,8 +49,9 @@ from run.ranks import Ranks
 from run.seeds import generator_for
 from run.settings import Training, add_training_arguments
 
-BETAS = (0.9, 0.99)
-WARM_UP = 50  # steps in which the learning rate grows
+BETAS = (0.9, 0.99)  # AdamW's; with 0.999 it would take a fifth of a short run to know its gradients
+LR_WARMUP = 50  # steps in which the learning rate grows
+VERSION = 1  # raise it whenever an eye sees something else in a photo, so that all are embedded anew
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,7 @@ def batches(
         # Times that cover their distribution evenly make the gradient less noisy.
         start = torch.rand((), generator=generator).item()
         times = spread_times(len(chosen), start, training.t_mean, training.t_std)
-        seen = [
-            bucket.others[k][int(torch.randint(len(bucket.others[k]), (), generator=generator))]
-            for k in chosen
-        ]
-        faces = torch.stack([bucket.faces[k] for k in seen])
+        faces = torch.stack([bucket.draw_face(k, generator) for k in chosen])
         (times,), (faces,) = send([times], dataset.device), send([faces], dataset.device)
         slots = torch.arange(len(chosen), device=dataset.device)
         yield FaceBatch({**batch.inputs, "t": times}, slots, batch.photos, faces)
@@ -140,8 +138,8 @@ class PredictorLearner:
         self.optimizer = torch.optim.AdamW(self.trained, training.lr, BETAS, weight_decay=decay, fused=True)
 
     def rate(self, step: int) -> float:
-        """Return a step's learning rate: it grows for WARM_UP steps, and falls to 0 over the second half."""
-        return self.training.lr * min(1.0, (step + 1) / WARM_UP, 2 * (1 - step / self.steps))
+        """Return a step's learning rate: it grows for LR_WARMUP steps and falls to 0 over the second half."""
+        return self.training.lr * min(1.0, (step + 1) / LR_WARMUP, 2 * (1 - step / self.steps))
 
     def share(self, photos: int) -> float:
         """Return which part of all ranks' photos those of this rank are."""
@@ -188,10 +186,11 @@ class Faces:
     """The embeddings of photos, in the cache of a data set."""
 
     def __init__(self, cache: TensorCache, eye: Eye):
-        self.cache, self.recipe = cache, ("eye", READING, eye.name, eye.weights)
+        self.cache, self.recipe = cache, ("eye", VERSION, READING, eye.name, eye.weights)
+        self.whole = eye.detector is None
 
     def key(self, photo: Photo) -> str:
-        return content_key(*self.recipe, photo.digest)
+        return content_key(*self.recipe, photo.digest, None if self.whole else known_face(photo.path))
 
     def encode(self, people: Iterable[Person], eye: Eye, ranks: Ranks) -> None:
         """Embed the photos that are not in the cache yet; one without a face gets an empty entry."""
@@ -199,10 +198,8 @@ class Faces:
             for photo in person.photos:
                 key = self.key(photo)
                 if ranks.makes(key) and key not in self.cache:
-                    picture = read_photo(photo.path)
-                    box = eye.largest_face(photo.path, picture) if eye.detector else None
-                    found = box or not eye.detector
-                    self.cache.put(key, {"face": eye.embed(picture, box) if found else torch.zeros(0)})
+                    face = eye.see(photo.path, read_photo(photo.path))
+                    self.cache.put(key, {"face": torch.zeros(0) if face is None else face})
         ranks.wait()  # until the others have embedded their parts
 
     def of(self, people: Iterable[Person]) -> list[Tensor | None]:
@@ -264,7 +261,9 @@ def main(argv: list[str] | None = None) -> None:
             ranks.wait()  # until the folder is ours
             try:
                 result = train(args, files, device, dtype, stop, ranks)
-                print(f"{result}: next, python personalize.py PHOTO --start predicted --predictor {result}")
+                words = f"--model {args.model} --start predicted --predictor {result}"
+                words += f" --eye-weights {args.eye_weights}" if args.eye_weights else ""
+                print(f"{result}: next, python personalize.py PHOTO {words}")
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -283,14 +282,17 @@ def train(
 ) -> Path:
     """Prepare the data and the model, train, and return the file that is written."""
     resolution, training = args.resolution or native_size(files.folder), Training.of(args)
-    prior = load_meta(args.meta) if args.meta else None
+    prior = load_prior(args, files.transformer) if args.meta else None
     chosen = ranks.once(lambda: plan(args, prior, device, dtype, vars(files)))
-    eye = find_eye(args.eye, args.eye_weights, files, device)
+    with ranks.lead_first():  # it may have to be downloaded
+        eye = find_eye(args.eye, args.eye_weights, files, device)
     settings = {"fp8": chosen.fp8, "eye's weights": [eye.name, eye.weights]}
     settings |= {"prior": prior and fingerprint(prior.path)}
     dataset = prepare_data(args, files, resolution, settings, MAY_CHANGE, device, dtype, ranks)
     faces = Faces(dataset.cache, eye)
     faces.encode(dataset.people, eye, ranks)
+    everyone = faces.of(dataset.people)
+    tell_missing(everyone, args.data, args.strict)
     about = {"eye": eye.name, "eye_weights": eye.weights}
     del eye
     release(device)
@@ -302,19 +304,24 @@ def train(
 
     pids = range(len(dataset.people))
     buckets = deal_buckets(pids, args.bucket_ids, generator_for("buckets", args.seed))
-    q_buckets = [max(map(partial(count_steps, dataset, faces, args.batch), ranks.parts(b))) for b in buckets]
-    if not sum(q_buckets):
-        raise UserError(f"{args.data}: nobody has two photos in which the eye finds a face")
+    steps = [[count_steps(dataset, faces, args.batch, part) for part in ranks.parts(b)] for b in buckets]
+    if not all(map(all, steps)):
+        raise UserError(
+            f"{args.data}: of the people of a bucket, or of a rank's part of it, nobody has a photo and "
+            "another one in which the eye finds a face"
+        )
 
     model = load_model(args, files, chosen, prior, device, dtype)
-    predictor = start_predictor(model, faces.of(dataset.people), args.codes, args.hidden, args.seed).to(
-        device
-    )
+    predictor = start_predictor(model, everyone, args.codes, args.hidden, args.seed).to(device)
     learner = PredictorLearner(model, predictor, args.steps, training, ranks)
+    stop.resident = {
+        "the frozen base": weight_bytes(model) - sum(p.nbytes for p in model.factors.parameters()),
+        "predictor and meta_down, gradient, AdamW's state": 4 * sum(p.nbytes for p in learner.trained),
+    }
     run = BucketRun(
         args.out,
         learner,
-        q_buckets=q_buckets,
+        q_buckets=[max(parts) for parts in steps],
         q_total=args.steps,
         bucket_warmup=0.0,
         seed=args.seed,
@@ -333,12 +340,46 @@ def train(
 
     about |= {"method": "predictor", "class": args.class_word, "base_model": files.transformer.name}
     about |= {"base_fingerprint": fingerprint(files.transformer), "people": len(dataset.people)}
-    about |= {"r1": model.factors.r1, "targets": prior.targets if prior else args.targets}
+    about |= dict(zip(("r1", "targets"), shape_of(args, prior)))
     about |= {name: getattr(args, name) for name in ("r2", "steps", "batch", "lr", "seed")}
     result = args.out / "predictor.safetensors"
     if ranks.leads:
         save_predictor(model, predictor, result, about)
     return result
+
+
+def load_prior(args: argparse.Namespace, transformer: Path) -> Prior:
+    """Load the stage-1 file of --meta; UserError when it does not fit the model or the other options."""
+    prior = load_meta(args.meta)
+    given = {"r1": args.r1, "targets": args.targets}
+    for name, own in {"r1": prior.r1, "targets": prior.targets}.items():
+        if given[name] not in (None, own):
+            raise UserError(f"{args.meta} has {name} {own}, not {given[name]}: leave --{name} away")
+    model = inject(flux.load_flux(transformer, "meta"), prior.r1, 1, 1, prior.targets, reset=False)
+    assign_meta(model, prior)
+    if prior.metadata.get("base_fingerprint") not in (None, fingerprint(transformer)):
+        print(f"{args.meta} was trained with another base model than {transformer}")
+    return prior
+
+
+def shape_of(args: argparse.Namespace, prior: Prior | None) -> tuple[int, str]:
+    """Return r1 and targets, by default the paper's or the stage-1 file's."""
+    return (prior.r1, prior.targets) if prior else (args.r1 or 128, args.targets or "all")
+
+
+def tell_missing(faces: Sequence[Tensor | None], data: Path, strict: bool) -> None:
+    """Say how many photos have no face that the eye finds; UserError for them if `strict`.
+
+    UserError, too, when there are not two with a face.
+    """
+    missing = sum(face is None for face in faces)
+    text = f"no face found in {missing} of {len(faces)} photos of {data}: nobody is predicted from these"
+    if strict and missing:
+        raise UserError(f"--strict: {text}")
+    if len(faces) - missing < 2:
+        raise UserError(f"{data}: the eye finds a face in {len(faces) - missing} of {len(faces)} photos")
+    if missing:
+        print(text)
 
 
 def count_steps(dataset: LatentDataset, faces: Faces, batch_size: int, pids: Sequence[int]) -> int:
@@ -360,7 +401,7 @@ def load_model(
 ) -> Flux:
     """Load the transformer as planned, with a slot for each photo of a batch."""
     model = flux.load_flux(files.transformer, device if chosen.resident else "cpu", dtype)
-    r1, targets = (prior.r1, prior.targets) if prior else (args.r1, args.targets)
+    r1, targets = shape_of(args, prior)
     inject(model, r1, args.r2, args.batch, targets, generator_for("meta_down", args.seed))
     if prior:
         assign_meta(model, prior)
@@ -389,8 +430,9 @@ def plan(
     parts: dict[str, Path],
 ) -> Plan:
     """Choose how the transformer fits. The table takes what mid and up of as many identities take."""
-    settings = {"r1": prior.r1 if prior else args.r1, "r2": args.r2, "batch": args.batch}
+    settings = {"r1": shape_of(args, prior)[0], "r2": args.r2, "batch": args.batch}
     settings |= {"resolution": args.resolution, "identities": args.batch + 1 + args.codes}
+    settings |= {"codes": args.codes}
     return make_plan("stage1", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **settings)
 
 
@@ -405,19 +447,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--meta", type=Path, help="stage-1 file whose meta_down is kept; default: it is trained as well"
     )
-    group.add_argument("--r1", type=int, default=128, help="rows of meta_down")
+    group.add_argument("--r1", type=int, help="rows of meta_down; default: 128, or those of --meta")
     group.add_argument("--r2", type=int, default=1, help="rank of an identity's update")
-    group.add_argument("--targets", choices=TARGETS, default="all", help="which layers are adapted")
+    group.add_argument(
+        "--targets", choices=TARGETS, help="which layers are adapted; default: all, or as --meta"
+    )
     group.add_argument("--codes", type=int, default=128, help="numbers by which people differ")
     group.add_argument(
         "--hidden", type=int, default=0, help="width of a second layer before them; 0: the map is linear"
     )
     group.add_argument("--steps", type=int, default=5000, help="optimizer updates in all")
     group.add_argument(
-        "--bucket-ids", type=int, default=200, help="people whose photos are in memory, 1 MB each at 1024"
+        "--bucket-ids", type=int, default=200, help="people whose photos are in memory, 1 MB a photo at 1024"
     )
     group.add_argument("--batch", type=int, default=16, help="photos in an update, of each rank")
-    group.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
+    group.add_argument(
+        "--lr", type=float, default=2e-3, help="learning rate of AdamW; tried on the toy model only"
+    )
     add_training_arguments(parser)
     group = parser.add_argument_group("run")
     group.add_argument(

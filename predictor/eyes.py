@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux.hashes import fingerprint
+from flux.errors import UserError
+from flux.hashes import fingerprint, sha256
 from flux.loading import ModelFiles, folder_around
-from people.faces import known_face
+from people.faces import clip_face, known_face
 from people.photos import Box
 from vision import inception_resnet, small
 from vision.clip_vit import find_clip_vit, load_clip_vit
@@ -36,15 +37,29 @@ class Eye:
         """Return a vector (width,) on the CPU; face: its box, for an eye with a detector."""
         raise NotImplementedError
 
-    def largest_face(self, path: Path, photo: Image.Image) -> Box | None:
-        """Return the box that faces.json has for a photo, or else that of the largest face; None without."""
-        return known_face(path) or next((face.box for face in find_faces(photo, self.detector)), None)
+    def see(self, path: Path, photo: Image.Image) -> Tensor | None:
+        """Embed the face that faces.json has for a photo, or else the largest one; None without a face."""
+        box = None
+        if self.detector:
+            known = known_face(path)
+            faces = (
+                [clip_face(path, photo, known)]
+                if known
+                else [x.box for x in find_faces(photo, self.detector)]
+            )
+            if not faces:
+                return None
+            box = faces[0]
+        try:
+            return self.embed(photo, box)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 class SmallEye(Eye):
     """The small recogniser of `vision/small.py`, on whole pictures: a model folder's `eye.safetensors`."""
 
-    def __init__(self, file: Path, device: torch.device | str = "cpu"):
+    def __init__(self, file: Path, device: torch.device | str = "cpu", detector: Path | None = None):
         self.name, self.weights = "small", fingerprint(file)
         self.network = small.load_identity(file, device)
 
@@ -55,9 +70,9 @@ class SmallEye(Eye):
 class CLIPEye(Eye):
     """CLIP's image tower, on a square around the face."""
 
-    def __init__(self, file: Path | None, device: torch.device | str = "cpu"):
+    def __init__(self, file: Path | None, device: torch.device | str = "cpu", detector: Path | None = None):
         self.name, self.weights = "clip", fingerprint(find_clip_vit(file))
-        self.network, self.detector = load_clip_vit(file, device), load_detector()
+        self.network, self.detector = load_clip_vit(file, device), load_detector(detector)
 
     def embed(self, photo: Image.Image, face: Box | None = None) -> Tensor:
         return self.network.embed_images([square_around(photo, face)])[0].float().cpu()
@@ -66,9 +81,9 @@ class CLIPEye(Eye):
 class RecognizerEye(Eye):
     """A face recogniser, which must then not score the result."""
 
-    def __init__(self, file: Path | None, device: torch.device | str = "cpu"):
-        self.name, self.weights = "recognizer", fingerprint(file) if file else inception_resnet.SHA256
-        self.network, self.detector = inception_resnet.load_recognizer(file, device), load_detector()
+    def __init__(self, file: Path | None, device: torch.device | str = "cpu", detector: Path | None = None):
+        self.name, self.weights = "recognizer", sha256(file) if file else inception_resnet.SHA256
+        self.network, self.detector = inception_resnet.load_recognizer(file, device), load_detector(detector)
 
     def embed(self, photo: Image.Image, face: Box | None = None) -> Tensor:
         return self.network.embed_faces([photo], [face])[0].float().cpu()
@@ -91,8 +106,23 @@ def add_eye_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eye-weights", type=Path, metavar="FILE", help="default: the model's, or downloaded")
 
 
-def find_eye(name: str | None, weights: Path | None, files: ModelFiles, device: torch.device) -> Eye:
-    """Return an eye by its name, on the device; None for the model's own or else CLIP."""
-    own = folder_around(files.transformer) / "eye.safetensors"
-    name = name or ("small" if own.is_file() else "clip")
-    return EYES[name](weights or (own if name == "small" else None), device)
+def find_eye(
+    name: str | None,
+    weights: Path | None,
+    files: ModelFiles,
+    device: torch.device,
+    detector: Path | None = None,
+) -> Eye:
+    """Return an eye by its name, on the device; None for the model's own or else CLIP.
+
+    weights, detector: files, None for the model's own or those that are downloaded. Raises OSError when
+    there are none.
+    """
+    beside = folder_around(files.transformer) / "eye.safetensors"
+    name = name or ("small" if beside.is_file() else "clip")
+    if name == "small" and not (weights or beside).is_file():
+        raise FileNotFoundError(
+            f"no eye at {weights or beside}: --eye small is for models that bring eye.safetensors, as the "
+            "toy model does; take --eye clip"
+        )
+    return EYES[name](weights or (beside if name == "small" else None), device, detector)

@@ -79,6 +79,10 @@ def load_predictor(path: Path, model: Flux) -> Trained:
         raise UserError(f"{path} is no predictor (python -m predictor writes it as predictor.safetensors)")
     if metadata["targets"] not in TARGETS:
         raise UserError(f"{path}: targets {clean(metadata['targets'])}, must be one of {', '.join(TARGETS)}")
+    if not (
+        metadata["r1"].isdecimal() and metadata["r2"].isdecimal() and tensors["predictor.a.weight"].ndim == 2
+    ):
+        raise UserError(f"{path} is damaged: r1 and r2 must be numbers, predictor.a.weight a matrix")
     broken = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
     refuse(path, [f"{name} is not finite" for name in broken], "is damaged")
 
@@ -86,15 +90,15 @@ def load_predictor(path: Path, model: Flux) -> Trained:
     hidden = len(tensors.get("predictor.b.weight", ()))
     inject(model, int(metadata["r1"]), int(metadata["r2"]), 1, metadata["targets"], reset=False)
     predictor = Predictor(width, codes, model.factors.personal.shape[1], hidden)
-    views, own = {}, predictor.state_dict()
-    for layer, (_, mid, up) in model.factors.by_layer(own.pop("table")).items():
-        views |= {f"{layer}.mid": mid, f"{layer}.up": up}
-    views |= {f"predictor.{name}": tensor for name, tensor in own.items()}
-    downs = {name: tensor for name, tensor in tensors.items() if name.endswith(".meta_down")}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in downs}
+    views, state = {}, predictor.state_dict()
+    for layer, factors in model.factors.by_layer(state.pop("table")).items():
+        views |= {f"{layer}.{name}": view for name, view in zip(("meta_down", "mid", "up"), factors)}
+    views |= {f"predictor.{name}": tensor for name, tensor in state.items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     needed = {name: tuple(view.shape) for name, view in views.items()}
     names = sorted(name for name in given | needed if given.get(name) != needed.get(name))
     refuse(path, [f"{name} is {given.get(name)}, must be {needed.get(name)}" for name in names])
-    for name, view in views.items():
-        view.copy_(tensors[name])
+    downs = {name: tensor for name, tensor in tensors.items() if name.endswith(".meta_down")}
+    for name in views.keys() - downs.keys():
+        views[name].copy_(tensors[name])
     return Trained(predictor, Prior(path, downs, metadata))

@@ -31,10 +31,16 @@ def find_predictor(path: Path | None, files: ModelFiles) -> Trained:
     return load_predictor(path, flux.load_flux(files.transformer, "meta"))
 
 
-def eye_of(trained: Trained, weights: Path | None, files: ModelFiles, device: torch.device) -> Eye:
+def eye_of(
+    trained: Trained,
+    weights: Path | None,
+    files: ModelFiles,
+    device: torch.device,
+    detector: Path | None = None,
+) -> Eye:
     """Return the eye that a predictor was trained with; UserError when the weights are others."""
     about = trained.prior.metadata
-    eye = find_eye(about["eye"], weights, files, device)
+    eye = find_eye(about["eye"], weights, files, device, detector)
     if eye.weights != about["eye_weights"]:
         raise UserError(
             f"{trained.prior.path} was trained with other weights of the eye {eye.name} than "
@@ -49,38 +55,37 @@ def predict(
     eye: Eye,
     photos: Mapping[Path, Image.Image],
     transformer: Path,
-    rank: int,
     face: Box | None = None,
+    advice: str = "say where it is: --face x0,y0,x1,y1",
 ) -> Tensor:
     """Return the LoRA of the person on the photos, a row of `Factors.personal` without meta_down: (size,).
 
     transformer: the base's file, of which only the header is read. face: its box, if it is known and there is
-    one photo. Of several photos the embeddings are averaged. Raises UserError for another rank than the
-    predictor's, and for a photo without a face or with several.
+    one photo. Of several photos the embeddings are averaged. Raises UserError, with the advice, for a photo
+    without a face or with several.
     """
-    if rank != trained.r2:
-        raise UserError(f"{trained.prior.path} predicts LoRAs of rank {trained.r2}, not --rank {rank}")
     faces = []
     for path, photo in photos.items():
         box = face and clip_face(path, photo, face)
         if not box and eye.detector:
-            box = find_face(path, photo, eye.detector, advice="say where it is: --face x0,y0,x1,y1")
+            box = find_face(path, photo, eye.detector, advice)
         faces.append(eye.embed(photo, box))
     row = trained.predictor(torch.stack(faces).mean(dim=0, keepdim=True))
     # Multiplied out: trained on as a plain LoRA, it keeps its lead better than mid and up alone do.
-    given = empty_factors(transformer, trained.prior.r1, rank, trained.prior.targets)
-    plain = empty_factors(transformer, None, rank, trained.prior.targets).factors
-    mids_and_ups = given.factors.by_layer(row)
-    for layer, (_, mid, up) in plain.by_layer().items():
-        _, small, large = mids_and_ups[layer]
-        mid.copy_(small @ trained.prior.tensors[f"{layer}.meta_down"].float())
-        up.copy_(large)
+    base, targets = flux.load_flux(transformer, "meta"), trained.prior.targets
+    inject(base, trained.prior.r1, trained.r2, 1, targets, reset=False)
+    plain = empty_factors(transformer, trained.r2, targets).factors
+    predicted = base.factors.by_layer(row)
+    for layer, (_, lora_a, lora_b) in plain.by_layer().items():
+        _, mid, up = predicted[layer]
+        lora_a.copy_(mid @ trained.prior.tensors[f"{layer}.meta_down"].float())
+        lora_b.copy_(up)
     return plain.personal.data[0]
 
 
-def empty_factors(transformer: Path, r1: int | None, rank: int, targets: str) -> flux.Flux:
-    """Return a model on the meta device with the factors of one identity on the CPU, to be filled."""
-    model = inject(flux.load_flux(transformer, "meta"), r1, rank, 1, targets, reset=False)
+def empty_factors(transformer: Path, rank: int, targets: str) -> flux.Flux:
+    """Return a model on the meta device with the factors of a plain LoRA on the CPU, to be filled."""
+    model = inject(flux.load_flux(transformer, "meta"), None, rank, 1, targets, reset=False)
     model.factors.to_empty(device="cpu")
     return model
 
@@ -89,6 +94,6 @@ def export_row(
     transformer: Path, targets: str, rank: int, row: Tensor, path: Path, metadata: dict, form: str
 ) -> None:
     """Write what `predict` has returned as a LoRA file, see `export_lora`, without the model's weights."""
-    model = empty_factors(transformer, None, rank, targets)
+    model = empty_factors(transformer, rank, targets)
     model.factors.personal.data[0] = row
     export_lora(model, path, metadata, form=form)

@@ -1,5 +1,7 @@
 """The run around Algorithm 1: it counts steps, logs, saves, opens and closes buckets, and stops when asked.
 
+The training of a predictor has the same.
+
 So the training loop itself holds nothing but the algorithm, and a run of days can be stopped at any moment.
 """
 

@@ -59,6 +59,7 @@ class Workload:
     identities: int = 1  # slots of mid and up, when sampling of LoRAs
     merge: bool = False  # LoRAs are merged into the weights if the plan leaves these as they are
     average: bool = False  # an average of meta_down is held beside it
+    codes: int = 0  # of a predictor in training, whose table and batch count as identities
     pixels: int = 16  # side of an image token in pixels
     width: int = 2  # bytes of the compute dtype
     fused_norm: bool = True  # RMSNorm is one kernel, as CUDA has it, or seven operations as on a CPU

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from flux.sampling import flow_loss
 from lora.reading import read_lora
 from lora.writing import write_tensors
 from metalora import collapse, inject
+from people.dataset import Batch, BucketData
 from predictor.eyes import MARGIN, Eye, SmallEye, square_around
 from predictor.model import Predictor, load_predictor
 from predictor.start import predict
 from run.checkpoints import Checkpoints
 from run.models import SHIPPED
+from run.seeds import generator_for
 from run.settings import Training
 from vision.detector import find_faces
 from vision.small import IdentityNet
@@ -126,6 +129,35 @@ def test_a_photo_is_never_seen_and_denoised_at_once():
     assert command.list_others([0, 0, 1, 1], [True, False, False, False]) == [[], [0], [], []]
 
 
+def test_a_batch_has_the_faces_of_other_photos():
+    """Each photo's embedding here is its own number."""
+    slots = [0, 0, 0, 1, 1, 2]
+    data = BucketData([Path(f"{k}.png") for k in range(6)], slots, [(64, 64)] * 6, list(range(6)))
+    faces = [torch.tensor([float(k)]) for k in range(6)]
+    bucket = command.FacesOfBucket(data, faces, command.list_others(slots, [True] * 6))
+    place = {"visit": 0, "q_bucket": 2, "bucket_step": 0, "steps_left": 2, "step": 0}
+    run = SimpleNamespace(**place, generator=lambda purpose, number: generator_for(purpose, number))
+    chosen = []
+
+    def batch(data, dealt, generator, training):
+        chosen.append(dealt)
+        return Batch({"t": torch.zeros(len(dealt))}, None, [])
+
+    dataset = SimpleNamespace(batch=batch, device=torch.device("cpu"))
+    made = [*command.batches([0, 1, 2], lambda _: bucket, dataset, run, 3, Training())]
+    assert sorted(sum(chosen, [])) == [0, 1, 2, 3, 4]  # the sixth has no other
+    for dealt, one in zip(chosen, made, strict=True):
+        for photo, face in zip(dealt, one.faces[:, 0].int().tolist(), strict=True):
+            assert face != photo and slots[face] == slots[photo]
+        assert one.t.sort().values.diff().min() > 0.05  # spread over their distribution
+
+
+def test_the_rate_rises_and_falls():
+    learner = SimpleNamespace(training=Training(lr=1.0), steps=1000)
+    rates = [command.PredictorLearner.rate(learner, step) for step in (0, 24, 49, 500, 750, 999)]
+    assert rates == pytest.approx([0.02, 0.5, 1, 1, 0.5, 0.002])
+
+
 # --- Training ----------------------------------------------------------------------------------------------
 
 
@@ -189,10 +221,15 @@ def test_what_is_no_predictor_is_named(trained, world, other_model, tmp_path):
     with pytest.raises(UserError, match="does not fit this model"):
         load_predictor(trained, empty(other_model))
     tensors, metadata = read_tensors(trained)
-    tensors.pop("predictor.mean")
-    write_tensors(tensors, tmp_path / "less.safetensors", metadata)
-    with pytest.raises(UserError, match="is no predictor"):
-        load_predictor(tmp_path / "less.safetensors", empty(world))
+    down = next(name for name in tensors if name.endswith(".meta_down"))
+    for broken, about, message in (
+        (tensors.keys() - {"predictor.mean"}, metadata, "is no predictor"),
+        (tensors.keys() - {down}, metadata, f"{down} is None, must be"),
+        (tensors.keys(), metadata | {"r2": "one"}, "is damaged: r1 and r2 must be numbers"),
+    ):
+        write_tensors({name: tensors[name] for name in broken}, tmp_path / "x.safetensors", about)
+        with pytest.raises(UserError, match=message):
+            load_predictor(tmp_path / "x.safetensors", empty(world))
 
 
 # --- personalize.py ----------------------------------------------------------------------------------------
@@ -253,11 +290,10 @@ def test_of_several_photos_the_embeddings_are_averaged(trained, model, people, e
     files = sorted(next(people.glob("*_000")).glob("*.png"))[:3]
     photos, network = {file: Image.open(file) for file in files}, SmallEye(eye)
     mean = torch.stack([network.embed(photo) for photo in photos.values()]).mean(dim=0)
-    first, all_three = (
-        predict(loaded, network, some, transformer, 1) for some in ({files[0]: photos[files[0]]}, photos)
-    )
+    first = predict(loaded, network, {files[0]: photos[files[0]]}, transformer)
+    all_three = predict(loaded, network, photos, transformer)
     monkeypatch.setattr(network, "embed", lambda *_: mean)
-    torch.testing.assert_close(all_three, predict(loaded, network, {files[0]: None}, transformer, 1))
+    torch.testing.assert_close(all_three, predict(loaded, network, {files[0]: None}, transformer))
     assert not torch.allclose(all_three, first)
 
 
@@ -343,13 +379,15 @@ def test_the_face_is_found_or_given(trained, model, portraits, detector):
     loaded = load_predictor(trained, flux.load_flux(transformer, "meta"))
     path, eye = portraits[0], Recorder(detector)
     photo = Image.open(path)
-    predict(loaded, eye, {path: photo}, transformer, 1)
-    assert eye.boxes == [eye.largest_face(path, photo)] == [find_faces(photo, detector)[0].box]
-    predict(loaded, eye, {path: photo}, transformer, 1, face=(10, 20, 30, 40))
-    assert eye.boxes[1] == (10, 20, 30, 40)
+    predict(loaded, eye, {path: photo}, transformer)
+    eye.see(path, photo)
+    assert eye.boxes == 2 * [find_faces(photo, detector)[0].box]
+    predict(loaded, eye, {path: photo}, transformer, face=(10, 20, 30, 40))
+    assert eye.boxes[2] == (10, 20, 30, 40)
+    assert eye.see(path, Image.new("RGB", (200, 200))) is None
     both = Image.new("RGB", (2 * photo.width, photo.height))
     both.paste(photo), both.paste(photo, (photo.width, 0))
     with pytest.raises(UserError, match="2 faces found.*--face"):
-        predict(loaded, eye, {path: both}, transformer, 1)
+        predict(loaded, eye, {path: both}, transformer)
     with pytest.raises(UserError, match="no face found"):
-        predict(loaded, eye, {path: Image.new("RGB", (200, 200))}, transformer, 1)
+        predict(loaded, eye, {path: Image.new("RGB", (200, 200))}, transformer)

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=850, help="updates of the identity network")
     parser.add_argument("--prompt-steps", type=int, default=300, help="updates of the prompt network")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -141,8 +141,7 @@ def main() -> None:
         export(network, args.out / f"{name}.safetensors", **words)
     kinds = {"photo": 1.0, "any style": 0.0}
     figures = {kind: evaluate(args.out, photos, args.seed + 1) for kind, photos in kinds.items()}
-    settings = {**vars(args), "out": str(args.out), "device": args.device.type}
-    write_json({"settings": settings, **figures}, args.out / "judges.json")
+    write_json({"settings": {**vars(args), "out": str(args.out)}, **figures}, args.out / "judges.json")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 A model folder may bring them along, as `judges/identity.safetensors` and `judges/prompt.safetensors`, for
 pictures that are too small for CLIP and Inception-ResNet. The metadata of the latter list the words it knows.
+Another one that recognises people is the predictor's, `eye.safetensors`.
 """
 
 import json

@@ -12,6 +12,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from studies.claim.words import number, tell_points
 from tiny.people import write_people
 
 FOLDER = Path(__file__).parent
+DOCUMENTS = (FOLDER / "README.md", FOLDER.parents[1] / "docs" / "findings.md")
 PROMPTS = FOLDER.parent / "claim" / "prompts.txt"
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 500)}  # how many, and their seed
 LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
@@ -35,7 +37,7 @@ STEPS = {"lora-noaug": (10, 20, 30, 45, 60, 90, 120, 180), "refined-noaug": (10,
 RATES = {"lora-noaug": (8e-3, 2e-2), "refined-noaug": (8e-3, 2e-2)}
 KEY = ("people", "predictor", "method", "lr")
 PLACE = ("steps", "person", "seed")
-TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained", "predicted": "predicted"}
+TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained"}
 
 # Options of `python -m predictor`; "of": how many people it sees. The first ships with the toy model.
 RECIPE = {"of": 1600, "r1": 32, "hidden": 512, "steps": 4500, "bucket-ids": 1600, "seed": 0}
@@ -182,9 +184,9 @@ def courses(scores: Scores) -> str:
         for lr, curve in scores.trained(method).items():
             cells = []
             for n in counts:
-                there = n < curve.shape[1]
+                measured = n in (0, *STEPS[method])
                 cells.append(
-                    f"{100 * curve[0, n, SIMILAR]:.1f} / {100 * curve[0, n, ADHERENT]:.1f}" if there else ""
+                    " / ".join(f"{100 * curve[0, n, k]:.1f}" for k in (SIMILAR, ADHERENT)) * measured
                 )
             lines.append([TOLD[method], lr, *cells])
     return markdown(lines)
@@ -227,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         for people, name in itertools.product(args.people, args.predictors):
             add_rows([*measure(args.out, people, name)])
     scores = Scores("fresh")
-    write(FOLDER / "README.md", {name: lambda block=block: block(scores) for name, block in BLOCKS.items()})
+    for path in DOCUMENTS:
+        write(path, {name: partial(block, scores) for name, block in BLOCKS.items()})
     print(*(block(scores) for block in BLOCKS.values()), sep="\n\n")
 
 
@@ -238,7 +241,7 @@ def add_rows(rows: list[dict]) -> None:
         with path.open(encoding="utf-8", newline="") as file:
             same = [rows[0][name] for name in KEY[:2]]
             rows = [row for row in csv.DictReader(file) if [row[name] for name in KEY[:2]] != same] + rows
-    rows = sorted(rows, key=lambda row: [str(row[name]) for name in (*KEY, *PLACE)])
+    rows.sort(key=lambda row: (*(row[name] for name in KEY), int(row["steps"]), row["person"], row["seed"]))
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, (*KEY, *PLACE, *METRICS), lineterminator="\n")
         writer.writeheader()
