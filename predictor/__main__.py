@@ -104,11 +104,12 @@ def batches(
 ) -> Iterator[FaceBatch]:
     """Yield what is left of a bucket's turn: every photo once, each with another photo of its person."""
     bucket, order, generator = load(tuple(bucket)), [], run.generator("order", run.visit)
-    shapes = [bucket.data.shapes[k] for k in bucket.photos]
+    photos = bucket.photos
+    shapes = [bucket.data.shapes[k] for k in photos]
     while len(order) < run.q_bucket:  # once, unless another rank has more batches
         order += deal_batches(shapes, 1, batch_size, generator)
     for dealt in order[run.bucket_step : run.bucket_step + run.steps_left]:
-        chosen, generator = [bucket.photos[k] for k in dealt], run.generator("noise", run.step)
+        chosen, generator = [photos[k] for k in dealt], run.generator("noise", run.step)
         batch = dataset.batch(bucket.data, chosen, generator, training)
         # Times that cover their distribution evenly make the gradient less noisy.
         start = torch.rand((), generator=generator).item()
