@@ -184,10 +184,8 @@ def courses(scores: Scores) -> str:
         for lr, curve in scores.trained(method).items():
             cells = []
             for n in counts:
-                measured = n in (0, *STEPS[method])
-                cells.append(
-                    " / ".join(f"{100 * curve[0, n, k]:.1f}" for k in (SIMILAR, ADHERENT)) * measured
-                )
+                scores_there = curve[0, n, [SIMILAR, ADHERENT]] if n in (0, *STEPS[method]) else ()
+                cells.append(" / ".join(f"{100 * score:.1f}" for score in scores_there))
             lines.append([TOLD[method], lr, *cells])
     return markdown(lines)
 
