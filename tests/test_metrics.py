@@ -267,7 +267,9 @@ def test_small_evaluators_say_what_they_cannot_score(synthetic):
     prompts.write_text("\n".join(lines))
     picture = sorted(Path("right").glob("*/00/0.png"))[0]
     Image.new("RGB", (64, 32)).save(picture)
-    with pytest.raises(ValueError, match=f"{picture} has 64 x 32 pixels; .*judges need .* 64 x 64"):
+    with pytest.raises(
+        ValueError, match=f"{picture}: it has 64 x 32 pixels, must have about 64 x 64 .*judges"
+    ):
         score_synthetic("right")
     with pytest.raises(ValueError, match="--clip is of no use: --model tiny brings evaluators"):
         score_synthetic("right", "--clip", ".")
