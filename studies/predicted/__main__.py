@@ -200,10 +200,10 @@ def ends(scores: Scores) -> str:
     text = f"The highest R-FaceSim: {percent(ours)} after the prediction, {percent(theirs)} by LoRA, "
     text += f"a difference of {tell_points(estimate(ours - theirs))}. "
     at_once = scores.at_once("shipped")
-    same = []
+    same, curves = [], scores.trained("lora-noaug").values()
     for k, level in enumerate(at_once[:, SIMILAR]):  # of LoRA's rates the one with most adherence there
         found = []
-        for curve in scores.trained("lora-noaug").values():
+        for curve in curves:
             good = curve[k, :, SIMILAR] >= level - TINY
             found += [curve[k, good.argmax(), ADHERENT]] if good.any() else []
         same.append(max(found, default=np.nan))
