@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for all results")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--people", type=int, default=12, help="held-out people to personalize")
-    parser.add_argument("--meta-steps", type=int, default=150, help="steps of the shortened meta-training")
+    parser.add_argument("--meta-steps", type=int, default=90, help="steps of the shortened meta-training")
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[30, 60, 120], help="of either method in stage 2"
     )
