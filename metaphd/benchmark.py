@@ -58,18 +58,8 @@ METHODS = ("meta-lora", "lora", "meta-lora-noaug", "lora-noaug", "predicted", "r
 MAY_CHANGE = ("people", "out", "method", "ranks", "lr", "steps", "seeds", "at_once", "device")
 # With --base-dtype fp8 results change: fp8 is recorded as a setting of its own.
 MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "compile", "plan", "deterministic")
-MAY_CHANGE += (
-    "predictor",
-    "eye_weights",
-    "meta",
-    "prompts",
-    "references",
-    "classes",
-    "clip",
-    "recognizer",
-    "detector",
-    "no_face",
-)
+MAY_CHANGE += ("meta", "prompts", "references", "classes", "clip", "recognizer", "detector", "no_face")
+MAY_CHANGE += ("predictor", "eye_weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +122,10 @@ def is_system(settings: object) -> bool:
     if not isinstance(settings, dict) or settings.get("method") not in METHODS:
         return False
     numbers = [settings.get(key) for key in ("rank", "lr", "steps")]
-    if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+    if not all(isinstance(number, int | float) for number in numbers):
         return False
-    return (settings["steps"] == 0) == (settings["method"] == "predicted")
+    rank, lr, steps = numbers
+    return rank > 0 and lr > 0 and (steps == 0 if settings["method"] == "predicted" else steps > 0)
 
 
 def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run]:

@@ -125,7 +125,7 @@ def read_list(file: Path, option: str = "--data") -> dict[str, dict[str, str]]:
     """
     if file.suffix.lower() not in LISTS:
         raise UserError(f"{option} {file} is a file; it may be a list ({', '.join(LISTS)}), or a folder")
-    people, between = defaultdict(dict), LISTS[file.suffix.lower()]
+    people, between, places = defaultdict(dict), LISTS[file.suffix.lower()], set()
     for k, (number, cells) in enumerate(_rows(file)):
         if k == 0 and tuple(map(str.lower, cells)) in (COLUMNS, COLUMNS[:2]):
             continue
@@ -138,10 +138,11 @@ def read_list(file: Path, option: str = "--data") -> dict[str, dict[str, str]]:
         path, person, *caption = cells
         if any(unicodedata.category(char) == "Cc" for char in path + person):
             raise UserError(f"{where}: a path or person with control characters")
-        photos = people[composed(person)]
-        if path in photos:
+        place = composed(person), file.parent / path  # a.jpg and ./a.jpg are one
+        if place in places:
             raise UserError(f"{where}: {path} of {person} is in the list already")
-        photos[path] = caption[0] if caption else ""
+        places.add(place)
+        people[composed(person)][path] = caption[0] if caption else ""
     if not people:
         raise UserError(f"{option} {file} is empty; it should have a path and a person in each line")
     return people

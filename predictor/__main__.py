@@ -199,7 +199,7 @@ class Faces:
             for photo in person.photos:
                 key = self.key(photo)
                 if ranks.makes(key) and key not in self.cache:
-                    face = eye.see(photo.path, read_photo(photo.path))
+                    face = eye.find_and_embed(photo.path, read_photo(photo.path))
                     self.cache.put(key, {"face": torch.zeros(0) if face is None else face})
         ranks.wait()  # until the others have embedded their parts
 
@@ -300,8 +300,8 @@ def train(
 
     @lru_cache(maxsize=1)  # a single bucket is read once
     def load(bucket: tuple[int, ...]) -> FacesOfBucket:
-        data, own = dataset.load(bucket), faces.of(dataset.people[pid] for pid in bucket)
-        return FacesOfBucket(data, own, list_others(data.slots, [face is not None for face in own]))
+        data, embedded = dataset.load(bucket), faces.of(dataset.people[pid] for pid in bucket)
+        return FacesOfBucket(data, embedded, list_others(data.slots, [face is not None for face in embedded]))
 
     pids = range(len(dataset.people))
     buckets = deal_buckets(pids, args.bucket_ids, generator_for("buckets", args.seed))

@@ -34,26 +34,30 @@ class Eye:
     detector: "cv2.FaceDetectorYN | None" = None  # None: it looks at whole pictures
 
     def embed(self, photo: Image.Image, face: Box | None = None) -> Tensor:
-        """Return a vector (width,) on the CPU; face: its box, for an eye with a detector."""
+        """Return a vector (width,) on the CPU; face: its box, for an eye with a detector.
+
+        Raises UserError for a photo that is too small.
+        """
         raise NotImplementedError
 
-    def see(self, path: Path, photo: Image.Image) -> Tensor | None:
-        """Embed the face that faces.json has for a photo, or else the largest one; None without a face."""
-        box = None
-        if self.detector:
-            known = known_face(path)
-            faces = (
-                [clip_face(path, photo, known)]
-                if known
-                else [x.box for x in find_faces(photo, self.detector)]
-            )
-            if not faces:
-                return None
-            box = faces[0]
+    def embed_file(self, path: Path, photo: Image.Image, face: Box | None = None) -> Tensor:
+        """Do the same with a photo from a file, which an error then names."""
         try:
-            return self.embed(photo, box)
+            return self.embed(photo, face)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+
+    def find_and_embed(self, path: Path, photo: Image.Image) -> Tensor | None:
+        """Embed the face that faces.json has for a photo, or else the largest one; None without a face."""
+        face = known_face(path) if self.detector else None
+        if face:
+            face = clip_face(path, photo, face)
+        elif self.detector:
+            found = find_faces(photo, self.detector)
+            if not found:
+                return None
+            face = found[0].box
+        return self.embed_file(path, photo, face)
 
 
 class SmallEye(Eye):
@@ -116,10 +120,12 @@ def find_eye(
     """Return an eye by its name, on the device; None for the model's own or else CLIP.
 
     weights, detector: files, None for the model's own or those that are downloaded. Raises OSError when
-    there are none.
+    there are none, UserError for an unknown name.
     """
     beside = folder_around(files.transformer) / "eye.safetensors"
     name = name or ("small" if beside.is_file() else "clip")
+    if name not in EYES:  # in a predictor's header
+        raise UserError(f"the eye {name!r} is not known, must be one of {', '.join(EYES)}")
     if name == "small" and not (weights or beside).is_file():
         raise FileNotFoundError(
             f"no eye at {weights or beside}: --eye small is for models that bring eye.safetensors, as the "

@@ -69,7 +69,7 @@ def predict(
         box = face and clip_face(path, photo, face)
         if not box and eye.detector:
             box = find_face(path, photo, eye.detector, advice)
-        faces.append(eye.embed(photo, box))
+        faces.append(eye.embed_file(path, photo, box))
     row = trained.predictor(torch.stack(faces).mean(dim=0, keepdim=True))
     # Multiplied out: trained on as a plain LoRA, it keeps its lead better than mid and up alone do.
     base, targets = flux.load_flux(transformer, "meta"), trained.prior.targets

@@ -31,7 +31,7 @@ class Log:
                 with file.open("rb") as lines:
                     copy.writelines(line for line in lines if 0 < step_of(line) <= step)
         self.opened = file.open("a", encoding="utf-8", buffering=1)
-        self.bar = tqdm(total=steps, initial=step, desc="meta-training", mininterval=1, dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=step, desc="training", mininterval=1, dynamic_ncols=True)
 
     def __enter__(self) -> "Log":
         return self

@@ -380,11 +380,11 @@ def test_the_face_is_found_or_given(trained, model, portraits, detector):
     path, eye = portraits[0], Recorder(detector)
     photo = Image.open(path)
     predict(loaded, eye, {path: photo}, transformer)
-    eye.see(path, photo)
+    eye.find_and_embed(path, photo)
     assert eye.boxes == 2 * [find_faces(photo, detector)[0].box]
     predict(loaded, eye, {path: photo}, transformer, face=(10, 20, 30, 40))
     assert eye.boxes[2] == (10, 20, 30, 40)
-    assert eye.see(path, Image.new("RGB", (200, 200))) is None
+    assert eye.find_and_embed(path, Image.new("RGB", (200, 200))) is None
     both = Image.new("RGB", (2 * photo.width, photo.height))
     both.paste(photo), both.paste(photo, (photo.width, 0))
     with pytest.raises(UserError, match="2 faces found.*--face"):
