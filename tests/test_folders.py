@@ -302,6 +302,7 @@ def test_a_list_with_spaces(tmp_path):
         ("a.csv", 'path,person\n1.jpg,"abe\n', "a.csv, line 2: unexpected end of data"),
         ("a.txt", "1.jpg abe\n2.jpg\n", "line 2: '2.jpg'; must be .* spaces or tabs"),
         ("a.txt", "1.jpg abe\n1.jpg bea\n1.jpg abe\n", "line 3: 1.jpg of abe is in the list already"),
+        ("a.txt", "1.jpg abe\n./1.jpg abe\n", "line 2: ./1.jpg of abe is in the list already"),
         ("a.tsv", "1\0.jpg\tabe\n", "line 1: a path or person with control characters"),
         ("a.tsv", "path\tperson\n", "a.tsv is empty"),
         ("a.tsv", "", "a.tsv is empty"),

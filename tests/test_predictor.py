@@ -21,7 +21,7 @@ from lora.reading import read_lora
 from lora.writing import write_tensors
 from metalora import collapse, inject
 from people.dataset import Batch, BucketData
-from predictor.eyes import MARGIN, Eye, SmallEye, square_around
+from predictor.eyes import MARGIN, Eye, SmallEye, find_eye, square_around
 from predictor.model import Predictor, load_predictor
 from predictor.start import predict
 from run.checkpoints import Checkpoints
@@ -352,6 +352,14 @@ def test_who_predicts_must_not_judge(bench, train, tmp_path):
 
 
 # --- Eyes --------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_or_missing_eye_is_named(tmp_path):
+    files = SimpleNamespace(transformer=tmp_path / "flux1.safetensors")
+    with pytest.raises(UserError, match="the eye 'x' is not known, must be one of small, clip"):
+        find_eye("x", None, files, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="take --eye clip"):
+        find_eye("small", None, files, torch.device("cpu"))
 
 
 def test_clip_sees_a_square_around_the_face():
