@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
         autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
         row, size = [photos[args.photos[0]]], fit_shape((resolution, resolution), resolution, multiple)
         for prompt in tqdm(prompts.values(), "sampling"):
-            prompt = prompt["txt"][None], prompt["pooled"][None]
+            prompt = {name: part[None] for name, part in prompt.items()}
             row += generate(model, autoencoder, prompt, [args.seed], size)
         save_sheet(contact_sheet([row], [], ["photo", *prompts]), beside(args.out, "_samples.png"))
         print(f"{beside(args.out, '_samples.png')}: {len(row) - 1} pictures")

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 from flux import Flux, load_flux
 from flux.memory import arrange, blocks_of
 from flux.model import FluxSizes
-from flux.sampling import denoise
+from flux.sampling import Prompt, denoise
 from lora.names import part_sizes
 from lora.writing import name_tensors
 from metalora import inject, linear_names
@@ -94,12 +94,12 @@ def write_lora(path: Path, sizes: FluxSizes, rank: int) -> None:
 # --- What is measured, in a process of its own -------------------------------------------------------------
 
 
-def inputs(args: argparse.Namespace, batch: int, model: Flux) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random latents, txt and pooled."""
+def inputs(args: argparse.Namespace, batch: int, model: Flux) -> tuple[Tensor, Prompt]:
+    """Return random latents, and a prompt."""
     side, sizes = args.resolution // 8, model.sizes
     txt = torch.randn(batch, args.tokens, sizes.txt_size).bfloat16()
     latents = torch.randn(batch, sizes.in_channels // 4, side, side)
-    return latents, txt, torch.randn(batch, sizes.pooled_size).bfloat16()
+    return latents, {"txt": txt, "pooled": torch.randn(batch, sizes.pooled_size).bfloat16()}
 
 
 def forward(args: argparse.Namespace, model: Flux) -> Tensor:
@@ -115,9 +115,9 @@ def train(args: argparse.Namespace, model: Flux) -> Tensor:
     arrange(model, "cpu", checkpoint="all", stream=len(blocks_of(model)))
     batches = []
     for _ in range(args.steps):
-        latents, txt, pooled = inputs(args, b, model)
+        latents, prompt = inputs(args, b, model)
         batch = {"latents": latents, "noise": torch.randn_like(latents), "t": torch.rand(b)}
-        batches.append(batch | {"txt": txt, "pooled": pooled})
+        batches.append(batch | prompt)
     if stage1:
         learner, slots = MetaLearner(model, Training()), torch.arange(b) % identities
         for batch in batches:

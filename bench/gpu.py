@@ -175,9 +175,9 @@ class Cases:
         return {"txt": txt.to(self.dtype), "pooled": torch.randn(self.scale.flux.pooled_size).to(self.dtype)}
 
     @property
-    def prompt_batch(self) -> list[Tensor]:
+    def prompt_batch(self) -> dict[str, Tensor]:
         """txt (1, l, d) and pooled (1, d) on the device."""
-        return [self.prompt[name][None].to(self.device) for name in ("txt", "pooled")]
+        return {name: part[None].to(self.device) for name, part in self.prompt.items()}
 
     def crop(self, side: int) -> EncodedCrop:
         """Return a square crop of random latents; side: in pixels at full size."""
@@ -360,7 +360,7 @@ class Cases:
         """Time a picture at 1024 x 1024, without decoding."""
         model = self.transformer(Plan())
         noise = torch.randn(1, self.scale.flux.in_channels // 4, self.side // 8, self.side // 8)
-        run = partial(denoise, model, noise, *self.prompt_batch, steps=self.scale.sampling)
+        run = partial(denoise, model, noise, self.prompt_batch, steps=self.scale.sampling)
         return {"seconds": round(timed(run, self.device, 1, 2), 4), **peaks(self.device)}
 
     def autoencoder(self) -> dict:
@@ -394,7 +394,7 @@ class Cases:
         with made_on(self.device, self.dtype):
             model = their_transformer(self.scale.flux, rank=1)
         latents = self.crop(side).posterior["mean"][None].to(self.device, self.dtype)
-        step = their_training(model, latents, *self.prompt_batch)
+        step = their_training(model, latents, **self.prompt_batch)
         seconds = timed(step, self.device, WARM, self.scale.training - WARM)
         return {"seconds": round(seconds, 4), **peaks(self.device)}
 
@@ -404,7 +404,7 @@ class Cases:
 
         with made_on(self.device, self.dtype):
             model = their_transformer(self.scale.flux)
-        run = their_sampling(model, *self.prompt_batch, self.side, self.scale.sampling)
+        run = their_sampling(model, **self.prompt_batch, side=self.side, steps=self.scale.sampling)
         return {"seconds": round(timed(run, self.device, 1, 2), 4), **peaks(self.device)}
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.model import Flux, FluxSizes
-from flux.sampling import euler_step, pack, position_ids, unpack
+from flux.sampling import Prompt, euler_step
 from flux.streaming import FrozenLinear
 from metalora import inject
 from people.dataset import Batch
@@ -158,21 +158,20 @@ def on_device(model: Flux) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *stored, *buffers]
 
 
-def inputs(work: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return latents, t, txt and pooled."""
+def inputs(work: Workload) -> tuple[Tensor, Tensor, Prompt]:
+    """Return latents, t and a prompt."""
     side, dtype = work.resolution // 8, torch.bfloat16
     txt = torch.empty(work.batch, work.t5_length, work.sizes.txt_size, dtype=dtype)
     pooled = torch.empty(work.batch, work.sizes.pooled_size, dtype=dtype)
-    return torch.empty(work.batch, 16, side, side), torch.empty(work.batch), txt, pooled
+    return torch.empty(work.batch, 16, side, side), torch.empty(work.batch), {"txt": txt, "pooled": pooled}
 
 
 @torch.no_grad()
 def sample(model: Flux, autoencoder: AutoEncoder, work: Workload, plan: Plan) -> None:
     """Do an Euler step and decode, as `flux.sampling.generate`."""
-    latents, t, txt, pooled = inputs(work)
-    img_ids, txt_ids = position_ids(work.batch, *latents.shape[2:], work.t5_length)
-    velocity = model(pack(latents).bfloat16(), img_ids, txt, txt_ids, t, pooled, t)
-    latents = unpack(euler_step(pack(latents), velocity, 1, 0), *latents.shape[2:])
+    latents, t, prompt = inputs(work)
+    velocity = model.velocity(latents.bfloat16(), t, 3.5, **prompt)
+    latents = euler_step(latents, velocity, 1, 0)
     del velocity
     for one in latents.split(1):
         autoencoder.decode(one, plan.tile)
@@ -180,8 +179,8 @@ def sample(model: Flux, autoencoder: AutoEncoder, work: Workload, plan: Plan) ->
 
 def train(model: Flux, work: Workload, tracker: Tracker) -> None:
     """Do two steps of training; the tracker's peak is then that of the second."""
-    latents, t, txt, pooled = inputs(work)
-    batch = {"latents": latents, "noise": torch.empty_like(latents), "t": t, "txt": txt, "pooled": pooled}
+    latents, t, prompt = inputs(work)
+    batch = {"latents": latents, "noise": torch.empty_like(latents), "t": t, **prompt}
     if work.codes:
         network = Predictor(512, work.codes, model.factors.personal.shape[1])
         for p in network.parameters():

@@ -85,15 +85,22 @@ def training_step(
         parameter.data.copy_(torch.randn(parameter.shape) / 8)
     latents, noise = torch.randn(2, 4, 12, 20), torch.randn(2, 4, 12, 20)
     txt, pooled = torch.randn(2, 9, SIZES.txt_size).to(dtype), torch.randn(2, SIZES.pooled_size).to(dtype)
-    given = [part.to(device) for part in (latents, noise, torch.tensor([0.7373, 0.11]), txt, pooled)]
+    given = {
+        "latents": latents,
+        "noise": noise,
+        "t": torch.tensor([0.7373, 0.11]),
+        "txt": txt,
+        "pooled": pooled,
+    }
+    given = {name: part.to(device) for name, part in given.items()}
     with patch("flux.streaming.Stream.COPY", True):
         plan.apply(model, device)
     use_slots(model, torch.tensor([2, 0], device=device))
     with torch.inference_mode():
-        result = {"output": flow_loss(model, *given, guidance=3.5, reduction="none")}
+        result = {"output": flow_loss(model, **given, guidance=3.5, reduction="none")}
     kernels = AttentionKernels()
     with contextlib.nullcontext() if plan.compiled else kernels:  # compiled code runs within no mode
-        loss = flow_loss(model, *given, guidance=3.5)
+        loss = flow_loss(model, **given, guidance=3.5)
         loss.backward()
     result["loss"] = loss.detach()[None]
     result |= {name: parameter.grad for name, parameter in model.factors.named_parameters()}
@@ -157,7 +164,7 @@ def compare_encoders(device: torch.device) -> dict:
         with torch.no_grad():
             moments = autoencoder.encode_moments(image)
             found = dict(zip(("mean", "std"), moments), picture=autoencoder.decode(moments[0]))
-            found |= zip(("txt", "pooled"), conditioner.encode(["a photo of a woman at the beach"]))
+            found |= conditioner.encode(["a photo of a woman at the beach"])
         return {name: tensor.float().cpu() for name, tensor in found.items()}
 
     expected = outputs(torch.device("cpu"))

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from bench.theirs import their_forward, their_transformer
 from flux.memory import checkpoint_blocks
-from flux.model import Flux, FluxSizes
-from flux.sampling import position_ids
+from flux.model import Flux, FluxSizes, position_ids
 from metalora import collapse, export_lora, inject, load_lora, use_slots
 from scoring.tables import markdown
 

@@ -8,8 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from peft import LoraConfig
 from torch import Tensor
 
-from flux.model import Flux, FluxSizes
-from flux.sampling import pack, position_ids
+from flux.model import Flux, FluxSizes, pack, position_ids
 from metalora import linear_names
 
 

@@ -31,12 +31,12 @@ class Conditioner(nn.Module):
         super().__init__()
         self.t5, self.clip, self.tokenizers = t5, clip, tokenizers
 
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return txt (b, l, d), padding included and unmasked as FLUX was trained, and pooled (b, d)."""
         device = self.t5.shared.weight.device
         txt = self.t5(self.tokenizers.t5(prompts).to(device))
         pooled = self.clip(self.tokenizers.clip(prompts).to(device))
-        return txt, pooled
+        return {"txt": txt, "pooled": pooled}
 
 
 @dataclass(frozen=True)

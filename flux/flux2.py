@@ -5,11 +5,13 @@ Matches black-forest-labs/flux2, `src/flux2/model.py`; sizes come from a checkpo
 axes of positions. Reference images, which FLUX.2 can take beside the text, are left out.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from flux.errors import UserError
@@ -26,6 +28,7 @@ from flux.layers import (
     timestep_embedding,
 )
 from flux.sizes import Shapes, config_axes, config_number, count_names, heads_of, shape_of
+from flux.transformer import Transformer, shifted_times
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,11 @@ class Flux2SingleBlock(SingleStream):
         self.mlp_act = SwiGLU()
 
 
-class Flux2(nn.Module):
+class Flux2(Transformer):
     """Predict the velocity, noise - latents, of packed latents at time t."""
+
+    SAMPLER = {"steps": 50, "guidance": 4.0, "cfg": 4.0}  # klein base's; guidance is dev's
+    T_MEAN = math.log(3)  # a shift by 3, with which ai-toolkit trains it
 
     def __init__(self, sizes: Flux2Sizes):
         super().__init__()
@@ -160,3 +166,36 @@ class Flux2(nn.Module):
         for block in self.single_blocks:
             x = block(x, mod, pe)
         return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def velocity(self, latents: Tensor, t: Tensor, guidance: float | None, txt: Tensor) -> Tensor:
+        """Do the same with latents (b, c, h, w), each pixel of which is a token; see `Transformer`."""
+        b, _, h, w = latents.shape
+        img_ids, txt_ids = position_ids(b, h, w, txt.shape[1], latents.device)
+        guided = None if guidance is None else torch.full((b,), guidance, device=latents.device)
+        img = self(rearrange(latents, "b c h w -> b (h w) c"), img_ids, txt, txt_ids, t, guided)
+        return rearrange(img, "b (h w) c -> b c h w", h=h)
+
+    def times(self, steps: int, height: int, width: int) -> list[float]:
+        """Return the `steps` + 1 times from 1 to 0.
+
+        Up to 4,300 image tokens mu is linear in the steps, from a value of its own at 10 to FLUX.1's at 200,
+        both linear in the tokens; beyond, it is FLUX.1's (`src/flux2/sampling.py: compute_empirical_mu`).
+        """
+        image_tokens = height * width
+        mu10 = 8.73809524e-05 * image_tokens + 1.89833333
+        mu200 = 1.6927e-4 * image_tokens + 0.45666666
+        mu = mu200 if image_tokens > 4300 else mu10 + (mu200 - mu10) * (steps - 10) / (200 - 10)
+        return shifted_times(steps, mu)
+
+
+def position_ids(
+    batch: int, height: int, width: int, txt_length: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the positions of latents of height x width, a token each, and of the text.
+
+    img_ids (b, height * width, 4): 0, row, column, 0; txt_ids (b, txt_length, 4): 0, 0, 0, position.
+    """
+    zero, rows, columns, places = (torch.arange(n, device=device) for n in (1, height, width, txt_length))
+    img_ids = torch.cartesian_prod(zero, rows, columns, zero)
+    txt_ids = torch.cartesian_prod(zero, zero, zero, places)
+    return img_ids.expand(batch, -1, -1), txt_ids.expand(batch, -1, -1)

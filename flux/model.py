@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from flux.errors import UserError
@@ -22,6 +23,7 @@ from flux.layers import (
     timestep_embedding,
 )
 from flux.sizes import Shapes, config_axes, config_number, count_names, heads_of, shape_of
+from flux.transformer import Transformer, shifted_times
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ class FluxSizes:
         )
 
 
-class Flux(nn.Module):
+class Flux(Transformer):
     """Predict the velocity, noise - latents, of packed latents at time t."""
+
+    SAMPLER = {"steps": 30, "guidance": 3.5, "cfg": 1.0}  # the paper's
 
     def __init__(self, sizes: FluxSizes):
         super().__init__()
@@ -118,3 +122,47 @@ class Flux(nn.Module):
         for block in self.single_blocks:
             x = block(x, activated, pe)
         return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def velocity(
+        self, latents: Tensor, t: Tensor, guidance: float | None, txt: Tensor, pooled: Tensor
+    ) -> Tensor:
+        """Do the same with latents (b, c, h, w) instead of tokens; see `Transformer`."""
+        b, _, h, w = latents.shape
+        img_ids, txt_ids = position_ids(b, h, w, txt.shape[1], latents.device)
+        guided = None if guidance is None else torch.full((b,), guidance, device=latents.device)
+        return unpack(self(pack(latents), img_ids, txt, txt_ids, t, pooled, guided), h, w)
+
+    def times(self, steps: int, height: int, width: int) -> list[float]:
+        """Return the `steps` + 1 times from 1 to 0.
+
+        Shifted towards the noise by mu, which grows linearly from 0.5 at 256 image tokens to 1.15 at 4,096
+        (dev); evenly spaced without a guidance input (schnell). Matches `src/flux/sampling.py`.
+        """
+        image_tokens = height * width // 4
+        if self.guidance_in is None:
+            return torch.linspace(1, 0, steps + 1).tolist()
+        return shifted_times(steps, 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256))
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents (b, c, h, w) -> image tokens (b, h/2 * w/2, 4 c), row by row; h and w even."""
+    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack(img: Tensor, height: int, width: int) -> Tensor:
+    """Undo `pack`: image tokens -> latents (b, c, height, width), sizes in latent pixels."""
+    return rearrange(img, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 2, w=width // 2, ph=2, pw=2)
+
+
+def position_ids(
+    batch: int, height: int, width: int, txt_length: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the positions of latents of height x width and of the text.
+
+    img_ids (b, height/2 * width/2, 3): 0, row, column; txt_ids (b, txt_length, 3): zeros.
+    """
+    sides = torch.arange(height // 2, device=device), torch.arange(width // 2, device=device)
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    img_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+    txt_ids = torch.zeros(batch, txt_length, 3, dtype=img_ids.dtype, device=device)
+    return img_ids.expand(batch, -1, -1), txt_ids

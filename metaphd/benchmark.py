@@ -448,7 +448,7 @@ class Benchmark:
         slots, texts, samples = zip(*batch)
         use_slots(self.model, torch.tensor(slots, device=self.device))
         encoded = [self.texts[text] for text in texts]
-        prompt = [torch.stack([one[part] for one in encoded]) for part in ("txt", "pooled")]
+        prompt = {name: torch.stack([one[name] for one in encoded]) for name in encoded[0]}
         sample_side = native_size(self.files.folder)
         pictures = generate(
             self.model,

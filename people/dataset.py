@@ -16,6 +16,7 @@ from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import ModelFiles
 from flux.memory import release
+from flux.sampling import Prompt
 from people.cache import TensorCache, content_key
 from people.crops import to_tensor
 from people.encoding import encode_picture, encode_prompt, make_batch, send
@@ -165,11 +166,11 @@ class LatentDataset:
         (slots,) = send([torch.tensor([data.slots[k] for k in chosen])], self.device)
         return Batch(inputs, slots, [str(data.paths[k]) for k in chosen])
 
-    def load_sample_prompts(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return txt (1, l, d) and pooled (1, d) of each prompt of the sample grids."""
+    def load_sample_prompts(self) -> dict[str, Prompt]:
+        """Return each prompt of the sample grids, encoded: txt (1, l, d) and so on."""
         keys = {text: self.prompt_key(text) for text in self.sample_prompts}
         loaded = self._fetch(keys.values())
-        return {text: (loaded[key]["txt"][None], loaded[key]["pooled"][None]) for text, key in keys.items()}
+        return {text: {name: x[None] for name, x in loaded[key].items()} for text, key in keys.items()}
 
     def _fetch(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         loaded = {key: self.cache.get(key) for key in keys}

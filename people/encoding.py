@@ -1,4 +1,4 @@
-"""Encode pictures and prompts for FLUX.1, and make training batches of them."""
+"""Encode pictures and prompts for a base model, and make training batches of them."""
 
 from collections.abc import Sequence
 
@@ -24,9 +24,8 @@ def encode_picture(picture: Tensor, autoencoder: AutoEncoder) -> dict[str, Tenso
 
 @torch.no_grad()
 def encode_prompt(prompt: str, conditioner: Conditioner) -> dict[str, Tensor]:
-    """Encode a prompt; return txt (l, d) and pooled (d,) on the CPU."""
-    txt, pooled = conditioner.encode([prompt])
-    return {"txt": txt[0].cpu(), "pooled": pooled[0].cpu()}
+    """Encode a prompt; return txt (l, d) and, of FLUX.1, pooled (d,) on the CPU."""
+    return {name: part[0].cpu() for name, part in conditioner.encode([prompt]).items()}
 
 
 def make_batch(
@@ -43,17 +42,17 @@ def make_batch(
     """
     posteriors, prompts = zip(*entries)
     mean, std = (torch.stack([entry[name] for entry in posteriors]) for name in ("mean", "std"))
-    txt, pooled = (torch.stack([prompt[name] for prompt in prompts]).to(dtype) for name in ("txt", "pooled"))
+    prompt = {name: torch.stack([one[name] for one in prompts]).to(dtype) for name in prompts[0]}
     deviation = torch.zeros(mean.shape)  # of the sample from its mean, in standard deviations
     if training.latents == "sample":
         deviation.normal_(generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
     t = draw_times(len(mean), generator, training.t_mean, training.t_std)
 
-    (mean, std), (txt, pooled) = send([mean, std], device), send([txt, pooled], device)
+    (mean, std), parts = send([mean, std], device), send([*prompt.values()], device)
     deviation, noise, t = send([deviation, noise, t], device)
     latents = mean.float() + std.float() * deviation  # (b, z, h, w)
-    return {"latents": latents, "noise": noise, "t": t, "txt": txt, "pooled": pooled}
+    return {"latents": latents, "noise": noise, "t": t, **dict(zip(prompt, parts))}
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:

@@ -21,8 +21,7 @@ from flux.formats import Source, is_flux2, kinds_inside
 from flux.layers import rope_table, timestep_embedding
 from flux.loading import load_autoencoder, load_transformer
 from flux.memory import arrange, checkpoint_blocks, compile_blocks
-from flux.model import Flux
-from flux.sampling import pack
+from flux.model import Flux, pack
 from flux.streaming import Stream, quantize_rows
 
 TOLERANCE = 1e-5

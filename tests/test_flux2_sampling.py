@@ -1,6 +1,7 @@
 """FLUX.2's times, positions and Euler loop, and with them its text side, against diffusers' pipeline."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from flux import chat, sampling
+from flux import chat, flux2
 from flux.chat import load_chat_tokenizer
+from flux.flux2 import Flux2, position_ids
+from flux.model import Flux
 from flux.qwen3 import Qwen3
-from flux.sampling import draw_noise, flux2_denoise, flux2_position_ids, flux2_schedule, schedule
+from flux.sampling import denoise, draw_noise
 
 TOLERANCE = 1e-4
 ROWS, COLUMNS, STEPS, LENGTH = 3, 5, 5, 40
@@ -37,33 +40,40 @@ def theirs_schedule(steps: int, image_tokens: int) -> Tensor:
     return scheduler.sigmas
 
 
+def times_of_flux1(self: Flux2, steps: int, height: int, width: int) -> list[float]:
+    return Flux.times(SimpleNamespace(guidance_in=True), steps, 2 * height, 2 * width)
+
+
 @pytest.mark.parametrize("image_tokens", [1, 256, 1024, 4096, 4300, 4301, 16384])
 @pytest.mark.parametrize("steps", [1, 4, 10, 28, 50, 200])
 def test_schedule_equals_diffusers(steps, image_tokens):
-    ours, expected = torch.tensor(flux2_schedule(steps, image_tokens)), theirs_schedule(steps, image_tokens)
+    ours = torch.tensor(Flux2.times(None, steps, image_tokens, 1))
+    expected = theirs_schedule(steps, image_tokens)
     assert difference(ours, expected) < 1e-6
     if steps > 1:  # a single step is from 1 to 0 whatever mu is
         assert difference(ours, theirs_schedule(steps, image_tokens + 64)) > 1e-4
     if 1 < steps < 200 and image_tokens <= 4300:  # elsewhere it is as FLUX.1's
-        assert difference(torch.tensor(schedule(steps, image_tokens)), expected) > 0.01
+        assert difference(torch.tensor(times_of_flux1(None, steps, image_tokens, 1)), expected) > 0.01
 
 
 def test_position_ids():
-    img_ids, txt_ids = flux2_position_ids(batch=2, height=2, width=3, txt_length=4)
+    img_ids, txt_ids = position_ids(batch=2, height=2, width=3, txt_length=4)
     expected = [[0, row, column, 0] for row in range(2) for column in range(3)]
     assert img_ids.tolist() == [expected, expected]
     assert txt_ids.tolist() == [[[0, 0, 0, place] for place in range(4)]] * 2
-    assert {ids.device.type for ids in flux2_position_ids(2, 2, 3, 4, "meta")} == {"meta"}
+    assert {ids.device.type for ids in position_ids(2, 2, 3, 4, "meta")} == {"meta"}
 
 
-class TheirTransformer(nn.Module):
+class TheirTransformer(Flux2):
     """diffusers' transformer, called as ours is."""
 
     def __init__(self, model: Flux2Transformer2DModel):
-        super().__init__()
+        nn.Module.__init__(self)
         self.model, self.img_in = model, model.x_embedder
 
-    def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, t: Tensor) -> Tensor:
+    def forward(
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, t: Tensor, guidance: Tensor
+    ) -> Tensor:
         return self.model(img, txt, t, img_ids, txt_ids, return_dict=False)[0]
 
 
@@ -111,9 +121,9 @@ def error(pipeline: Flux2KleinPipeline, tokenizer: chat.ChatTokenizer, cfg: floa
     sizes = replace(test_qwen3.SIZES, vocab_size=config.vocab_size)
     qwen3 = Qwen3(sizes).eval()
     qwen3.load_state_dict(pipeline.text_encoder.state_dict(), strict=False)
-    txt, negative = (qwen3(*tokenizer(prompts)) for prompts in (PROMPTS, [""] * len(PROMPTS)))
+    prompt, negative = ({"txt": qwen3(*tokenizer(texts))} for texts in (PROMPTS, [""] * len(PROMPTS)))
     transformer = TheirTransformer(pipeline.transformer)
-    ours = flux2_denoise(transformer, noise, txt, STEPS, cfg, (negative,))
+    ours = denoise(transformer, noise, prompt, STEPS, cfg=cfg, negative=negative)
     assert ours.dtype == torch.float32
     return difference(ours, expected)
 
@@ -124,23 +134,23 @@ def test_equals_diffusers(pipeline, cfg):
 
 
 def take_the_schedule_of_flux1(monkeypatch):
-    monkeypatch.setattr(sampling, "flux2_schedule", schedule)
+    monkeypatch.setattr(Flux2, "times", times_of_flux1)
 
 
 def forget_the_places_of_text(monkeypatch):
     def forget(*args):
-        img_ids, txt_ids = flux2_position_ids(*args)
+        img_ids, txt_ids = position_ids(*args)
         return img_ids, torch.zeros_like(txt_ids)
 
-    monkeypatch.setattr(sampling, "flux2_position_ids", forget)
+    monkeypatch.setattr(flux2, "position_ids", forget)
 
 
 def swap_rows_and_columns(monkeypatch):
     def swap(*args):
-        img_ids, txt_ids = flux2_position_ids(*args)
+        img_ids, txt_ids = position_ids(*args)
         return img_ids[..., [0, 2, 1, 3]], txt_ids
 
-    monkeypatch.setattr(sampling, "flux2_position_ids", swap)
+    monkeypatch.setattr(flux2, "position_ids", swap)
 
 
 def let_it_think(monkeypatch):
@@ -157,14 +167,14 @@ def test_a_broken_sampler_is_noticed(pipeline, broken, monkeypatch):
 
 
 def test_cfg_needs_a_negative_prompt(pipeline):
-    transformer, txt = TheirTransformer(pipeline[0].transformer), torch.zeros(1, 4, 144)
+    transformer, prompt = TheirTransformer(pipeline[0].transformer), {"txt": torch.zeros(1, 4, 144)}
     with pytest.raises(ValueError, match=r"cfg 4.0 needs a negative prompt; 1 turns it off"):
-        flux2_denoise(transformer, draw_noise([0], 16, 2, 3), txt)
+        denoise(transformer, draw_noise([0], 16, 2, 3), prompt, cfg=4.0)
 
 
 def test_progress_and_precision(pipeline):
     transformer, done = TheirTransformer(pipeline[0].transformer), []
     noise, txt = draw_noise([3, 4], 16, ROWS, COLUMNS), torch.zeros(2, 4, 144)
-    latents = flux2_denoise(transformer, noise, txt.bfloat16(), 3, cfg=1, progress=done.append)
+    latents = denoise(transformer, noise, {"txt": txt.bfloat16()}, 3, progress=done.append)
     assert latents.dtype == torch.float32 and latents.shape == noise.shape
     assert done == [1, 2, 3]

@@ -62,10 +62,16 @@ def step(model: Flux, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict
     latents, noise = (torch.randn(2, 4, 6, 10, generator=generator) for _ in range(2))
     txt = torch.randn(2, 7, SIZES.txt_size, generator=generator).to(dtype)
     pooled = torch.randn(2, SIZES.pooled_size, generator=generator).to(dtype)
-    given = latents, noise, torch.tensor([0.7373, 0.11]), txt, pooled
+    given = {
+        "latents": latents,
+        "noise": noise,
+        "t": torch.tensor([0.7373, 0.11]),
+        "txt": txt,
+        "pooled": pooled,
+    }
     with torch.inference_mode():
-        result = {"sampled": flow_loss(model, *given, guidance=3.5)}
-    loss = flow_loss(model, *given, guidance=3.5)
+        result = {"sampled": flow_loss(model, **given, guidance=3.5)}
+    loss = flow_loss(model, **given, guidance=3.5)
     loss.backward()
     for number, factor in enumerate(model.factors.parameters()):
         result[f"gradient {number}"], factor.grad = factor.grad, None
@@ -459,7 +465,7 @@ def test_six_shapes_need_two_graphs(dynamic, shapes, graphs, monkeypatch):
     txt, pooled = torch.ones(1, 7, SIZES.txt_size), torch.ones(1, SIZES.pooled_size)
     for height, width in [(6, 10), (8, 8), (4, 14), (10, 4), (4, 4), (8, 12)][:shapes]:
         latents = torch.ones(1, 4, height, width)
-        flow_loss(model, latents, latents, torch.ones(1), txt, pooled, 3.5).backward()
+        flow_loss(model, latents, latents, torch.ones(1), 3.5, txt=txt, pooled=pooled).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * graphs
 
 

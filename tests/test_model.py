@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux import layers, model
 from flux.layers import rope_table, timestep_embedding
-from flux.model import Flux, FluxSizes
-from flux.sampling import position_ids
+from flux.model import Flux, FluxSizes, position_ids
 
 TOLERANCE = 1e-5
 DEV = FluxSizes(

@@ -12,19 +12,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux import sampling
+from flux import model
+from flux.model import Flux, pack, position_ids, unpack
 from flux.sampling import (
+    Prompt,
     add_noise,
     denoise,
     draw_noise,
     euler_step,
     generate,
-    pack,
-    position_ids,
-    schedule,
     spread_times,
     to_pixels,
-    unpack,
     velocity_target,
 )
 
@@ -35,16 +33,19 @@ SCHNELL = replace(DEV, guidance=False)
 
 
 @pytest.mark.parametrize(
-    "image_tokens, shifted, expected",
+    "sizes, height, width, expected",
     [
-        (4096, True, [1, 0.904531, 0.759511, 0.512844, 0]),
-        (1024, True, [1, 0.849235, 0.652489, 0.384945, 0]),
-        (4096, False, [1, 0.75, 0.5, 0.25, 0]),
+        (DEV, 128, 128, [1, 0.904531, 0.759511, 0.512844, 0]),
+        (DEV, 32, 128, [1, 0.849235, 0.652489, 0.384945, 0]),
+        (SCHNELL, 128, 128, [1, 0.75, 0.5, 0.25, 0]),
     ],
 )
-def test_schedule(image_tokens, shifted, expected):
+def test_times(sizes, height, width, expected):
     """Numbers worked out from black-forest-labs/flux `src/flux/sampling.py`."""
-    assert schedule(4, image_tokens, shifted) == pytest.approx(expected, abs=1e-6)
+    with torch.device("meta"):
+        flux = Flux(sizes)
+    with torch.device("cpu"):
+        assert flux.times(4, height, width) == pytest.approx(expected, abs=1e-6)
 
 
 def test_pack():
@@ -107,11 +108,13 @@ def test_to_pixels_rounds():
     assert pixels[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def prompts() -> list[tuple[Tensor, Tensor]]:
-    """Return a positive and a negative (txt, pooled), for two pictures each."""
+def prompts() -> list[Prompt]:
+    """Return a positive and a negative prompt, for two pictures each."""
     generator = torch.Generator().manual_seed(1)
-    shapes = (2, LENGTH, DEV.txt_size), (2, DEV.pooled_size)
-    return [tuple(torch.randn(shape, generator=generator) for shape in shapes) for _ in range(2)]
+    shapes = {"txt": (2, LENGTH, DEV.txt_size), "pooled": (2, DEV.pooled_size)}
+    return [
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(2)
+    ]
 
 
 @torch.no_grad()
@@ -131,7 +134,7 @@ def error(sizes, cfg: float = 1.0) -> float:
     pipeline = FluxPipeline(scheduler, their_autoencoder, None, None, None, None, their_flux)
     pipeline.set_progress_bar_config(disable=True)
     noise = draw_noise([3, 4], 4, HEIGHT // 4, WIDTH // 4)
-    (txt, pooled), negative = prompts()
+    prompt, negative = prompts()
     given = dict(
         height=HEIGHT,
         width=WIDTH,
@@ -139,14 +142,14 @@ def error(sizes, cfg: float = 1.0) -> float:
         guidance_scale=3.5,
         true_cfg_scale=cfg,
         latents=pack(noise),
-        prompt_embeds=txt,
-        pooled_prompt_embeds=pooled,
-        negative_prompt_embeds=negative[0],
-        negative_pooled_prompt_embeds=negative[1],
+        prompt_embeds=prompt["txt"],
+        pooled_prompt_embeds=prompt["pooled"],
+        negative_prompt_embeds=negative["txt"],
+        negative_pooled_prompt_embeds=negative["pooled"],
     )
     their_latents = pipeline(**given, output_type="latent").images
     their_image = pipeline(**given, output_type="pt").images
-    latents = denoise(flux, noise, txt, pooled, steps=STEPS, guidance=3.5, cfg=cfg, negative=negative)
+    latents = denoise(flux, noise, prompt, steps=STEPS, guidance=3.5, cfg=cfg, negative=negative)
     image = autoencoder.decode(latents) / 2 + 0.5
     return max(difference(pack(latents), their_latents), difference(image, their_image))
 
@@ -157,11 +160,11 @@ def test_equals_diffusers(sizes, cfg):
 
 
 def forget_the_shift(monkeypatch):
-    monkeypatch.setattr(sampling, "schedule", lambda steps, tokens, shifted: schedule(steps, tokens, False))
+    monkeypatch.setattr(Flux, "times", lambda self, steps, *_: torch.linspace(1, 0, steps + 1).tolist())
 
 
 def pack_by_columns(monkeypatch):
-    monkeypatch.setattr(sampling, "unpack", lambda img, height, width: unpack(img, width, height).mT)
+    monkeypatch.setattr(model, "unpack", lambda img, height, width: unpack(img, width, height).mT)
 
 
 @pytest.mark.parametrize("broken", [forget_the_shift, pack_by_columns])
@@ -173,12 +176,12 @@ def test_a_broken_sampler_is_noticed(broken, monkeypatch):
 def test_cfg_needs_a_negative_prompt():
     flux, _ = test_model.pair(DEV)
     with pytest.raises(ValueError, match="cfg 2 needs a negative prompt"):
-        denoise(flux, draw_noise([0], 4, 6, 10), *prompts()[0], cfg=2)
+        denoise(flux, draw_noise([0], 4, 6, 10), prompts()[0], cfg=2)
 
 
 def test_progress_and_precision():
     flux, done = test_model.pair(DEV)[0].bfloat16(), []
-    latents = denoise(flux, draw_noise([3, 4], 4, 6, 10), *prompts()[0], steps=3, progress=done.append)
+    latents = denoise(flux, draw_noise([3, 4], 4, 6, 10), prompts()[0], steps=3, progress=done.append)
     assert latents.dtype == torch.float32 and latents.shape == (2, 4, 6, 10)
     assert done == [1, 2, 3]
 
@@ -188,7 +191,7 @@ def test_pictures_are_decoded_in_tiles(monkeypatch):
     autoencoder, _ = test_autoencoder.pair(test_autoencoder.SIZES["like FLUX"])
     seen, decoder = [], autoencoder.decoder.forward
     monkeypatch.setattr(autoencoder.decoder, "forward", lambda z: seen.append(z.shape[-2:]) or decoder(z))
-    prompt = tuple(part[:1] for part in prompts()[0])
+    prompt = {name: part[:1] for name, part in prompts()[0].items()}
     for tile in (None, 6):
         (picture,) = generate(flux, autoencoder, prompt, [3], (HEIGHT, WIDTH), tile, steps=1)
         assert picture.size == (WIDTH, HEIGHT)

@@ -163,9 +163,8 @@ def test_conditioner(folder):
     clip = randomize(
         CLIPText(CLIPSizes(vocab_size=49408, max_length=77, hidden_size=8, num_heads=1, mlp_size=8, depth=1))
     )
-    txt, pooled = Conditioner(t5, clip, load_tokenizers(folder, t5_length=20)).encode(
-        ["a photo of a woman", ""]
-    )
+    conditioner = Conditioner(t5, clip, load_tokenizers(folder, t5_length=20))
+    txt, pooled = conditioner.encode(["a photo of a woman", ""]).values()
     assert txt.shape == (2, 20, 16) and pooled.shape == (2, 8)
     tokens = torch.tensor([[3, 9, 1202, 13, 3, 9, 2335, 1] + [0] * 12])
     assert torch.allclose(txt[:1], t5(tokens), atol=1e-6)

@@ -31,8 +31,7 @@ from torch import nn
 import metalora
 import train_meta
 from flux.checkpoint import read_tensors
-from flux.model import Flux, FluxSizes
-from flux.sampling import pack, position_ids
+from flux.model import Flux, FluxSizes, pack, position_ids
 from flux.streaming import Stream
 from people import dataset
 from people.buckets import deal_batches

@@ -33,17 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 from flux import Conditioner, layers, load_tokenizers
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.clip import CLIPSizes, CLIPText
-from flux.model import Flux, FluxSizes
-from flux.sampling import (
-    add_noise,
-    denoise,
-    draw_noise,
-    pack,
-    position_ids,
-    to_pixels,
-    unpack,
-    velocity_target,
-)
+from flux.model import Flux, FluxSizes, pack, position_ids, unpack
+from flux.sampling import add_noise, denoise, draw_noise, to_pixels, velocity_target
 from flux.t5 import T5, T5Sizes
 from flux.texts import read_text
 from people.crops import ASPECT_RATIOS, fit_shape, to_tensor
@@ -544,8 +535,10 @@ def sample_sheet(
     rows = []
     for prompt in PROMPTS:
         with torch.no_grad():
-            txt, pooled = (x.expand(seeds, *x.shape[1:]) for x in conditioner.encode([prompt]))
-            latents = denoise(parts["flux"], noise, txt, pooled, steps=12, guidance=guidance)
+            encoded = {
+                name: x.expand(seeds, *x.shape[1:]) for name, x in conditioner.encode([prompt]).items()
+            }
+            latents = denoise(parts["flux"], noise, encoded, steps=12, guidance=guidance)
             rows.append(rearrange(to_pixels(ae.decode(latents)), "n h w c -> h (n w) c"))
     sheet = Image.fromarray(torch.cat(rows).numpy())
     return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.BICUBIC)
