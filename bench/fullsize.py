@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 from flux import Flux, load_flux
 from flux.memory import arrange, blocks_of
 from flux.model import FluxSizes
-from flux.sampling import Prompt, denoise
+from flux.sampling import denoise
+from flux.transformer import Prompt
 from lora.names import part_sizes
 from lora.writing import name_tensors
 from metalora import inject, linear_names

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.model import Flux, FluxSizes
-from flux.sampling import Prompt, euler_step
+from flux.sampling import euler_step
 from flux.streaming import FrozenLinear
+from flux.transformer import Prompt
 from metalora import inject
 from people.dataset import Batch
 from personalize import updates

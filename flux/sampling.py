@@ -16,11 +16,7 @@ from torch import Tensor
 
 from flux.autoencoder import AutoEncoder
 from flux.errors import UserError
-from flux.transformer import Transformer
-
-Prompt = dict[
-    str, Tensor
-]  # what a base model's text encoders return: txt (b, l, d), FLUX.1's also pooled (b, d)
+from flux.transformer import Prompt, Transformer
 
 
 def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+Prompt = dict[str, Tensor]  # what text encoders return: txt (b, l, d); FLUX.1's also pooled (b, d)
+
 
 class Transformer(nn.Module):
     """Predict the velocity, noise - latents: FLUX.1's (`flux/model.py`) or FLUX.2's (`flux/flux2.py`).
@@ -19,7 +21,7 @@ class Transformer(nn.Module):
     def velocity(self, latents: Tensor, t: Tensor, guidance: float | None, **prompt: Tensor) -> Tensor:
         """Return the velocity at noisy latents (b, c, h, w) in the weights' dtype, in the same shape.
 
-        t: (b,) in [0, 1], float32. prompt: what the base model's text encoders return, such as txt (b, l, d).
+        t: (b,) in [0, 1], float32. guidance: None or any number for a model without that input.
         """
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import ModelFiles
 from flux.memory import release
-from flux.sampling import Prompt
+from flux.transformer import Prompt
 from people.cache import TensorCache, content_key
 from people.crops import to_tensor
 from people.encoding import encode_picture, encode_prompt, make_batch, send

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from flux import model
 from flux.model import Flux, pack, position_ids, unpack
 from flux.sampling import (
-    Prompt,
     add_noise,
     denoise,
     draw_noise,
@@ -25,6 +24,7 @@ from flux.sampling import (
     to_pixels,
     velocity_target,
 )
+from flux.transformer import Prompt
 
 TOLERANCE = 1e-4
 HEIGHT, WIDTH, STEPS, LENGTH = 24, 40, 5, 7  # 6 x 10 latents, 3 x 5 tokens
