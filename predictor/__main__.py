@@ -37,7 +37,7 @@ from people.photos import READING, read_photo
 from people.preparing import add_people_arguments, prepare_data
 from people.sources import find_people
 from predictor.eyes import Eye, add_eye_arguments, find_eye
-from predictor.model import Predictor, save_predictor
+from predictor.model import Predictor, find_traits, save_predictor
 from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
 from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
@@ -313,7 +313,9 @@ def train(
         )
 
     model = load_model(args, files, chosen, prior, device, dtype)
-    predictor = start_predictor(model, everyone, args.codes, args.hidden, args.seed).to(device)
+    predictor = start_predictor(model, dataset.people, everyone, args.codes, args.hidden, args.seed).to(
+        device
+    )
     learner = PredictorLearner(model, predictor, args.steps, training, ranks)
     stop.resident = {
         "the frozen base": weight_bytes(model) - sum(p.nbytes for p in model.factors.parameters()),
@@ -410,15 +412,25 @@ def load_model(
 
 
 def start_predictor(
-    model: Flux, faces: Iterable[Tensor | None], codes: int, hidden: int, seed: int
+    model: Flux,
+    people: Iterable[Person],
+    faces: Sequence[Tensor | None],
+    codes: int,
+    hidden: int,
+    seed: int,
 ) -> Predictor:
-    """Return a predictor that gives everyone the start of stage 2, a random mid and a zero up."""
+    """Return a predictor that gives everyone the start of stage 2, a random mid and a zero up.
+
+    faces: of all photos of the people.
+    """
+    owners = [pid for pid, person in enumerate(people) for _ in person.photos]
+    owners = torch.tensor([pid for pid, face in zip(owners, faces, strict=True) if face is not None])
     everyone = torch.stack([face for face in faces if face is not None])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         predictor = Predictor(everyone.shape[1], codes, model.factors.personal.shape[1], hidden)
     predictor.mean.copy_(everyone.mean(dim=0))
-    predictor.deviation.copy_(everyone.std(dim=0).clamp(min=1e-6))
+    predictor.traits.copy_(find_traits(everyone, owners))
     predictor.table.data[0] = model.factors.personal.data[0].cpu()
     return predictor
 
