@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -24,7 +23,7 @@ from flux.hashes import fingerprint
 from flux.loading import ModelFiles, native_size
 from flux.memory import checkpoint_blocks, weight_bytes
 from flux.model import Flux
-from flux.sampling import flow_loss, generate
+from flux.sampling import flow_loss
 from metalora import (
     TARGETS,
     Prior,
@@ -38,10 +37,8 @@ from metalora import (
     use_slots,
 )
 from people.buckets import count_batches, deal_batches, deal_buckets
-from people.crops import fit_shape
 from people.dataset import Batch, LatentDataset
-from people.folders import Person
-from people.photos import read_photo
+from people.grids import sample_grid
 from people.preparing import add_people_arguments, prepare_data
 from people.sources import find_people
 from run.arguments import HelpFormatter, Parser
@@ -50,7 +47,7 @@ from run.command import Stop, command_line, explain_out_of_memory, is_out_of_mem
 from run.costs import Plan
 from run.files import alone
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
-from run.pictures import contact_sheet, save_sheet
+from run.pictures import save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.ranks import Ranks, shard
 from run.seeds import generator_for
@@ -288,9 +285,10 @@ def train(
         if ranks.leads or args.shard:
             bucket = buckets[run.bucket]
             pids = ranks.mine(bucket)[: min(2, len(bucket) // ranks.size)]  # as many on every rank
-            shown = [dataset.people[pid] for pid in pids]
+            photos = {person.name: person.photos[0] for person in map(dataset.people.__getitem__, pids)}
+            choose, place = partial(use_slots, model), (resolution, device, dtype)
             with learner.averaged():
-                sheet = sample_grid(model, files.autoencoder, shown, prompts, resolution, device, dtype)
+                sheet = sample_grid(model, choose, photos, files.autoencoder, prompts, *place)
             if ranks.leads:
                 save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
 
@@ -404,28 +402,6 @@ def resident(model: Flux, learner: MetaLearner, ranks: int) -> dict[str, int]:
         "meta_down, gradient, AdamW's state": (4 + bool(learner.average)) * meta_down,
         "mid and up of a bucket, gradient, AdamW's state": 4 * personal,
     }
-
-
-def sample_grid(
-    model: Flux,
-    autoencoder: Path,
-    people: Sequence[Person],
-    prompts: dict[str, tuple[Tensor, Tensor]],
-    resolution: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Image.Image:
-    """Draw people as the model knows them: a photo, then two pictures of each prompt."""
-    decoder, rows = flux.load_autoencoder(autoencoder, device, dtype), []
-    size = fit_shape((resolution, resolution), resolution, decoder.sizes.token_pixels)
-    for slot, person in enumerate(people):
-        use_slots(model, slot)
-        rows.append([read_photo(person.photos[0].path)])
-        for prompt in prompts.values():
-            for seed in (0, 1):
-                rows[-1] += generate(model, decoder, prompt, [seed], size)
-    titles = ["photo", *(f"{text}, seed {seed}" for text in prompts for seed in (0, 1))]
-    return contact_sheet(rows, [person.name for person in people], titles)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

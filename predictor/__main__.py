@@ -33,6 +33,7 @@ from people.dataset import Batch, BucketData, LatentDataset
 from people.encoding import send
 from people.faces import known_face
 from people.folders import Person, Photo
+from people.grids import sample_grid
 from people.photos import READING, read_photo
 from people.preparing import add_people_arguments, prepare_data
 from people.sources import find_people
@@ -44,6 +45,7 @@ from run.command import Stop, command_line, explain_out_of_memory, is_out_of_mem
 from run.costs import Plan
 from run.files import alone
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model
+from run.pictures import save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.ranks import Ranks
 from run.seeds import generator_for
@@ -242,7 +244,18 @@ def list_others(slots: Sequence[int], visible: Sequence[bool]) -> list[list[int]
 # --- The command -------------------------------------------------------------------------------------------
 
 # All other settings must stay as they are when a run goes on.
-MAY_CHANGE = ("data", "out", "save_every", "strict", "device", "vram", "stream", "checkpoint", "base_dtype")
+MAY_CHANGE = (
+    "data",
+    "out",
+    "save_every",
+    "sample_every",
+    "strict",
+    "device",
+    "vram",
+    "stream",
+    "checkpoint",
+    "base_dtype",
+)
 MAY_CHANGE += ("compile", "plan", "world", "deterministic", "eye", "eye_weights", "meta")
 
 
@@ -321,6 +334,22 @@ def train(
         "the frozen base": weight_bytes(model) - sum(p.nbytes for p in model.factors.parameters()),
         "predictor and meta_down, gradient, AdamW's state": 4 * sum(p.nbytes for p in learner.trained),
     }
+    prompts = dataset.load_sample_prompts()
+
+    def write_samples() -> None:
+        """Write pictures of two people of the bucket, predicted from the photos beside them."""
+        if ranks.leads:
+            chosen = [dataset.people[pid] for pid in buckets[run.bucket]]
+            seen = [(person, face) for person in chosen if (face := faces.of([person])[0]) is not None]
+            shown = seen[: min(2, args.batch)]
+            with torch.no_grad():
+                rows = predictor(torch.stack([face for _, face in shown]).to(device))
+            model.factors.personal.data[: len(rows)] = rows
+            photos = {person.name: person.photos[0] for person, _ in shown}
+            choose, place = partial(use_slots, model), (resolution, device, dtype)
+            sheet = sample_grid(model, choose, photos, files.autoencoder, prompts, *place)
+            save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
+
     run = BucketRun(
         args.out,
         learner,
@@ -332,6 +361,8 @@ def train(
         stop=stop,
         device=device,
         save_every=args.save_every,
+        sample_every=args.sample_every,
+        write_samples=write_samples,
     )
     run.resume()
     dataloader = partial(
@@ -483,6 +514,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=Path("out/predictor"), help="folder for everything that is written"
     )
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    group.add_argument("--sample-every", type=int, default=1000, help="steps between sample grids; 0: none")
     group.add_argument("--seed", type=int, default=0, help="of the start, the order, times and noise")
     add_memory_arguments(parser)
     return parser.parse_args(argv)
