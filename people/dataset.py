@@ -11,10 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flux
-from flux.conditioner import tokenizer_folders
 from flux.errors import UserError
 from flux.hashes import fingerprint
-from flux.loading import ModelFiles
+from flux.loading import LOADERS, ModelFiles
 from flux.memory import release
 from flux.transformer import Prompt
 from people.cache import TensorCache, content_key
@@ -76,10 +75,11 @@ class LatentDataset:
         self.t5_length, self.device, self.dtype = t5_length, device, dtype
         sizes = flux.load_autoencoder(files.autoencoder, "meta").sizes  # from the header alone
         self.autoencoder_key = f"{fingerprint(files.autoencoder)} {sizes} {dtype}"
-        sizes = flux.load_clip(files.clip, "meta").sizes, flux.load_t5(files.t5, "meta").sizes
-        folders = tokenizer_folders(files.tokenizers)
+        sizes = tuple(LOADERS[part](file, "meta").sizes for part, file in files.encoders.items())
+        folders = files.base.folders(files.tokenizers)
         vocabularies = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-        self.encoders_key = f"{fingerprint(files.clip, files.t5, *vocabularies)} {sizes} {t5_length} {dtype}"
+        weights = fingerprint(*files.encoders.values(), *vocabularies)
+        self.encoders_key = f"{weights} {sizes} {t5_length} {dtype}"
         self.default_caption = f"a photo of a {class_word}"
         # For the sample grids that training writes.
         self.sample_prompts = [self.default_caption, f"{self.default_caption} smiling at the beach"]

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from helpers import assert_same
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 from test_loading import assert_holds, write_shards
 
 import flux
-from flux import finding, hub, loading
+from flux import bases, hub, loading
+from flux.bases import FLUX1
 from flux.checkpoint import shards
 from flux.finding import HUB_MODELS, find_files
 from flux.loading import ModelFiles
@@ -24,10 +25,28 @@ def find(model: Path | str, **given: Path) -> ModelFiles:
     return find_files(str(model), given)
 
 
+def flux1(transformer: Path, autoencoder: Path, clip: Path, t5: Path, tokenizers: Path) -> ModelFiles:
+    return ModelFiles(FLUX1, transformer, autoencoder, {"clip": clip, "t5": t5}, tokenizers)
+
+
 def ours(folder: Path) -> ModelFiles:
     """Where the parts lie in black-forest-labs' layout."""
     parts = "flux1-random.safetensors", "ae.safetensors", "text_encoder", "text_encoder_2", ""
-    return ModelFiles(*(folder / part for part in parts))
+    return flux1(*(folder / part for part in parts))
+
+
+def change(files: ModelFiles, **parts: Path) -> ModelFiles:
+    encoders = {part: parts.pop(part, path) for part, path in files.encoders.items()}
+    return replace(files, encoders=encoders, **parts)
+
+
+def part_of(files: ModelFiles, part: str) -> Path:
+    return files.encoders.get(part) or getattr(files, part)
+
+
+def assert_encodes_alike(*files: ModelFiles | Path) -> None:
+    one, other = (flux.load_conditioner(x).encode(["a photo of a woman"]) for x in files)
+    assert_same(one, other)
 
 
 @pytest.fixture
@@ -40,7 +59,8 @@ def snapshot(tmp_path, monkeypatch) -> Path:
     """Return where a snapshot of FLUX.1-dev would be in an empty hub cache; there is no network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in (*finding.VARIABLES.values(), "FLUX_DEV", "FLUX_SCHNELL", "FLUX_KREA_DEV"):
+    names = [name.upper().replace("-", "_") for name in HUB_MODELS]
+    for name in (*names, *(x for base in bases.BASES.values() for x in base.variables.values())):
         monkeypatch.delenv(name, raising=False)
     return snapshot_of("flux-dev", tmp_path / "hub")
 
@@ -72,10 +92,10 @@ def test_a_folder(model, snapshot):
 
 def test_a_folder_in_diffusers_layout(copy, snapshot):
     files = find(in_diffusers_layout(copy))
-    assert files == replace(ours(copy), transformer=copy / "transformer", autoencoder=copy / "vae")
+    assert files == change(ours(copy), transformer=copy / "transformer", autoencoder=copy / "vae")
     assert flux.load_flux(files.transformer).sizes.theta == 100  # of its config
     file = files.transformer / "diffusion_pytorch_model.safetensors"
-    assert find(file) == replace(files, transformer=file)
+    assert find(file) == change(files, transformer=file)
     assert find(file).folder == files.folder == copy
 
 
@@ -92,13 +112,10 @@ def test_a_file_and_parts_elsewhere(copy, model, snapshot):
         comfy / f"{name}.safetensors" for name in ("unet", "vae", "text_encoder", "text_encoder_2")
     )
     files = find(unet, autoencoder=vae, clip=clip, t5=t5, tokenizers=copy)
-    assert files == ModelFiles(unet, vae, clip, t5, copy)
+    assert files == flux1(unet, vae, clip, t5, copy)
     assert files.folder == comfy
     shutil.copy(model / "config.json", comfy / "text.json")
-    prompts = ["a photo of a woman"]
-    expected = flux.load_conditioner(model).encode(prompts)
-    for x, y in zip(flux.load_conditioner(files).encode(prompts), expected):
-        assert torch.equal(x, y)
+    assert_encodes_alike(files, model)
 
 
 def test_given_parts_come_before_the_folder_and_the_folder_before_the_environment(
@@ -107,14 +124,14 @@ def test_given_parts_come_before_the_folder_and_the_folder_before_the_environmen
     monkeypatch.setenv("FLUX_AE", str(copy / "ae.safetensors"))
     assert find(model).autoencoder == model / "ae.safetensors"
     given = find(model, autoencoder=copy / "ae.safetensors", t5=copy / "text_encoder_2")
-    assert given == replace(ours(model), autoencoder=copy / "ae.safetensors", t5=copy / "text_encoder_2")
+    assert given == change(ours(model), autoencoder=copy / "ae.safetensors", t5=copy / "text_encoder_2")
 
 
 def test_the_environment_comes_before_the_cache(model, copy, snapshot, monkeypatch):
     shutil.copytree(model, snapshot)
     assert find("flux-dev") == ours(snapshot)
     monkeypatch.setenv("FLUX_CLIP_L", str(copy / "text_encoder"))
-    assert find("flux-dev") == replace(ours(snapshot), clip=copy / "text_encoder")
+    assert find("flux-dev") == change(ours(snapshot), clip=copy / "text_encoder")
     monkeypatch.setenv("FLUX_DEV", str(copy))
     assert find("flux-dev") == ours(copy)
     monkeypatch.setenv("FLUX_DEV", "nowhere")
@@ -133,7 +150,7 @@ def all_in_one(model, tmp_path) -> Path:
     }
     state = {}
     for part, prefix in prefixes.items():
-        for file in shards(getattr(ours(model), part)):
+        for file in shards(part_of(ours(model), part)):
             state |= {prefix + name: tensor for name, tensor in load_file(file).items()}
     file = tmp_path / "one" / "flux1-all.safetensors"
     file.parent.mkdir()
@@ -145,12 +162,13 @@ def all_in_one(model, tmp_path) -> Path:
 
 def test_an_all_in_one_checkpoint(all_in_one, model, snapshot):
     files = find(all_in_one, tokenizers=model)
-    assert files == ModelFiles(*[all_in_one] * 4, model)
-    for part, load in loading.LOADERS.items():
-        assert_holds(load(all_in_one), load(getattr(ours(model), part)).state_dict())
+    assert files == flux1(*[all_in_one] * 4, model)
+    for part in FLUX1.places:
+        load = loading.LOADERS[part]
+        assert_holds(load(all_in_one), load(part_of(ours(model), part)).state_dict())
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(model / name, all_in_one.parent / name)
-    assert find(all_in_one.parent) == ModelFiles(*[all_in_one] * 4, all_in_one.parent)
+    assert find(all_in_one.parent) == flux1(*[all_in_one] * 4, all_in_one.parent)
 
 
 def test_an_all_in_one_checkpoint_of_the_hub(all_in_one, model, snapshot, capsys):
@@ -159,7 +177,7 @@ def test_an_all_in_one_checkpoint_of_the_hub(all_in_one, model, snapshot, capsys
     folder = snapshot_of("somebody/flux", snapshot.parents[2])
     shutil.copytree(all_in_one.parent, folder)
     files = find("somebody/flux")
-    assert files == ModelFiles(*[folder / all_in_one.name] * 4, snapshot)
+    assert files == flux1(*[folder / all_in_one.name] * 4, snapshot)
     assert "cannot ask somebody/flux for tokenizers (" in capsys.readouterr().out
 
 
@@ -194,7 +212,7 @@ def test_a_missing_shard_is_told(copy, snapshot):
     folder, state = copy / "text_encoder_2", load_file(copy / "text_encoder_2" / "model.safetensors")
     (folder / "model.safetensors").unlink()
     write_shards(state, folder)
-    assert find(copy).t5 == folder
+    assert find(copy).encoders["t5"] == folder
     (folder / "model-00002-of-00002.safetensors").unlink()
     message = "text_encoder_2 lacks model-00002-of-00002.safetensors, of 2 files that belong together"
     with pytest.raises(FileNotFoundError, match=message):
@@ -222,7 +240,7 @@ def test_parts_come_from_any_snapshot_and_layout(model, copy, snapshot):
     (older / "transformer").mkdir(parents=True)
     (snapshot / "flux1-random.safetensors").rename(older / "transformer" / "model.safetensors")
     shutil.copy(model / "config.json", older / "transformer")
-    assert find("flux-dev") == replace(ours(snapshot), transformer=older / "transformer")
+    assert find("flux-dev") == change(ours(snapshot), transformer=older / "transformer")
 
 
 @pytest.mark.parametrize("latest", ["0" * 40, "1" * 40])
@@ -242,7 +260,7 @@ def test_what_all_models_share_is_taken_from_any_of_them(model, snapshot):
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(model / name, krea / name)
     files = find("flux-krea-dev")
-    assert files == replace(ours(snapshot), transformer=krea / "flux1-random.safetensors", tokenizers=krea)
+    assert files == change(ours(snapshot), transformer=krea / "flux1-random.safetensors", tokenizers=krea)
 
 
 def test_another_repository(model, snapshot, capsys):
@@ -253,7 +271,7 @@ def test_another_repository(model, snapshot, capsys):
     shutil.copy(model / "config.json", mini)
     shutil.copy(model / "flux1-random.safetensors", mini / "flux-mini.safetensors")
     files = find("somebody/flux-mini")
-    assert files == replace(ours(snapshot), transformer=mini / "flux-mini.safetensors")
+    assert files == change(ours(snapshot), transformer=mini / "flux-mini.safetensors")
     assert "cannot ask somebody/flux-mini for autoencoder" in capsys.readouterr().out
 
 
@@ -261,17 +279,13 @@ def test_free_tokenizers_serve_who_has_single_files(copy, model, snapshot):
     """ComfyUI's four files, and from the hub only what is free: CLIP's and T5's own repositories."""
     for name in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(copy / name)
-    folders = [snapshot_of(repo, snapshot.parents[2]) for repo in finding.FREE_TOKENIZERS]
+    folders = [snapshot_of(repo, snapshot.parents[2]) for repo in FLUX1.free_tokenizers]
     for folder, name in zip(folders, ("tokenizer", "tokenizer_2")):
         shutil.copytree(model / name, folder)
     (folders[1] / "tokenizer.json").unlink(missing_ok=True)  # T5's has spiece.model
     files = find(copy)
-    assert files == replace(ours(copy), tokenizers=tuple(folders))
-    prompts = ["a photo of a woman"]
-    for x, y in zip(
-        flux.load_conditioner(files).encode(prompts), flux.load_conditioner(model).encode(prompts)
-    ):
-        assert torch.equal(x, y)
+    assert files == change(ours(copy), tokenizers=tuple(folders))
+    assert_encodes_alike(files, model)
     (folders[0] / "merges.txt").unlink()
     with pytest.raises(FileNotFoundError, match="Wanted: tokenizers"):
         find(copy)

@@ -704,7 +704,8 @@ def test_strays_in_a_folder_of_weights_are_not_weights(model, tmp_path):
         path.with_name(f".{path.stem}.99{path.suffix}").write_bytes(b"half")
     files = find_files(str(tmp_path / "model"), {})
     flux.load_conditioner(files)
-    assert not any(path.name.startswith(".") for path in vars(files).values())
+    paths = files.transformer, files.autoencoder, files.tokenizers, *files.encoders.values()
+    assert not any(path.name.startswith(".") for path in paths)
     shards = tmp_path / "model" / "transformer"
     shards.mkdir()
     files.transformer.rename(shards / "a.safetensors")
