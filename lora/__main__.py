@@ -13,8 +13,8 @@ from lora.bases import BASES
 from lora.finding import find_lora
 from lora.fitting import clean
 from lora.merging import merge_file, pair_strengths
-from lora.names import FORMATS, find_name
-from lora.others import base_of
+from lora.names import FORMATS
+from lora.others import base_of, find_base
 from lora.reading import read_lora
 from lora.writing import name_tensors, without_stale, write_tensors
 from run.arguments import HelpFormatter, Parser
@@ -98,8 +98,8 @@ def show_lora(
     """Print method, format, rank and base of a LoRA; return name, rank and norm of each projection."""
     lora, _ = read_lora(path)
     method = clean(metadata.get("method", "LoRA"))
-    bases = [base.name for kind, base in BASES.items() if all(find_name(part, kind) for part in lora)]
-    base = clean(base_of(metadata) or " or ".join(bases))
+    kind, _ = find_base({part: (len(b), a.shape[1]) for part, (a, b) in lora.items()}, {})
+    base = clean(base_of(metadata) or (BASES[kind].name if kind else "unknown"))
     size = sum(a.numel() + b.numel() for a, b in lora.values())
     ranks = sorted({len(a) for a, _ in lora.values()})
     form = format_of(tensors)
