@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from flux.checkpoint import read_tensors
 from flux.errors import UserError, listed
 from flux.streaming import bring, multiply, multiply_back
+from flux.transformer import Transformer
 from lora.fitting import clean, refuse
 from lora.merging import add_up, merge_loras
 from lora.names import PARTS, Lora, part_sizes
@@ -201,7 +202,7 @@ TARGETS = {  # which of the blocks' linear layers are adapted, by name
 }
 
 
-def linear_names(model: nn.Module, targets: str = "all") -> Iterator[tuple[str, list[str]]]:
+def linear_names(model: Transformer, targets: str = "all") -> Iterator[tuple[str, list[str]]]:
     """Yield each adapted linear layer's name and the diffusers names of its parts."""
     for kind in ("double_blocks", "single_blocks"):
         for i in range(len(getattr(model, kind))):
@@ -211,7 +212,7 @@ def linear_names(model: nn.Module, targets: str = "all") -> Iterator[tuple[str, 
 
 
 def inject(
-    model: nn.Module,
+    model: Transformer,
     r1: int | None,
     r2: int,
     slots: int,
@@ -219,7 +220,7 @@ def inject(
     generator: torch.Generator | None = None,
     reset: bool = True,
     dtype: torch.dtype = torch.float32,
-) -> nn.Module:
+) -> Transformer:
     """Put a `MetaLoRALinear` around each targeted linear layer of a transformer, in place; return the model.
 
     Nothing outside the blocks is adapted, and the base is frozen. `model.factors` holds all factors, in
@@ -240,11 +241,11 @@ def inject(
     return model
 
 
-def _multiply_factors(model: nn.Module, args: tuple) -> None:
+def _multiply_factors(model: Transformer, args: tuple) -> None:
     model.factors.multiply(model.img_in.weight.dtype)
 
 
-def eject(model: nn.Module) -> nn.Module:
+def eject(model: Transformer) -> Transformer:
     """Undo `inject`, in place: put the linear layers back and drop the factors."""
     if adapters(model):
         for name, layer in adapters(model).items():
@@ -254,12 +255,12 @@ def eject(model: nn.Module) -> nn.Module:
     return model
 
 
-def adapters(model: nn.Module) -> dict[str, MetaLoRALinear]:
+def adapters(model: Transformer) -> dict[str, MetaLoRALinear]:
     """Return the adapted layers by name; none if there are none."""
     return model.factors.layers if hasattr(model, "factors") else {}
 
 
-def use_slots(model: nn.Module, slots: Tensor | int) -> None:
+def use_slots(model: Transformer, slots: Tensor | int) -> None:
     """Say which identity each sample of the next batch is: (b,) on the model's device, or a number for all.
 
     There must be no forward pass of other identities before this one's backward has returned: recomputed
@@ -333,7 +334,7 @@ VERSION = 1  # of the entries that we write into a LoRA file's header
 
 
 @torch.no_grad()
-def collapse(model: nn.Module, slot: int = 0) -> Lora:
+def collapse(model: Transformer, slot: int = 0) -> Lora:
     """Multiply one identity out to an ordinary LoRA (paper, section 3, end of stage 2).
 
     Returns lora_A (r2, d_in) and lora_B (d_out, r2) of each projection, by its diffusers name.
@@ -348,7 +349,9 @@ def collapse(model: nn.Module, slot: int = 0) -> Lora:
     return lora
 
 
-def export_lora(model: nn.Module, path: Path, metadata: dict, slot: int = 0, form: str = "diffusers") -> None:
+def export_lora(
+    model: Transformer, path: Path, metadata: dict, slot: int = 0, form: str = "diffusers"
+) -> None:
     """Write one identity as an ordinary rank-r2 LoRA in float16, with the names of diffusers or another form.
 
     The header holds `metadata`, r1, r2 and the entries that other programs show. Raises UserError when a
@@ -365,7 +368,7 @@ def export_lora(model: nn.Module, path: Path, metadata: dict, slot: int = 0, for
 # --- LoRA files in the model -------------------------------------------------------------------------------
 
 
-def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> dict[str, str]:
+def load_lora(model: Transformer, path: Path, strength: float = 1.0) -> dict[str, str]:
     """Merge a LoRA file of any origin into the weights and return its metadata.
 
     Raises UserError as `read_lora` does; the model is then as before.
@@ -375,7 +378,7 @@ def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> dict[str, 
     return metadata
 
 
-def inject_loras(model: nn.Module, slots: Sequence[Sequence[tuple[Lora, float]]]) -> nn.Module:
+def inject_loras(model: Transformer, slots: Sequence[Sequence[tuple[Lora, float]]]) -> Transformer:
     """Put LoRAs, each with its strength, into the model unmerged; those of one slot add up.
 
     They may differ in rank and in what they adapt. `eject` undoes it. Raises UserError for layers outside the
@@ -402,7 +405,7 @@ def inject_loras(model: nn.Module, slots: Sequence[Sequence[tuple[Lora, float]]]
 
 
 def split_loras(
-    model: nn.Module, loras: Sequence[tuple[Lora, float]]
+    model: Transformer, loras: Sequence[tuple[Lora, float]]
 ) -> tuple[list[tuple[Lora, float]], list[tuple[Lora, float]]]:
     """Return what LoRAs adapt within the blocks, and what outside of them; empty LoRAs are left out."""
     known = {part for _, parts in linear_names(model) for part in parts}
@@ -437,7 +440,7 @@ class Prior:
         return self.metadata["targets"]
 
 
-def save_meta(model: nn.Module, path: Path, metadata: dict) -> None:
+def save_meta(model: Transformer, path: Path, metadata: dict) -> None:
     """Write all meta_down, the product of stage 1, in float16.
 
     The metadata must hold r1 and targets, which `inject` needs before the file can be used.
@@ -466,7 +469,7 @@ def load_meta(path: Path) -> Prior:
     return Prior(path, tensors, metadata)
 
 
-def assign_meta(model: nn.Module, prior: Prior, freeze: bool = True) -> None:
+def assign_meta(model: Transformer, prior: Prior, freeze: bool = True) -> None:
     """Copy a stage-1 file's tensors into the injected layers; UserError lists what does not fit.
 
     freeze: meta_down is not trained, and kept in the file's half precision.

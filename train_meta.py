@@ -46,7 +46,7 @@ from run.bucket_run import BucketRun, Stopped
 from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
 from run.costs import Plan
 from run.files import alone
-from run.models import add_model_arguments, choose_device, files_to_plan, find_model
+from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
 from run.pictures import save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.ranks import Ranks, shard
@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.together(device):
         with ranks.lead_first():  # it may have to be downloaded
             files = find_model(args)
+        take_defaults(args, files)
         with alone(args.out) if ranks.leads else nullcontext(), Stop() as stop:
             ranks.wait()  # until the folder is ours
             try:
@@ -278,7 +279,7 @@ def train(
     model = load_model(args, files, chosen, prior, max(map(len, buckets)), device, dtype, ranks)
     learner = MetaLearner(model, training, args.seed, args.ema, ranks)
     stop.resident = resident(model, learner, ranks.size if args.shard else 1)
-    prompts = dataset.load_sample_prompts()
+    prompts, sampler = dataset.load_sample_prompts()
 
     def write_samples() -> None:
         """Write pictures of two people of the bucket. With --shard all ranks hold a part of the weights."""
@@ -286,9 +287,9 @@ def train(
             bucket = buckets[run.bucket]
             pids = ranks.mine(bucket)[: min(2, len(bucket) // ranks.size)]  # as many on every rank
             photos = {person.name: person.photos[0] for person in map(dataset.people.__getitem__, pids)}
-            choose, place = partial(use_slots, model), (resolution, device, dtype)
+            choose, how = partial(use_slots, model), (prompts, sampler, resolution, device, dtype)
             with learner.averaged():
-                sheet = sample_grid(model, choose, photos, files.autoencoder, prompts, *place)
+                sheet = sample_grid(model, choose, photos, files.autoencoder, *how)
             if ranks.leads:
                 save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
 
@@ -369,7 +370,7 @@ def load_model(
 ) -> Flux:
     """Load the transformer as planned, with adapters for so many identities (the paper's initialize)."""
     whole = chosen.resident and not args.shard
-    model = flux.load_flux(files.transformer, device if whole else "cpu", dtype)
+    model = flux.load_transformer(files.transformer, device if whole else "cpu", dtype)
     if args.shard:
         shard(model, ranks, device)
     inject(model, args.r1, args.r2, slots, args.targets, generator_for("meta_down", args.seed))
@@ -385,7 +386,7 @@ def plan(
     if args.shard:
         blocks = "all" if args.checkpoint == "auto" else args.checkpoint
         chosen = Plan(int(blocks) if blocks.isdecimal() else blocks)
-        model = flux.load_flux(parts["transformer"], "meta")
+        model = flux.load_transformer(parts["transformer"], "meta")
         checkpoint_blocks(model, chosen.checkpoint)  # raises if there are fewer
         return chosen
     identities = -(-args.bucket_ids // ranks)

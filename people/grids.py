@@ -21,6 +21,7 @@ def sample_grid(
     photos: dict[str, Photo],
     autoencoder: Path,
     prompts: dict[str, Prompt],
+    sampler: dict,
     resolution: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -28,6 +29,7 @@ def sample_grid(
     """Make a row for each person: a photo, then two pictures of each prompt.
 
     photos: by the person's name. choose: called with 0, 1, ... before the pictures of the first, the second.
+    sampler: settings of `flux.sampling.denoise`.
     """
     decoder, rows = flux.load_autoencoder(autoencoder, device, dtype), []
     size = fit_shape((resolution, resolution), resolution, decoder.sizes.token_pixels)
@@ -36,6 +38,6 @@ def sample_grid(
         rows.append([read_photo(photo.path)])
         for prompt in prompts.values():
             for seed in (0, 1):
-                rows[-1] += generate(model, decoder, prompt, [seed], size)
+                rows[-1] += generate(model, decoder, prompt, [seed], size, **sampler)
     titles = ["photo", *(f"{text}, seed {seed}" for text in prompts for seed in (0, 1))]
     return contact_sheet(rows, [*photos], titles)

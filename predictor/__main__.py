@@ -44,7 +44,7 @@ from run.bucket_run import BucketRun, Stopped
 from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
 from run.costs import Plan
 from run.files import alone
-from run.models import add_model_arguments, choose_device, files_to_plan, find_model
+from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
 from run.pictures import save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.ranks import Ranks
@@ -271,6 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.together(device):
         with ranks.lead_first():  # it may have to be downloaded
             files = find_model(args)
+        take_defaults(args, files)
         with alone(args.out) if ranks.leads else nullcontext(), Stop() as stop:
             ranks.wait()  # until the folder is ours
             try:
@@ -334,7 +335,7 @@ def train(
         "the frozen base": weight_bytes(model) - sum(p.nbytes for p in model.factors.parameters()),
         "predictor and meta_down, gradient, AdamW's state": 4 * sum(p.nbytes for p in learner.trained),
     }
-    prompts = dataset.load_sample_prompts()
+    prompts, sampler = dataset.load_sample_prompts()
 
     def write_samples() -> None:
         """Write pictures of two people of the bucket, predicted from the photos beside them."""
@@ -346,8 +347,8 @@ def train(
                 rows = predictor(torch.stack([face for _, face in shown]).to(device))
             model.factors.personal.data[: len(rows)] = rows
             photos = {person.name: person.photos[0] for person, _ in shown}
-            choose, place = partial(use_slots, model), (resolution, device, dtype)
-            sheet = sample_grid(model, choose, photos, files.autoencoder, prompts, *place)
+            choose, how = partial(use_slots, model), (prompts, sampler, resolution, device, dtype)
+            sheet = sample_grid(model, choose, photos, files.autoencoder, *how)
             save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
 
     run = BucketRun(
@@ -389,7 +390,7 @@ def load_prior(args: argparse.Namespace, transformer: Path) -> Prior:
     for name, own in {"r1": prior.r1, "targets": prior.targets}.items():
         if given[name] not in (None, own):
             raise UserError(f"{args.meta} has {name} {own}, not {given[name]}: leave --{name} away")
-    model = inject(flux.load_flux(transformer, "meta"), prior.r1, 1, 1, prior.targets, reset=False)
+    model = inject(flux.load_transformer(transformer, "meta"), prior.r1, 1, 1, prior.targets, reset=False)
     assign_meta(model, prior)
     if prior.metadata.get("base_fingerprint") not in (None, fingerprint(transformer)):
         print(f"{args.meta} was trained with another base model than {transformer}")
@@ -434,7 +435,7 @@ def load_model(
     dtype: torch.dtype,
 ) -> Flux:
     """Load the transformer as planned, with a slot for each photo of a batch."""
-    model = flux.load_flux(files.transformer, device if chosen.resident else "cpu", dtype)
+    model = flux.load_transformer(files.transformer, device if chosen.resident else "cpu", dtype)
     r1, targets = shape_of(args, prior)
     inject(model, r1, args.r2, args.batch, targets, generator_for("meta_down", args.seed))
     if prior:
