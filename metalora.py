@@ -352,7 +352,7 @@ def collapse(model: Transformer, slot: int = 0) -> Lora:
 def export_lora(
     model: Transformer, path: Path, metadata: dict, slot: int = 0, form: str = "diffusers"
 ) -> None:
-    """Write one identity as an ordinary rank-r2 LoRA in float16, with the names of diffusers or another form.
+    """Write one identity as an ordinary rank-r2 LoRA in float16, named as one of `lora.names.FORMATS`.
 
     The header holds `metadata`, r1, r2 and the entries that other programs show. Raises UserError when a
     number is not finite: such a file would give black pictures.

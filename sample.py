@@ -201,6 +201,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="keep LoRAs apart from the weights, as is done anyway when these are streamed or in 8 bits",
     )
     args = parser.parse_args(argv)
+    if args.negative and args.cfg is not None and args.cfg <= 1:  # else the model's own is looked at later
+        parser.error(f"--negative does nothing at --cfg {args.cfg:g}: give --cfg above 1, such as 2")
     try:
         args.lora = pair_strengths(args.lora, args.strength) if args.lora else []
     except UserError as error:
