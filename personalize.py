@@ -25,6 +25,7 @@ from flux.hashes import fingerprint, sha256
 from flux.loading import folder_around, native_size
 from flux.memory import peak_memory, release
 from flux.sampling import flow_loss, generate, spread_times
+from flux.transformer import Transformer
 from lora.names import FORMATS
 from metalora import (
     TARGETS,
@@ -77,7 +78,7 @@ class Personalization:
 
 
 def personalize(
-    model: flux.Flux,
+    model: Transformer,
     prior: Prior | None,
     crops: Sequence["EncodedCrop"],
     prompt: dict[str, Tensor],
@@ -111,7 +112,7 @@ def personalize(
 
 
 def updates(
-    model: flux.Flux, personal: Tensor, batches: Iterable[dict[str, Tensor]], training: Training
+    model: Transformer, personal: Tensor, batches: Iterable[dict[str, Tensor]], training: Training
 ) -> Iterator[Tensor]:
     """Update mid and up with each batch, the loop of Algorithm 2; yield the losses, unread."""
     optimizer = torch.optim.AdamW([personal], training.lr, weight_decay=training.weight_decay, fused=True)
@@ -125,7 +126,7 @@ def updates(
 
 
 def add_adapters(
-    model: flux.Flux, prior: Prior | None, rank: int, targets: str, seeds: Sequence[int]
+    model: Transformer, prior: Prior | None, rank: int, targets: str, seeds: Sequence[int]
 ) -> Tensor:
     """Add an adapter for each of the seeds, one per person; return mid and up, a row for each.
 

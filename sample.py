@@ -18,6 +18,7 @@ from flux.errors import UserError
 from flux.loading import ModelFiles, native_size
 from flux.memory import release
 from flux.sampling import generate
+from flux.transformer import Transformer
 from lora.finding import find_lora
 from lora.fitting import linear_shapes, misfits, refuse
 from lora.merging import merge_loras, pair_strengths
@@ -106,7 +107,7 @@ def load_model(
     no_merge: bool,
     device: torch.device,
     dtype: torch.dtype,
-) -> flux.Flux:
+) -> Transformer:
     """Load the transformer as planned, with LoRAs merged into its weights, or beside them.
 
     Merged weights could not stay mapped to their file, and a LoRA may drown in the rounding to 8 bits.

@@ -23,6 +23,7 @@ from flux.hashes import fingerprint, sha256
 from flux.loading import native_size
 from flux.memory import release
 from flux.sampling import generate
+from flux.transformer import Transformer
 from lora.reading import read_lora
 from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slots
 from metaphd.side_by_side import personalize_together
@@ -194,7 +195,7 @@ class Benchmark:
     def targets(self, run: Run) -> str:
         return self.trained.prior.targets if run.predicted else self.args.targets
 
-    def add_adapters(self, model: flux.Flux, run: Run, seeds: Sequence[int]) -> torch.Tensor:
+    def add_adapters(self, model: Transformer, run: Run, seeds: Sequence[int]) -> torch.Tensor:
         """Add an adapter for each person's seed; return mid and up, a row for each, as stage 2 begins."""
         return personalize.add_adapters(model, self.prior_of(run), run.rank, self.targets(run), seeds)
 
