@@ -20,6 +20,10 @@ from run.speeds import Speeds, speeds_of
 
 FLUX_DEV = FluxSizes(64, 64, 768, 4096, 3072, 12288, 24, 19, 38, True, (16, 56, 56), 10_000)
 KLEIN_4B = Flux2Sizes(128, 128, 7680, 3072, 9216, 24, 5, 20, False, (32,) * 4, 2000)
+KLEIN_9B = Flux2Sizes(128, 128, 12288, 4096, 12288, 32, 8, 24, False, (32,) * 4, 2000)
+# By the names of `--model`, for plans without files; all others are taken for FLUX.1-dev.
+KNOWN = {"klein-4b": KLEIN_4B, "klein-4b-distilled": KLEIN_4B}
+KNOWN |= {"klein-9b": KLEIN_9B, "klein-9b-distilled": KLEIN_9B}
 GIB = 2**30
 PAPERS_CARD = speeds_of("A6000")
 VISIBLE = 0.2  # fraction of the copying that computing does not hide; a cautious guess
