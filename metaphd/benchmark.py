@@ -25,7 +25,7 @@ from flux.memory import release
 from flux.sampling import generate
 from lora.reading import read_lora
 from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slots
-from metaphd.side_by_side import personalize_together
+from family.side_by_side import personalize_together
 from people.cache import TensorCache
 from people.crops import crop_boxes
 from people.encoding import encode_prompt
