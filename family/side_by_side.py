@@ -64,7 +64,8 @@ def personalize_together(
                 for slot in [slot for slot in slots if not math.isfinite(losses.get(slot, 0))]:
                     slots.remove(slot)
                     bar.total -= max(steps) - done[slot]
-            mean = sum(losses.get(slot, 0) for slot in slots) / max(len(slots), 1)
+            known = [losses[slot] for slot in slots if slot in losses]
+            mean = sum(known) / max(len(known), 1)
             bar.set_postfix(loss=f"{mean:.3f}", memory=f"{peak_memory(device):.1f} GiB", refresh=False)
         yield step, [*slots]
         if not slots:

@@ -7,8 +7,8 @@ import torch
 from compare import factors
 
 import flux
-from metalora import clip_slots, eject
 from family.side_by_side import personalize_together
+from metalora import clip_slots, eject
 from personalize import EncodedCrop, Personalization, add_adapters, draw_batches, personalize
 from run.settings import Training
 

@@ -13,12 +13,12 @@ from helpers import log_of
 from test_personalize import some_crops, some_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import flux
 import family.side_by_side
+import flux
 import personalize
 import train_meta
-from metalora import eject, inject
 from family.side_by_side import personalize_together
+from metalora import eject, inject
 from people.dataset import Batch, BucketData, LatentDataset
 from personalize import Personalization, add_adapters, draw_batches
 from run import bucket_run, late
