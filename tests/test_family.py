@@ -95,17 +95,6 @@ def test_everybody_is_as_alone(run, photos, three_people, world, exact, tmp_path
     assert rank == {4} and difference(*(exact[out / f"man_00{n}_000.safetensors"] for n in (1, 2))) > 1e-2
 
 
-def test_predictions_are_as_alone(photos, tmp_path, exact):
-    """Of the toy model's predictor, without training: byte by byte."""
-    options = ["--model", "tiny", "--start", "predicted"]
-    family.main([*map(str, photos), *options, "--out", str(tmp_path)])
-    for photo in photos:
-        ours, alone = tmp_path / f"{photo.parent.name}_000.safetensors", tmp_path / "alone.safetensors"
-        caption = photo.with_suffix(".txt").read_text().strip()
-        personalize.main([str(photo), *options, "--caption", caption, "--out", str(alone), "--force"])
-        assert ours.read_bytes() == alone.read_bytes()
-
-
 def test_a_folder_of_people(run, three_people, photos, tmp_path):
     folder = tmp_path / "people"
     shutil.copytree(three_people / "man_001", folder / "anna")
