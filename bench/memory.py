@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
+from family import side_by_side
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.model import FluxSizes
 from flux.sampling import euler_step
@@ -41,6 +42,7 @@ from train_meta import MetaLearner, update
 
 STAGE1 = Workload("stage1", batch=4, identities=50)
 STAGE2 = Workload("stage2")
+FAMILY = replace(STAGE2, batch=8, identities=8)  # as many people side by side
 SAMPLE = Workload("sample", identities=0)
 CODES = 128  # of the predictor, whose table takes what as many identities take
 PREDICTOR = Workload("stage1", batch=4, identities=4 + 1 + CODES, codes=CODES)
@@ -58,6 +60,8 @@ ROWS = [
     (STAGE2, Plan("all", 57), 7.0),
     (STAGE2, Plan("attention", 57), 7.0),
     (STAGE2, Plan("all", 57, fp8=True), None),
+    (FAMILY, Plan("all"), None),
+    (replace(FAMILY, r2=4), Plan("all", 57), None),
     (SAMPLE, Plan(), None),
     (SAMPLE, Plan("none", 57), 5.0),
     (replace(STAGE1, sizes=KLEIN_4B), Plan("all"), 20.0),
@@ -207,6 +211,11 @@ def train(model: Transformer, work: Workload, tracker: Tracker) -> None:
     elif work.kind == "stage1":
         learner, slots = MetaLearner(model, Training()), torch.zeros(work.batch, dtype=torch.long)
         steps = (update(model, learner, Batch(batch, slots, []), False, Training()) for _ in range(2))
+    elif work.identities > 1:
+        optimizer, people = side_by_side.SlotAdamW(model.factors.personal, 1e-3), range(work.identities)
+        size = work.batch // work.identities
+        batches = [dict(zip(batch, parts)) for parts in zip(*(part.split(size) for part in batch.values()))]
+        steps = (side_by_side.update(model, optimizer, people, batches, Training()) for _ in range(2))
     else:
         steps = updates(model, model.factors.personal, [batch, batch], Training())
     for _ in steps:

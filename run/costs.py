@@ -241,11 +241,11 @@ def product_bytes(work: Workload, kind: str) -> int:
     """Return the bytes of a block's `down` and `up` of each identity in the batch."""
     layers = linear_sizes(work.sizes, kind)
     numbers = sum(parts * (d_in + d_out) for d_in, d_out, parts in layers)
-    samples = {"stage1": work.batch, "stage2": 1, "sample": work.batch if work.identities > 1 else 1}
+    samples = work.batch if work.kind == "stage1" or work.identities > 1 else 1
     if work.kind == "sample" and work.identities <= 1:
         # The factors of one identity serve as they are, except `up` of fused layers.
         numbers = work.identities * sum(parts * d_out for _, d_out, parts in layers if parts > 1)
-    return work.width * samples[work.kind] * work.r2 * numbers
+    return work.width * samples * work.r2 * numbers
 
 
 def estimate(work: Workload, plan: Plan, speeds: Speeds = PAPERS_CARD) -> Cost:
@@ -259,8 +259,10 @@ def estimate(work: Workload, plan: Plan, speeds: Speeds = PAPERS_CARD) -> Cost:
 
     training = work.kind != "sample"
     resident += 0 if training else parameters(AutoEncoder, base_of(sizes).autoencoder) * work.width
-    # How often meta_down, and mid and up, are there: themselves and AdamW's two moments, if they are trained.
-    copies = {"stage1": (3 + work.average, 3), "stage2": (1, 3), "sample": (0, 1)}[work.kind]
+    # How often meta_down, and mid and up, are there: themselves and AdamW's two moments, if they are trained;
+    # of people side by side the rows that are in the batch, all of them, as well.
+    several = work.identities > 1
+    copies = {"stage1": (3 + work.average, 3), "stage2": (1, 3 + several), "sample": (0, 1)}[work.kind]
     adapters = sum(n * size for kind in blocks for n, size in zip(copies, adapter_bytes(work, kind)))
     if not training:
         adapters += sum(product_bytes(work, kind) for kind in blocks)

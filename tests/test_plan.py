@@ -79,6 +79,7 @@ CASES = [
     (replace(STAGE2, resolution=512), Plan(2, fp8=True), Plan("none", fp8=True)),
     (SAMPLE, Plan("none", 5), Plan("none", 4)),
     (replace(STAGE2, fused_norm=False), Plan("none"), Plan(1)),
+    (replace(STAGE2, batch=4, identities=4, r2=8), Plan("all", 5), Plan("attention", 5)),
 ]
 
 

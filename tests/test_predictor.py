@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.func import functional_call
 
+import family.__main__ as family
 import flux
 import personalize
 import predictor.__main__ as command
@@ -425,6 +426,29 @@ def test_what_does_not_fit_is_said(run, photo, model):
         run(photo, "--rank", 2)
     with pytest.raises(FileNotFoundError, match="python -m predictor"):
         personalize.main([str(photo), "--model", str(model), "--start", "predicted"])
+
+
+@pytest.mark.parametrize("words", [[], ["--steps", 2, "--lr", 1e-3, "--no-augment", "--samples", 0]])
+def test_a_family_is_as_alone(people, model, trained, eye, tmp_path, words):
+    """Without steps byte by byte; trained from there but for the rounding of the file."""
+    photos = [next(people.glob(f"*_00{k}")) / "000.png" for k in range(2)]
+    options = ["--model", model, "--start", "predicted", "--predictor", trained, "--eye-weights", eye]
+    options += ["--caption", "a photo", *words]
+    family.main([str(word) for word in [*photos, *options, "--out", tmp_path, "--at-once", 2]])
+    files = []
+    for photo in photos:
+        files.append(tmp_path / f"{photo.parent.name}_000.safetensors")
+        alone = tmp_path / "alone.safetensors"
+        personalize.main([str(word) for word in [photo, *options, "--out", alone, "--force"]])
+        if words:
+            (ours, about), (theirs, expected) = read_tensors(files[-1]), read_tensors(alone)
+            assert about == expected
+            for name, tensor in theirs.items():
+                torch.testing.assert_close(ours[name], tensor, atol=1e-4, rtol=2e-3)
+        else:
+            assert files[-1].read_bytes() == alone.read_bytes()
+    first, second = (read_tensors(file)[0] for file in files)
+    assert any((first[name] - second[name]).abs().max() > 1e-2 for name in first)
 
 
 # --- The benchmark -----------------------------------------------------------------------------------------

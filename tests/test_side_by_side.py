@@ -7,8 +7,8 @@ import torch
 from compare import factors
 
 import flux
+from family.side_by_side import personalize_together
 from metalora import clip_slots, eject
-from metaphd.side_by_side import personalize_together
 from personalize import EncodedCrop, Personalization, add_adapters, draw_batches, personalize
 from run.settings import Training
 
@@ -72,7 +72,7 @@ def test_side_by_side_is_as_alone(transformer, monkeypatch):
         clip_slots(params, most)
         clipped.append(params.grad.norm() < 0.9 * before)
 
-    monkeypatch.setattr("metaphd.side_by_side.clip_slots", watched)
+    monkeypatch.setattr("family.side_by_side.clip_slots", watched)
     ours, learning = together(transformer, [3, 4, 5])
     assert learning == [[0, 1, 2]] * SETTINGS.steps and any(clipped)
     for slot, seed in enumerate((3, 4, 5)):
