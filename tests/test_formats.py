@@ -24,8 +24,10 @@ import flux
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.checkpoint import Checkpoint, fit
 from flux.clip import CLIPSizes, CLIPText
-from flux.formats import Header, kinds_inside
+from flux.flux2 import Flux2
+from flux.formats import Header, is_config_of, kinds_inside
 from flux.model import Flux, FluxSizes
+from flux.qwen3 import Qwen3
 from flux.t5 import T5, T5Sizes
 
 SIZES = {Flux: FluxSizes, AutoEncoder: AutoEncoderSizes, CLIPText: CLIPSizes, T5: T5Sizes}
@@ -124,6 +126,13 @@ def test_published_headers_are_whole(kind, header, unused):
 
 def test_a_checkpoint_tells_its_parts():
     assert kinds_inside(list(all_in_one())) == {*SIZES}
+    for size in ("4b", "8b"):
+        names = [
+            "model.diffusion_model.double_stream_modulation_img.lin.weight",
+            "vae.encoder.conv_in.weight",
+        ]
+        names += [f"text_encoders.qwen3_{size}.transformer.model.embed_tokens.weight"]
+        assert kinds_inside(names) == {Flux2, AutoEncoder, Qwen3}
     assert kinds_inside(list(published("flux1-dev"))) == set()
 
 
@@ -201,6 +210,11 @@ def test_uneven_q_k_and_v_are_refused():
     without_k = {name: entry for name, entry in header.items() if name != k}
     with pytest.raises(ValueError, match=r"(?s)missing .*to_k.bias.*cannot be made of .*to_q.bias \(\),"):
         fitted(Flux, without_k | {q: ((), "BF16")})
+
+
+def test_configs_of_the_other_base_are_not_read():
+    for kind, name in ((Flux, "FluxTransformer2DModel"), (Flux2, "Flux2Transformer2DModel")):
+        assert {x for x in (Flux, Flux2) if is_config_of(x, {"_class_name": name})} == {kind}
 
 
 def test_strange_tensors_of_a_checkpoint_are_told():

@@ -16,6 +16,7 @@ import test_model
 import test_text
 import torch
 from compare import randomize
+from helpers import assert_same
 from safetensors.torch import save_file
 from test_formats import published
 from torch import nn
@@ -25,6 +26,8 @@ from bench import fullsize
 from flux import T5, AutoEncoder, CLIPText, Flux, checkpoint
 from flux.checkpoint import Checkpoint, fit
 from flux.errors import UserError
+from flux.finding import find_files
+from flux.streaming import FrozenLinear
 from run.costs import FLUX_DEV
 
 SIZES = test_model.DEV
@@ -383,3 +386,34 @@ def test_the_random_file_of_full_size_is_flux_dev(tmp_path):
     model = flux.load_flux(file)
     assert model.sizes == SIZES
     assert all(0.01 < weight.float().std() < 0.04 for weight in model.parameters() if weight.numel() > 50)
+
+
+# --- Text encoders -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder, part", [("model", "t5"), ("klein", "qwen3")])
+def test_a_text_encoder_without_room_is_streamed(folder, part, request):
+    folder = request.getfixturevalue(folder)
+    resident, streamed = flux.load_conditioner(folder, length=40), flux.load_conditioner(folder, vram=1e-6)
+    layers = {type(layer) for layer in getattr(streamed, part).modules()}
+    assert FrozenLinear in layers and nn.Linear not in layers
+    assert not any(isinstance(layer, FrozenLinear) for layer in resident.modules())
+    streamed.tokenizers = resident.tokenizers
+    prompts = ["a photo of a woman", ""]
+    with torch.no_grad():
+        one, other = resident.encode(prompts), streamed.encode(prompts)
+    assert_same(one, other)
+    assert one["txt"].shape[:2] == (2, 40) and not torch.equal(one["txt"][0], one["txt"][1])
+
+
+@pytest.mark.parametrize("folder, usual", [("model", 16), ("klein", 512)])
+def test_the_length_of_the_text(folder, usual, request):
+    """As `encode` makes it, known without the weights."""
+    files = find_files(str(request.getfixturevalue(folder)))
+    for length in (None, 20):
+        told = flux.text_length(files.transformer, files.tokenizers, length)
+        assert told == (length or usual)
+        with torch.no_grad():
+            prompt = flux.load_conditioner(files, length=length).encode(["a"])
+        assert prompt["txt"].shape[1] == told
+        assert [*prompt] == (["txt", "pooled"] if usual == 16 else ["txt"])
