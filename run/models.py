@@ -17,7 +17,7 @@ from flux.finding import (
     find_named,
     local_parts,
 )
-from flux.loading import ModelFiles
+from flux.loading import ModelFiles, default_sampler
 
 SHIPPED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 OPTIONS = {
@@ -107,6 +107,15 @@ def find_model(args: argparse.Namespace) -> ModelFiles:
             f"{', '.join(OPTIONS.values())} (see --help);\n"
             "or try everything with the toy model of this repository: --model tiny"
         ) from error
+
+
+def take_defaults(args: argparse.Namespace, files: ModelFiles) -> None:
+    """Set the options that were left to the model: how it is sampled, and the times of training."""
+    sampler = default_sampler(files)
+    left = {**sampler, "sample_steps": sampler["steps"], "t_mean": files.base.kind.T_MEAN}
+    for name, value in left.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
 
 
 def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:

@@ -12,9 +12,8 @@ from typing import Self
 
 import torch
 
-from flux.conditioner import load_tokenizers
 from flux.errors import UserError
-from flux.loading import folder_around, load_autoencoder, load_flux, native_size
+from flux.loading import folder_around, load_autoencoder, load_transformer, native_size, text_length
 from flux.memory import device_memory
 from run.costs import GIB, PAPERS_CARD, TILE, Cost, Plan, Workload, estimate, kinds
 from run.speeds import Speeds, measure
@@ -154,12 +153,12 @@ def make_plan(
     """
     sizes = {"t5_length": t5_length or Workload.t5_length, "width": dtype.itemsize}
     if "transformer" in parts:
-        sizes["sizes"] = load_flux(parts["transformer"], "meta").sizes
+        sizes["sizes"] = load_transformer(parts["transformer"], "meta").sizes
         resolution = resolution or native_size(folder_around(parts["transformer"]))
     if "autoencoder" in parts:
         sizes["pixels"] = load_autoencoder(parts["autoencoder"], "meta").sizes.token_pixels
-    if "tokenizers" in parts:
-        sizes["t5_length"] = load_tokenizers(parts["tokenizers"], t5_length).t5.length
+    if {"transformer", "tokenizers"} <= parts.keys():
+        sizes["t5_length"] = text_length(parts["transformer"], parts["tokenizers"], t5_length)
     sizes["fused_norm"] = norm_is_fused(device) or (options.dry and options.vram is not None)
     work = Workload(kind, resolution=resolution or Workload.resolution, **sizes, **settings)
     if options.compile and (options.stream not in ("auto", "0") or options.checkpoint == "attention"):
