@@ -105,7 +105,7 @@ def test_a_folder(model, snapshot):
 def test_a_folder_in_diffusers_layout(copy, snapshot):
     files = find(in_diffusers_layout(copy))
     assert files == change(ours(copy), transformer=copy / "transformer", autoencoder=copy / "vae")
-    assert flux.load_flux(files.transformer).sizes.theta == 100  # of its config
+    assert flux.load_transformer(files.transformer).sizes.theta == 100  # of its config
     file = files.transformer / "diffusion_pytorch_model.safetensors"
     assert find(file) == change(files, transformer=file)
     assert find(file).folder == files.folder == copy

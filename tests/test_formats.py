@@ -272,7 +272,7 @@ def test_a_transformer_of_diffusers(sizes, size, tmp_path):
     _, theirs = test_model.pair(sizes)
     theirs.save_pretrained(tmp_path, max_shard_size=size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "100KB")
-    ours = flux.load_flux(tmp_path, dtype=torch.float32)
+    ours = flux.load_transformer(tmp_path, dtype=torch.float32)
     assert ours.sizes == sizes
     assert test_model.error(ours, theirs) < 1e-5
 
@@ -338,7 +338,7 @@ def in_fp8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_fp8_without_scales(name, tmp_path):
     model, theirs = test_model.pair(test_model.DEV)
     save_file(in_fp8((model if name == "ours" else theirs).state_dict()), tmp_path / "x.safetensors")
-    loaded = flux.load_flux(tmp_path / "x.safetensors", dtype=torch.float32).state_dict()
+    loaded = flux.load_transformer(tmp_path / "x.safetensors", dtype=torch.float32).state_dict()
     for key, tensor in in_fp8(model.state_dict()).items():
         assert torch.equal(loaded[key], decoded(tensor))
 
@@ -359,7 +359,7 @@ def test_fp8_with_scales(name, scale_name, prefix, tmp_path):
             stored[f"{key.removesuffix('weight')}scale_input"] = torch.tensor(7.0)  # not for the weights
             expected[key] = decoded(stored[key]) * scale
     save_file({prefix + key: x for key, x in stored.items()}, tmp_path / "x.safetensors")
-    ours = flux.load_flux(tmp_path / "x.safetensors", dtype=torch.float32)
+    ours = flux.load_transformer(tmp_path / "x.safetensors", dtype=torch.float32)
     loaded = ours.state_dict()
     if name == "diffusers":
         loaded = test_model.to_diffusers(loaded, test_model.DEV.hidden_size)
