@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux import T5, load_flux, pages
+from flux import T5, load_transformer, pages
 from flux.memory import arrange, blocks_of, checkpoint_blocks, compile_blocks, release
 from flux.model import Flux, FluxSizes
 from flux.sampling import flow_loss
@@ -645,7 +645,7 @@ def test_pages_are_dropped_behind(tmp_path, plain):
     save_file(
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "f.safetensors"
     )
-    mapped = load_flux(tmp_path / "f.safetensors", "cpu", torch.float32)
+    mapped = load_transformer(tmp_path / "f.safetensors", "cpu", torch.float32)
     anonymous = blocks_of(mapped)[0].img_mlp[0]
     anonymous.weight.data = anonymous.weight.data.clone()  # no file's: must never be dropped
     before = anonymous.weight.data.clone()
