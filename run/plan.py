@@ -14,7 +14,7 @@ import torch
 
 from flux.conditioner import load_tokenizers
 from flux.errors import UserError
-from flux.loading import folder_around, load_autoencoder, load_flux, native_size
+from flux.loading import folder_around, load_autoencoder, load_transformer, native_size
 from flux.memory import device_memory
 from run.costs import GIB, PAPERS_CARD, TILE, Cost, Plan, Workload, estimate, kinds
 from run.speeds import Speeds, measure
@@ -152,14 +152,12 @@ def make_plan(
     missing ones FLUX.1-dev's sizes are assumed. resolution: None for the model's own. Raises UserError when
     nothing fits.
     """
-    sizes = {"t5_length": t5_length or Workload.t5_length, "width": dtype.itemsize}
+    sizes = {"t5_length": text_length(parts, t5_length), "width": dtype.itemsize}
     if "transformer" in parts:
-        sizes["sizes"] = load_flux(parts["transformer"], "meta").sizes
+        sizes["sizes"] = load_transformer(parts["transformer"], "meta").sizes
         resolution = resolution or native_size(folder_around(parts["transformer"]))
     if "autoencoder" in parts:
         sizes["pixels"] = load_autoencoder(parts["autoencoder"], "meta").sizes.token_pixels
-    if "tokenizers" in parts:
-        sizes["t5_length"] = load_tokenizers(parts["tokenizers"], t5_length).t5.length
     sizes["fused_norm"] = norm_is_fused(device) or (options.dry and options.vram is not None)
     work = Workload(kind, resolution=resolution or Workload.resolution, **sizes, **settings)
     if options.compile and (options.stream not in ("auto", "0") or options.checkpoint == "attention"):
@@ -175,6 +173,13 @@ def make_plan(
     source = speeds.source if measured or options.dry else ""
     print(table(work, plan, cost, budget, options.base_dtype == "fp8", source))
     return plan
+
+
+def text_length(parts: dict[str, Path], t5_length: int | None) -> int:
+    """Return the tokens per prompt: those given, or what the tokenizer's config says."""
+    if "tokenizers" in parts:
+        return load_tokenizers(parts["tokenizers"], t5_length).t5.length
+    return t5_length or Workload.t5_length
 
 
 def norm_is_fused(device: torch.device) -> bool:
