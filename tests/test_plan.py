@@ -87,7 +87,6 @@ CASES = [
     (SAMPLE, Plan("none", 5), Plan("none", 4)),
     (replace(STAGE2, fused_norm=False), Plan("none"), Plan(1)),
     (replace(STAGE1, sizes=SHORT_KLEIN), Plan("all"), Plan("attention")),
-    (replace(STAGE1, sizes=SHORT_KLEIN, resolution=256, r2=16, fused_norm=False), Plan(3), Plan("none", 5)),
     (replace(STAGE2, sizes=SHORT_KLEIN, resolution=512), Plan(2, 5, fp8=True), Plan(2, 5)),
     (replace(SAMPLE, sizes=SHORT_KLEIN, batch=4), Plan("none", 5), Plan("none", 4)),
 ]
@@ -97,10 +96,18 @@ CASES = [
 def test_the_plan_predicts_the_simulated_peak(work, chosen, other):
     work = work if work.sizes == SHORT_KLEIN else replace(work, sizes=SHORT)
     simulated = memory.simulate(work, chosen)
-    assert abs(estimate(work, chosen).peak / simulated - 1) < 0.02
+    assert abs(estimate(work, chosen).peak / simulated - 1) < (0.02 if work.sizes == SHORT else 0.01)
     assert abs(estimate(work, other).peak / simulated - 1) > 0.03
     norm = replace(work, fused_norm=not work.fused_norm)
     assert work.kind == "sample" or abs(estimate(norm, chosen).peak / simulated - 1) > 0.02
+
+
+def test_at_low_resolution_the_peak_is_where_factors_move(monkeypatch):
+    work = replace(STAGE1, sizes=SHORT_KLEIN, resolution=256, t5_length=128, r2=16, identities=5)
+    simulated = memory.simulate(work, Plan("all"))
+    assert abs(estimate(work, Plan("all")).peak / simulated - 1) < 0.01
+    monkeypatch.setattr("run.costs.MOVING", 0)
+    assert abs(estimate(work, Plan("all")).peak / simulated - 1) > 0.03
 
 
 @pytest.mark.slow
