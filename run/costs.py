@@ -48,8 +48,6 @@ class Base:
     modulation: int  # of these layers the first ones, which see a vector instead of tokens
     # What a block's forward pass stores for its backward pass.
     kept: dict[str, tuple[float, float]]
-    # The same of attention alone: its output, and the logarithm of the softmax's sum.
-    kept_attention: float
     # The peak within a block's backward pass, `kept` included.
     work: dict[str, tuple[float, float]]
     # With 8-bit weights the peak may be where a whole weight is in memory as well: without that weight.
@@ -74,7 +72,6 @@ BASES = {
         biases=True,
         modulation=1,
         kept={"double": (22.05, 21.05), "single": (22.05, 18.05)},
-        kept_attention=1.02,
         work={"double": (30.03, 26.03), "single": (28.36, 24.36)},
         work_fp8={"double": (30.03, 26.03), "single": (27.6, 23.5)},
         whole={"double": 4, "single": 2},
@@ -92,7 +89,6 @@ BASES = {
         biases=False,
         modulation=0,
         kept={"double": (24.05, 23.05), "single": (25.05, 21.05)},
-        kept_attention=1.02,
         work={"double": (32.35, 28.35), "single": (34.56, 30.56)},
         work_fp8={"double": (31.5, 27.5), "single": (22.3, 22.3)},
         whole={"double": 2, "single": 0},
@@ -103,6 +99,8 @@ BASES = {
 }
 Sizes = FluxSizes | Flux2Sizes
 
+# What attention alone stores for its backward pass: its output, and the logarithm of the softmax's sum.
+KEPT_ATTENTION = 1.02
 # The gradients of the products, again stacked and in float32, when they become those of the factors.
 AT_THE_END = 2
 # Copies of mid and up of each sample's identity, while stage 1 moves them.
@@ -199,16 +197,22 @@ def kinds(sizes: Sizes) -> tuple[str, ...]:
     return ("double",) * sizes.depth + ("single",) * sizes.depth_single
 
 
-@cache
 def parameters(model: type[nn.Module], sizes: Sizes | AutoEncoderSizes) -> int:
-    """Return the number of parameters of a model."""
+    """Return the number of a model's parameters."""
     with torch.device("meta"):
         return sum(p.numel() for p in model(sizes).parameters())
 
 
+@cache
 def outer_parameters(sizes: Sizes) -> int:
     """Return the number of parameters outside the blocks."""
     return parameters(base_of(sizes).model, replace(sizes, depth=0, depth_single=0))
+
+
+@cache
+def autoencoder_parameters(sizes: Sizes) -> int:
+    """Return the number of parameters of the autoencoder that goes with a transformer."""
+    return parameters(AutoEncoder, base_of(sizes).autoencoder)
 
 
 @cache
@@ -258,7 +262,7 @@ def estimate(work: Workload, plan: Plan, speeds: Speeds = PAPERS_CARD) -> Cost:
     resident += 2 * max((weights[blocks[k]][0] for k in streamed), default=0)
 
     training = work.kind != "sample"
-    resident += 0 if training else parameters(AutoEncoder, base_of(sizes).autoencoder) * work.width
+    resident += 0 if training else autoencoder_parameters(sizes) * work.width
     # How often meta_down, and mid and up, are there: themselves and AdamW's two moments, if they are trained;
     # of people side by side the rows that are in the batch, all of them, as well.
     several = work.identities > 1
@@ -305,7 +309,7 @@ def activations(work: Workload, checkpoint: str | int, fp8: bool) -> list[float]
     """
     base, blocks = base_of(work.sizes), kinds(work.sizes)
     count = recomputed_blocks(checkpoint, len(blocks))
-    attention = base.kept_attention if checkpoint == "attention" else 0.0
+    attention = KEPT_ATTENTION if checkpoint == "attention" else 0.0
     before, peaks = 0.0, []
     for k, kind in enumerate(blocks):
         sizes = (table[kind][work.fused_norm] for table in (base.kept, base.work, base.work_fp8))

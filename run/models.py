@@ -19,6 +19,7 @@ from flux.finding import (
     local_parts,
 )
 from flux.loading import ModelFiles, default_sampler
+from run.costs import KNOWN
 
 SHIPPED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 OPTIONS = {
@@ -122,7 +123,7 @@ def take_defaults(args: argparse.Namespace, files: ModelFiles) -> None:
 def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
     """Return the model's files that are on this disk; --plan downloads no model."""
     path, repo = named_model(args.model)
-    if repo and BASE_OF_REPO.get(repo) is not BASE_OF_REPO[HUB_MODELS["flux-dev"]]:
+    if repo and args.model not in KNOWN and repo not in BASE_OF_REPO:
         print(f"{args.model} is on the hub: the plan assumes that it has FLUX.1-dev's size")
     return local_parts(path) if path else {}
 
