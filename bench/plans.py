@@ -5,19 +5,22 @@ python bench/plans.py            # prints it and writes it into docs/memory.md
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
 from bench.documents import write
 from flux.errors import UserError
-from run.costs import GIB, Workload, kinds
+from run.costs import FLUX_DEV, GIB, KLEIN_4B, Workload, kinds
 from run.plan import choose
 from scoring.tables import markdown
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "memory.md"
 # The GiB that a card reports: less than its name says.
 CARDS = {"48 GB": 47.4, "24 GB": 23.5, "20 GB": 19.6, "16 GB": 15.6, "12 GB": 11.6, "8 GB": 7.6}
+MODELS = {"FLUX.1-dev": FLUX_DEV, "klein-4b": KLEIN_4B}
 WORKLOADS = {
     "stage 1, batch 4": Workload("stage1", batch=4, identities=50),
     "stage 2": Workload("stage2"),
@@ -28,7 +31,8 @@ RECOMPUTED = {"none": "none", "all": "all", "attention": "all but attention"}
 
 def rows() -> Iterator[list[str]]:
     """Yield a row for each workload and each card on which it fits."""
-    for name, work in WORKLOADS.items():
+    for (model, sizes), (what, work) in product(MODELS.items(), WORKLOADS.items()):
+        name, work = f"{model}, {what}", replace(work, sizes=sizes)
         total = len(kinds(work.sizes))
         for card, memory in CARDS.items():
             try:
@@ -45,7 +49,7 @@ def rows() -> Iterator[list[str]]:
 
 def table() -> str:
     """Return the table in Markdown."""
-    head = ["FLUX.1-dev, 1024x1024", "card", "weights", "blocks recomputed", "blocks streamed", "peak memory"]
+    head = ["1024x1024 pixels", "card", "weights", "blocks recomputed", "blocks streamed", "peak memory"]
     return markdown([[*head, "TFLOP per step", "estimated seconds per step on an A6000"], *rows()])
 
 
