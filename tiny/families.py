@@ -178,7 +178,7 @@ class ToyFlux2(Family):
     ae = replace(ToyFlux1.ae, packed=True)
     config = {"axes_dims_rope": [HEAD_DIM // 4] * 4, "rope_theta": THETA}
     encoder_configs = {"qwen3": {"rope_theta": THETA}}
-    txt_length, vocabulary = 32, 1024  # the chat form takes 13 tokens of each prompt
+    txt_length, vocabulary = 32, 1024  # the chat form takes 12 tokens of each prompt
     # Where Qwen's byte-level BPE splits a text first.
     words = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

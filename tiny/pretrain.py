@@ -264,7 +264,7 @@ def train_autoencoder(pictures: np.ndarray, args: argparse.Namespace) -> AutoEnc
 
 @torch.no_grad()
 def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args: argparse.Namespace) -> Tensor:
-    """Return what becomes latents, unscaled (n, z, h, w) bfloat16, of each picture; kept in the work folder."""
+    """Return what becomes latents of pictures, unscaled (n, z, h, w) bfloat16; kept in the work folder."""
     file = args.work / f"latents_{pictures.shape[2]}x{pictures.shape[3]}.pt"
     if not file.exists():
         latents = []
