@@ -22,9 +22,10 @@ import flux
 from flux.checkpoint import read_header
 from flux.errors import UserError
 from flux.hashes import fingerprint, sha256
-from flux.loading import folder_around, native_size
+from flux.loading import ModelFiles, folder_around, native_size
 from flux.memory import peak_memory, release
 from flux.sampling import flow_loss, generate, spread_times
+from flux.transformer import Transformer
 from lora.names import FORMATS
 from metalora import (
     TARGETS,
@@ -44,10 +45,10 @@ from people.folders import captions_beside, expand_folders
 from people.photos import Box, Size, read_photo
 from predictor.model import Trained
 from predictor.start import export_row, eye_of, find_predictor, predict
-from run.arguments import MOST, HelpFormatter, Parser
+from run.arguments import MOST, HelpFormatter, Parser, parse_box
 from run.command import run_script
 from run.costs import Plan, Workload
-from run.files import check_new, check_writable
+from run.files import beside, check_new, check_writable, name_of
 from run.late import read_late
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
 from run.pictures import contact_sheet, save_sheet
@@ -58,6 +59,7 @@ from run.terminal import printable
 from vision.detector import load_detector
 
 STEPS = {"meta-lora": 375, "lora": 625}  # paper, section 4.2
+LIMITS = {"steps": (0, MOST)}
 # What the grid of samples shows besides the caption, as "a photo of a woman at the beach".
 SCENES = ("at the beach", "in the city at night", "wearing a red shirt", "in a forest", "at sunset")
 
@@ -77,7 +79,7 @@ class Personalization:
 
 
 def personalize(
-    model: flux.Flux,
+    model: Transformer,
     prior: Prior | None,
     crops: Sequence["EncodedCrop"],
     prompt: dict[str, Tensor],
@@ -111,7 +113,7 @@ def personalize(
 
 
 def updates(
-    model: flux.Flux, personal: Tensor, batches: Iterable[dict[str, Tensor]], training: Training
+    model: Transformer, personal: Tensor, batches: Iterable[dict[str, Tensor]], training: Training
 ) -> Iterator[Tensor]:
     """Update mid and up with each batch, the loop of Algorithm 2; yield the losses, unread."""
     optimizer = torch.optim.AdamW([personal], training.lr, weight_decay=training.weight_decay, fused=True)
@@ -125,7 +127,7 @@ def updates(
 
 
 def add_adapters(
-    model: flux.Flux, prior: Prior | None, rank: int, targets: str, seeds: Sequence[int]
+    model: Transformer, prior: Prior | None, rank: int, targets: str, seeds: Sequence[int]
 ) -> Tensor:
     """Add an adapter for each of the seeds, one per person; return mid and up, a row for each.
 
@@ -239,6 +241,21 @@ def find_prior(transformer: Path, path: Path | None) -> Prior:
     return prior
 
 
+def find_start(
+    args: argparse.Namespace, settings: Personalization, files: ModelFiles
+) -> tuple[Personalization, Prior | None, Trained | None]:
+    """Load the stage-1 file or the predictor that the settings need; return them as it completes them."""
+    if settings.method == "meta-lora":
+        return settings, find_prior(files.transformer, args.meta), None
+    if settings.start == "zero":
+        return settings, None, None
+    trained = find_predictor(args.predictor, files)
+    warn_of_another_base(trained.prior, files.transformer)
+    if args.rank not in (None, trained.r2):
+        raise UserError(f"{trained.prior.path} predicts LoRAs of rank {trained.r2}, not --rank {args.rank}")
+    return replace(settings, rank=trained.r2, targets=trained.prior.targets), None, trained
+
+
 def warn_of_another_base(prior: Prior, transformer: Path) -> None:
     """Warn when a stage-1 file or a predictor was trained with other weights than these."""
     base = fingerprint(transformer)
@@ -309,21 +326,13 @@ def main(argv: list[str] | None = None) -> None:
     take_defaults(args, files)
     training, sampler = Training.of(args), flux.default_sampler(files)
     resolution = args.resolution or native_size(files.folder)
-    prior = trained = start = None
-    if settings.start == "predicted":
-        trained = find_predictor(args.predictor, files)
-        warn_of_another_base(trained.prior, files.transformer)
-        if args.rank not in (None, trained.r2):
-            raise UserError(
-                f"{trained.prior.path} predicts LoRAs of rank {trained.r2}, not --rank {args.rank}"
-            )
-        settings = replace(settings, rank=trained.r2, targets=trained.prior.targets)
+    settings, prior, trained = find_start(args, settings, files)
+    start = None
+    if trained:
         eye = eye_of(trained, args.eye_weights, files, device, args.detector)
         start = predict(trained, eye, photos, files.transformer, args.face)
         del eye
         release(device)
-    elif settings.method == "meta-lora":
-        prior = find_prior(files.transformer, args.meta)
     about = {"resolution": resolution, "caption": args.caption, "seed": args.seed}
     about |= describe(settings, training, files.transformer, prior, args.photos, trained)
     if not settings.steps:
@@ -394,23 +403,8 @@ def show_crops(photos: dict[Path, Image.Image], crops: list[tuple[Path, Box]], p
     print(f"{path}: {len(pictures)} crops{note}")
 
 
-def beside(path: Path, ending: str) -> Path:
-    """Name a file after another: <stem><ending>; ref.png beside ref.safetensors could be the photo."""
-    return path.with_name(path.stem + ending)
-
-
-def name_of(photo: Path) -> str:
-    """Name a LoRA: as the photo, with its folder before a mere number (anna/001.png), or as a folder."""
-    if photo.is_dir():
-        return photo.resolve().name
-    is_number = not any(map(str.isalpha, photo.stem))
-    return "_".join(filter(None, [photo.parent.resolve().name if is_number else "", photo.stem]))
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__.split("\n")[0], formatter_class=HelpFormatter, limits={"steps": (0, MOST)}
-    )
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter, limits=LIMITS)
     parser.add_argument(
         "photos",
         type=Path,
@@ -420,6 +414,56 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="LoRA file to write; default: named after the photo, here")
     parser.add_argument("--force", action="store_true", help="replace files that are there already")
+    group = add_stage2_arguments(parser)
+    group.add_argument(
+        "--face", type=parse_box, help="x0,y0,x1,y1 in pixels instead of looking for it; one photo only"
+    )
+    group.add_argument(
+        "--show-crops", action="store_true", help="write the crops as <out>_crops.png and stop"
+    )
+    args = parser.parse_args(argv)
+    args.out = args.out or Path(f"{name_of(args.photos[0])}.safetensors")
+    args.photos = expand_folders(args.photos)
+    settle(parser, args)
+    unused = captions_beside(args.photos) if args.steps and not args.caption else []
+    if unused:
+        warnings.warn(f"captions such as {unused[0]} are not used: --caption gives one", stacklevel=2)
+    if args.rank is None and args.start != "predicted":  # else as the predictor's
+        args.rank = default_rank(args.photos)
+    args.caption = args.caption or f"a photo of a {args.class_word}"
+    if args.out.suffix != ".safetensors" or args.out.is_dir():
+        parser.error(f"--out {args.out}: must be a file whose name ends in .safetensors")
+    if args.face and len(args.photos) > 1:
+        parser.error("--face belongs to one photo; without it the face is found in each")
+    return args
+
+
+def settle(parser: Parser, args: argparse.Namespace) -> None:
+    """Set --method and --steps where they follow from other options; end with an error on contradictions."""
+    predicted = args.start == "predicted"
+    if predicted and (args.meta or args.method == "meta-lora"):
+        parser.error(
+            "--start predicted has a prior of its own and trains a plain LoRA: no --meta, no meta-lora"
+        )
+    args.method = args.method or ("lora" if predicted else "meta-lora")
+    if args.steps is None:
+        args.steps = 0 if predicted else STEPS[args.method]
+    if not args.steps and not predicted:
+        parser.error("--steps 0 belongs to --start predicted")
+    if (args.predictor or args.eye_weights) and not predicted:
+        parser.error("--predictor and --eye-weights belong to --start predicted")
+    if not args.steps:
+        args.no_augment, args.samples = True, 0  # it neither trains nor loads the transformer
+    if args.meta and args.method == "lora":
+        parser.error("--meta belongs to --method meta-lora; plain LoRA uses no prior")
+
+
+def default_rank(photos: Sequence[Path]) -> int:
+    return 1 if len(photos) == 1 else 4
+
+
+def add_stage2_arguments(parser: Parser) -> argparse._ArgumentGroup:
+    """Add what one person and a family have in common; return the group of options about faces."""
     parser.add_argument(
         "--meta", type=Path, help="file of stage 1; default: meta.safetensors beside the model's weights"
     )
@@ -461,55 +505,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_personal_arguments(group)
     add_training_arguments(parser)
 
-    group = parser.add_argument_group("face")
-    group.add_argument(
-        "--face", type=parse_box, help="x0,y0,x1,y1 in pixels instead of looking for it; one photo only"
-    )
-    group.add_argument("--detector", type=Path, help="YuNet's .onnx file; default: the one in vision/")
-    group.add_argument(
-        "--show-crops", action="store_true", help="write the crops as <out>_crops.png and stop"
-    )
-
     group = parser.add_argument_group("run")
     group.add_argument(
         "--samples",
         type=int,
         default=4,
-        help="pictures in the grid <out>_samples.png, up to 6; 0: none, as always with --steps 0",
+        help="pictures in the grid of samples, up to 6; 0: none, as always with --steps 0",
     )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--format", choices=FORMATS, default="diffusers", help="names in the file")
     add_memory_arguments(parser)
-    args = parser.parse_args(argv)
-    args.out = args.out or Path(f"{name_of(args.photos[0])}.safetensors")
-    args.photos = expand_folders(args.photos)
-    predicted = args.start == "predicted"
-    if predicted and (args.meta or args.method == "meta-lora"):
-        parser.error(
-            "--start predicted has a prior of its own and trains a plain LoRA: no --meta, no meta-lora"
-        )
-    args.method = args.method or ("lora" if predicted else "meta-lora")
-    if args.steps is None:
-        args.steps = 0 if predicted else STEPS[args.method]
-    unused = captions_beside(args.photos) if args.steps and not args.caption else []
-    if unused:
-        warnings.warn(f"captions such as {unused[0]} are not used: --caption gives one", stacklevel=2)
-    if args.rank is None and not predicted:  # else as the predictor's
-        args.rank = 1 if len(args.photos) == 1 else 4
-    args.caption = args.caption or f"a photo of a {args.class_word}"
-    if args.out.suffix != ".safetensors" or args.out.is_dir():
-        parser.error(f"--out {args.out}: must be a file whose name ends in .safetensors")
-    if not args.steps and not predicted:
-        parser.error("--steps 0 belongs to --start predicted")
-    if (args.predictor or args.eye_weights) and not predicted:
-        parser.error("--predictor and --eye-weights belong to --start predicted")
-    if not args.steps:
-        args.no_augment, args.samples = True, 0  # it neither trains nor loads the transformer
-    if args.meta and args.method == "lora":
-        parser.error("--meta belongs to --method meta-lora; plain LoRA uses no prior")
-    if args.face and len(args.photos) > 1:
-        parser.error("--face belongs to one photo; without it the face is found in each")
-    return args
+    group = parser.add_argument_group("face")
+    group.add_argument("--detector", type=Path, help="YuNet's .onnx file; default: the one in vision/")
+    return group
 
 
 def add_personal_arguments(group: argparse._ArgumentGroup) -> None:
@@ -533,15 +541,6 @@ def add_personal_arguments(group: argparse._ArgumentGroup) -> None:
 def settings_of(args: argparse.Namespace) -> Personalization:
     names = [field.name for field in fields(Personalization) if field.name != "augment"]
     return Personalization(augment=not args.no_augment, **{name: getattr(args, name) for name in names})
-
-
-def parse_box(text: str) -> Box:
-    """Read x0,y0,x1,y1."""
-    try:
-        x0, y0, x1, y1 = (round(float(number)) for number in text.split(","))
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers x0,y0,x1,y1") from None
-    return x0, y0, x1, y1
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from flux.errors import UserError
 from flux.loading import ModelFiles, native_size
 from flux.memory import release
 from flux.sampling import generate
+from flux.transformer import Transformer
 from lora.finding import find_lora
-from lora.fitting import linear_shapes, misfits, refuse
 from lora.merging import merge_loras, pair_strengths
 from lora.names import Lora
 from lora.reading import hash_weights, read_lora
@@ -51,9 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.negative and args.cfg <= 1:
         raise UserError(f"--negative does nothing at --cfg {args.cfg:g}: give --cfg above 1, such as 2")
     # Do they fit? That reads no weights of the model.
-    shapes = linear_shapes(flux.load_transformer(files.transformer, "meta"))
-    for (path, _), (lora, _) in zip(args.lora, loras):
-        refuse(path, misfits(lora, shapes))
+    base = flux.load_transformer(files.transformer, "meta")
+    loras = [(read_lora(path, base)[0], strength) for path, strength in args.lora]
     size = args.size or (native_size(files.folder),) * 2
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
     check_size(size, autoencoder.sizes.token_pixels)
@@ -106,7 +105,7 @@ def load_model(
     no_merge: bool,
     device: torch.device,
     dtype: torch.dtype,
-) -> flux.Flux:
+) -> Transformer:
     """Load the transformer as planned, with LoRAs merged into its weights, or beside them.
 
     Merged weights could not stay mapped to their file, and a LoRA may drown in the rounding to 8 bits.

@@ -22,8 +22,8 @@ from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import ModelFiles, native_size
 from flux.memory import checkpoint_blocks, weight_bytes
-from flux.model import Flux
 from flux.sampling import flow_loss
+from flux.transformer import Transformer
 from metalora import (
     TARGETS,
     Prior,
@@ -56,7 +56,7 @@ from run.terminal import printable
 
 
 def meta_train(
-    model: Flux,
+    model: Transformer,
     learner: "MetaLearner",
     buckets: Sequence[Sequence[int]],
     dataloader: Callable[[Sequence[int]], Iterator[Batch]],
@@ -77,7 +77,7 @@ def meta_train(
 
 
 def update(
-    model: Flux, learner: "MetaLearner", batch: Batch, warm_up: bool, training: Training
+    model: Transformer, learner: "MetaLearner", batch: Batch, warm_up: bool, training: Training
 ) -> dict[str, Tensor]:
     """Move mid and up of the identities in the batch and, after the warm-up, meta_down as well.
 
@@ -121,7 +121,12 @@ class MetaLearner:
     """
 
     def __init__(
-        self, model: Flux, training: Training, seed: int = 0, ema: float = 0.0, ranks: Ranks | None = None
+        self,
+        model: Transformer,
+        training: Training,
+        seed: int = 0,
+        ema: float = 0.0,
+        ranks: Ranks | None = None,
     ):
         """ema: decay of an average of meta_down; 0: none."""
         self.training, self.seed, self.ema, self.ranks = training, seed, ema, ranks or Ranks()
@@ -367,7 +372,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks,
-) -> Flux:
+) -> Transformer:
     """Load the transformer as planned, with adapters for so many identities (the paper's initialize)."""
     whole = chosen.resident and not args.shard
     model = flux.load_transformer(files.transformer, device if whole else "cpu", dtype)
@@ -395,7 +400,7 @@ def plan(
     return make_plan("stage1", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **settings)
 
 
-def resident(model: Flux, learner: MetaLearner, ranks: int) -> dict[str, int]:
+def resident(model: Transformer, learner: MetaLearner, ranks: int) -> dict[str, int]:
     """Return what lies in memory, in bytes by name; ranks: over how many the base is spread."""
     meta_down, personal = sum(p.nbytes for p in learner.meta_down), learner.personal.nbytes
     return {

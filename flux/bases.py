@@ -72,9 +72,13 @@ class Base:
         return [tuple(f"{name}/{file}" for file in group) for name, group in groups]
 
     def relatives(self, model: str | int) -> list[str]:
-        """Return the repositories of the group that holds this one, or whose text has this width."""
+        """Return the repositories of the group that holds this one, or whose text has this width.
+
+        With only one group it is that, whatever the width; else there may be none.
+        """
         groups = [group for width, group in self.models.items() if model in (width, *group.values())]
-        return list((groups or [*self.models.values()])[0].values())
+        groups = groups or [*self.models.values()] * (len(self.models) == 1)
+        return [repo for group in groups for repo in group.values()]
 
 
 FLUX1 = Base(

@@ -99,7 +99,10 @@ def find_files(model: str, given: dict[str, Path] | None = None) -> ModelFiles:
     if missing(parts, base.parts) == ["tokenizers"]:
         parts |= free_tokenizers(base)
     if missing(parts, base.parts):
-        parts |= download_parts(base, relatives[0], missing(parts, base.parts))
+        wanted = missing(parts, base.parts)
+        if not relatives:
+            raise NotOnHub(f"{model} lacks {', '.join(wanted)}, and no known {base.name} has the same")
+        parts |= download_parts(base, relatives[0], wanted)
     encoders = {part: parts.pop(part) for part in base.encoders}
     files = ModelFiles(base, encoders=encoders, **parts)
     check_parts(files)

@@ -53,9 +53,6 @@ def load_transformer(
     return load(base.kind, base.sizes, path, device, dtype)
 
 
-load_flux = load_transformer  # an older name
-
-
 def load_autoencoder(
     path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> AutoEncoder:

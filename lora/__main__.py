@@ -39,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     convert = commands.add_parser("convert", help=text, description=text, **options)
     convert.add_argument("file", type=Path, help="LoRA of any program")
     convert.add_argument("out", type=Path, help="new file; an existing one is not overwritten")
-    convert.add_argument("--format", choices=FORMATS, required=True, help="ComfyUI reads all")
+    convert.add_argument("--format", choices=FORMATS, required=True, help="ComfyUI reads all three")
 
     text = "add LoRAs to a transformer's weights, in float32, rounded once to the file's own dtype"
     merge = commands.add_parser("merge", help=text, description=text, **options)

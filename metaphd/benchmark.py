@@ -17,19 +17,20 @@ from tqdm import tqdm
 import flux
 import metrics
 import personalize
+from family.side_by_side import personalize_together
 from flux.checkpoint import read_json
 from flux.errors import UserError
 from flux.hashes import fingerprint, sha256
 from flux.loading import native_size
 from flux.memory import release
 from flux.sampling import generate
+from flux.transformer import Transformer
 from lora.reading import read_lora
 from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slots
-from metaphd.side_by_side import personalize_together
 from people.cache import TensorCache
 from people.crops import crop_boxes
 from people.encoding import encode_prompt, stack_prompts
-from people.faces import clip_face, find_face, known_face
+from people.faces import known_face, locate_face
 from people.folders import scan_people
 from people.photos import Box, read_photo
 from predictor.start import eye_of, find_predictor, predict
@@ -194,7 +195,7 @@ class Benchmark:
     def targets(self, run: Run) -> str:
         return self.trained.prior.targets if run.predicted else self.args.targets
 
-    def add_adapters(self, model: flux.Flux, run: Run, seeds: Sequence[int]) -> torch.Tensor:
+    def add_adapters(self, model: Transformer, run: Run, seeds: Sequence[int]) -> torch.Tensor:
         """Add an adapter for each person's seed; return mid and up, a row for each, as stage 2 begins."""
         return personalize.add_adapters(model, self.prior_of(run), run.rank, self.targets(run), seeds)
 
@@ -286,13 +287,8 @@ class Benchmark:
         photo = read_photo(path)
         if not augment:
             return [(0, 0, *photo.size)]
-        face = known_face(path)
-        if face:
-            face = clip_face(path, photo, face)
-        else:
-            self.detector = self.detector or load_detector(self.args.detector)
-            advice = f"write its box into {path.with_name('faces.json')}, or take the -noaug methods"
-            face = find_face(path, photo, self.detector, advice)
+        self.detector = self.detector or load_detector(self.args.detector)
+        face = locate_face(path, photo, self.detector, ", or take the -noaug methods")
         return crop_boxes(photo.size[::-1], face)
 
     def load_evaluators(self) -> Evaluators:

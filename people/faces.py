@@ -56,6 +56,17 @@ def clip_face(path: Path, photo: Image.Image, box: Sequence[float]) -> Box:
     return inside
 
 
+def locate_face(path: Path, photo: Image.Image, detector: "cv2.FaceDetectorYN", otherwise: str = "") -> Box:
+    """Return the face's box, from faces.json or else from the detector, for a command with many people.
+
+    otherwise: what the user can do besides writing to faces.json, as for `find_face`.
+    """
+    face = known_face(path)
+    if face:
+        return clip_face(path, photo, face)
+    return find_face(path, photo, detector, f"write its box into {path.with_name('faces.json')}{otherwise}")
+
+
 def find_face(
     path: Path,
     photo: Image.Image,

@@ -24,8 +24,8 @@ from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import ModelFiles, native_size
 from flux.memory import release, weight_bytes
-from flux.model import Flux
 from flux.sampling import flow_loss, spread_times
+from flux.transformer import Transformer
 from metalora import TARGETS, Prior, assign_meta, inject, load_meta, use_slots
 from people.buckets import count_batches, deal_batches, deal_buckets
 from people.cache import TensorCache, content_key
@@ -64,7 +64,7 @@ class FaceBatch(Batch):
 
 
 def train_predictor(
-    model: Flux,
+    model: Transformer,
     learner: "PredictorLearner",
     buckets: Sequence[Sequence[int]],
     dataloader: Callable[[Sequence[int]], Iterator[FaceBatch]],
@@ -80,7 +80,7 @@ def train_predictor(
 
 
 def update(
-    model: Flux, learner: "PredictorLearner", batch: FaceBatch, lr: float, training: Training
+    model: Transformer, learner: "PredictorLearner", batch: FaceBatch, lr: float, training: Training
 ) -> dict[str, Tensor]:
     """Predict mid and up from one photo of each person, and move what they come from to denoise another.
 
@@ -127,7 +127,7 @@ class PredictorLearner:
 
     def __init__(
         self,
-        model: Flux,
+        model: Transformer,
         predictor: Predictor,
         steps: int,
         training: Training,
@@ -433,7 +433,7 @@ def load_model(
     prior: Prior | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> Flux:
+) -> Transformer:
     """Load the transformer as planned, with a slot for each photo of a batch."""
     model = flux.load_transformer(files.transformer, device if chosen.resident else "cpu", dtype)
     r1, targets = shape_of(args, prior)
@@ -444,7 +444,7 @@ def load_model(
 
 
 def start_predictor(
-    model: Flux,
+    model: Transformer,
     people: Iterable[Person],
     faces: Sequence[Tensor | None],
     codes: int,

@@ -10,6 +10,7 @@ from torch import Tensor
 import flux
 from flux.errors import UserError
 from flux.loading import ModelFiles, folder_around
+from flux.transformer import Transformer
 from metalora import export_lora, inject
 from people.faces import clip_face, find_face
 from people.photos import Box
@@ -83,7 +84,7 @@ def predict(
     return plain.personal.data[0]
 
 
-def empty_factors(transformer: Path, rank: int, targets: str) -> flux.Flux:
+def empty_factors(transformer: Path, rank: int, targets: str) -> Transformer:
     """Return a model on the meta device with the factors of a plain LoRA on the CPU, to be filled."""
     model = inject(flux.load_transformer(transformer, "meta"), None, rank, 1, targets, reset=False)
     model.factors.to_empty(device="cpu")

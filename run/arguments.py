@@ -95,6 +95,15 @@ def read_path(text: str) -> Path:
     return Path(text)
 
 
+def parse_box(text: str) -> tuple[int, int, int, int]:
+    """Read x0,y0,x1,y1."""
+    try:
+        x0, y0, x1, y1 = (round(float(number)) for number in text.split(","))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers x0,y0,x1,y1") from None
+    return x0, y0, x1, y1
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show an option's default, unless there is none or the help text says it already."""
 

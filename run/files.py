@@ -63,6 +63,19 @@ def check_new(path: Path, force: bool) -> None:
         raise FileExistsError(f"{path} is there already; --out names another file, --force replaces it")
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Name a file after another: <stem><ending>; ref.png beside ref.safetensors could be the photo."""
+    return path.with_name(path.stem + ending)
+
+
+def name_of(photo: Path) -> str:
+    """Name a LoRA: as the photo, with its folder before a mere number (anna/001.png), or as a folder."""
+    if photo.is_dir():
+        return photo.resolve().name
+    is_number = not any(map(str.isalpha, photo.stem))
+    return "_".join(filter(None, [photo.parent.resolve().name if is_number else "", photo.stem]))
+
+
 def next_number(folder: Path) -> int:
     """Return the number after the highest that a picture has in its name, as 03_beach.png or grid_03.png."""
     numbers = [re.match(r"(?:grid_)?([0-9]{2,6})[._]", path.name) for path in folder.glob("*.png")]

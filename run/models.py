@@ -9,6 +9,7 @@ import torch
 
 from flux.errors import UserError, first_line
 from flux.finding import (
+    BASE_OF_REPO,
     HUB_MODELS,
     NoSuchPart,
     NotOnHub,
@@ -18,6 +19,7 @@ from flux.finding import (
     local_parts,
 )
 from flux.loading import ModelFiles, default_sampler
+from run.costs import KNOWN
 
 SHIPPED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 OPTIONS = {
@@ -121,7 +123,7 @@ def take_defaults(args: argparse.Namespace, files: ModelFiles) -> None:
 def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
     """Return the model's files that are on this disk; --plan downloads no model."""
     path, repo = named_model(args.model)
-    if repo and repo not in HUB_MODELS.values():
+    if repo and args.model not in KNOWN and repo not in BASE_OF_REPO:
         print(f"{args.model} is on the hub: the plan assumes that it has FLUX.1-dev's size")
     return local_parts(path) if path else {}
 

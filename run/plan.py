@@ -4,7 +4,7 @@
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from flux.errors import UserError
 from flux.loading import folder_around, load_autoencoder, load_transformer, native_size, text_length
 from flux.memory import device_memory
-from run.costs import GIB, PAPERS_CARD, TILE, Cost, Plan, Workload, estimate, kinds
+from run.costs import FLUX_DEV, GIB, KNOWN, PAPERS_CARD, TILE, Cost, Plan, Workload, estimate, kinds
 from run.speeds import Speeds, measure
 
 RESERVE = 1.5  # GiB for the GPU's context and the allocator's gaps
@@ -30,12 +30,13 @@ class MemoryOptions:
     stream: str = "auto"
     base_dtype: str = "auto"
     compile: bool = False
+    model: str = ""  # as it was named
     dry: bool = False  # --plan: nothing will run here, so the plan may be for another GPU
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """Take the options from parsed arguments; not every command has all of them."""
-        names = ("vram", "checkpoint", "stream", "base_dtype", "compile")
+        names = ("vram", "checkpoint", "stream", "base_dtype", "compile", "model")
         return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)}, dry=args.plan)
 
 
@@ -111,6 +112,8 @@ def table(
     """Return the plan as text; source: how the speeds are known, without which the time is left out."""
     total = len(kinds(work.sizes))
     images = f"batch {work.batch}, {work.resolution}x{work.resolution} pixels, {work.tokens[1]} text tokens"
+    if work.kind == "stage2" and work.identities > 1:
+        images = f"{work.identities} people side by side, {images}"
     recomputed = {"none": "no block", "all": "all blocks", "attention": "all blocks but their attention"}
     rounded = f"rounded to 8 bits: {'as asked' if fp8_asked else 'nothing exact fits'}"
     time = f", {cost.seconds:.2f} s {source}" if source else ""
@@ -148,10 +151,26 @@ def make_plan(
     """Choose a plan within the options and the device's memory, print it and return it.
 
     kind, settings: fields of `Workload`. parts: the model's files, of which only the headers are read; for
-    missing ones FLUX.1-dev's sizes are assumed. resolution: None for the model's own. Raises UserError when
-    nothing fits.
+    missing ones those of a `KNOWN` model are assumed. resolution: None for the model's own. Raises UserError
+    when nothing fits.
     """
+    work = workload_for(kind, parts, options, device, dtype, t5_length, resolution, **settings)
+    return plan_one_of([work], options, device)[1]
+
+
+def workload_for(
+    kind: str,
+    parts: dict[str, Path],
+    options: MemoryOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    t5_length: int | None = None,
+    resolution: int | None = None,
+    **settings: object,
+) -> Workload:
+    """Return the workload of `make_plan`, which has the same arguments."""
     sizes = {"t5_length": t5_length or Workload.t5_length, "width": dtype.itemsize}
+    sizes["sizes"] = KNOWN.get(options.model, FLUX_DEV)
     if "transformer" in parts:
         sizes["sizes"] = load_transformer(parts["transformer"], "meta").sizes
         resolution = resolution or native_size(folder_around(parts["transformer"]))
@@ -160,20 +179,39 @@ def make_plan(
     if {"transformer", "tokenizers"} <= parts.keys():
         sizes["t5_length"] = text_length(parts["transformer"], parts["tokenizers"], t5_length)
     sizes["fused_norm"] = norm_is_fused(device) or (options.dry and options.vram is not None)
-    work = Workload(kind, resolution=resolution or Workload.resolution, **sizes, **settings)
+    return Workload(kind, resolution=resolution or Workload.resolution, **sizes, **settings)
+
+
+def plan_one_of(
+    works: Sequence[Workload], options: MemoryOptions, device: torch.device
+) -> tuple[Workload, Plan]:
+    """Choose among workloads that differ in their batch; print the plan and return it with its workload.
+
+    It is the largest batch of those that take at most 3 % longer for a sample than the fastest one, and keep
+    exact weights if one of them does. Raises UserError when nothing fits.
+    """
     if options.compile and (options.stream not in ("auto", "0") or options.checkpoint == "attention"):
         raise UserError("--compile works neither with --stream nor with --checkpoint attention")
     measured = measure(device) if device.type == "cuda" else None
     speeds = measured or PAPERS_CARD
     budget = options.vram or device_memory(device) / GIB
-    plan, cost = choose(work, budget, options, speeds)
+    found = []
+    for work in sorted(works, key=lambda work: work.batch):
+        try:
+            found.append((work, *choose(work, budget, options, speeds)))
+        except UserError:
+            if not found:  # nor will larger ones fit
+                raise
+    found = [row for row in found if row[1].fp8 == min(plan.fp8 for _, plan, _ in found)]
+    enough = 1.03 * min(cost.seconds / work.batch for work, _, cost in found)
+    work, plan, cost = [row for row in found if row[2].seconds / row[0].batch <= enough][-1]
     if plan.compiled and plan.fp8 and device.type == "cuda":
         raise UserError(
             "--compile with 8-bit weights gave wrong numbers on a GPU (docs/gpu.md): leave it out"
         )
     source = speeds.source if measured or options.dry else ""
     print(table(work, plan, cost, budget, options.base_dtype == "fp8", source))
-    return plan
+    return work, plan
 
 
 def norm_is_fused(device: torch.device) -> bool:

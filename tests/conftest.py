@@ -19,7 +19,7 @@ from torch import nn
 
 import metalora
 import train_meta
-from flux import T5, AutoEncoder, CLIPText, Flux, Flux2, Qwen3, load_flux, load_tokenizers
+from flux import T5, AutoEncoder, CLIPText, Flux, Flux2, Qwen3, load_tokenizers, load_transformer
 from flux.autoencoder import AutoEncoderSizes
 from flux.clip import CLIPSizes
 from flux.flux2 import Flux2Sizes
@@ -196,11 +196,19 @@ def vocabularies(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def train(model, people, tmp_path_factory) -> Callable[..., dict]:
-    """Call train_meta.py: train(out, flag, value, ...); returns the tensors of meta.safetensors.
+    return stage_1(model, people, tmp_path_factory.mktemp("encoded") / "cache")
+
+
+@pytest.fixture(scope="session")
+def train_klein(klein, people, tmp_path_factory) -> Callable[..., dict]:
+    return stage_1(klein, people, tmp_path_factory.mktemp("encoded") / "cache")
+
+
+def stage_1(model: Path, people: Path, cache: Path) -> Callable[..., dict]:
+    """Return a function that calls train_meta.py: (out, flag, value, ...) -> tensors of meta.safetensors.
 
     encodes: whether it has to encode the photos and captions itself, as the first run has.
     """
-    cache = tmp_path_factory.mktemp("encoded") / "cache"
 
     def call(
         out: Path, *flags: object, steps: int = STEPS, data: Path = people, encodes: bool = False
@@ -226,11 +234,20 @@ def undisturbed(train, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def world(model, tmp_path_factory) -> Path:
-    """The random model with the toy model's evaluators and a stage-1 file."""
-    folder = tmp_path_factory.mktemp("world") / "model"
+    return with_judges_and_prior(model, tmp_path_factory.mktemp("world") / "model")
+
+
+@pytest.fixture(scope="session")
+def world_of_klein(klein, tmp_path_factory) -> Path:
+    return with_judges_and_prior(klein, tmp_path_factory.mktemp("world") / "klein")
+
+
+def with_judges_and_prior(model: Path, folder: Path) -> Path:
+    """Copy a random model to the folder, with the toy model's evaluators and a stage-1 file."""
     shutil.copytree(model, folder)
     shutil.copytree(SHIPPED["tiny"] / "judges", folder / "judges")
-    transformer = load_flux(folder / "flux1-random.safetensors")
+    (file,) = folder.glob("flux*.safetensors")
+    transformer = load_transformer(file)
     metalora.inject(transformer, 4, 1, 1, "all", torch.Generator().manual_seed(0))
     metalora.save_meta(transformer, folder / "meta.safetensors", {"r1": 4, "targets": "all"})
     return folder

@@ -1,23 +1,35 @@
 """Finding a model's parts in folders of either layout, in single files and in the hub's cache."""
 
 import json
+import re
 import shutil
 import socket
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import test_autoencoder
+import test_flux2
+import test_qwen3
+import torch
+from compare import difference, randomize
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from helpers import assert_same
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 from test_loading import assert_holds, write_shards
+from transformers import AutoTokenizer
 
 import flux
 from flux import bases, hub, loading
-from flux.bases import FLUX1
+from flux.autoencoder import AutoEncoderSizes
+from flux.bases import FLUX1, FLUX2
 from flux.checkpoint import shards
-from flux.finding import HUB_MODELS, find_files
+from flux.errors import UserError
+from flux.finding import HUB_MODELS, find_files, hub_names
+from flux.flux2 import Flux2
 from flux.loading import ModelFiles
 
 
@@ -93,7 +105,7 @@ def test_a_folder(model, snapshot):
 def test_a_folder_in_diffusers_layout(copy, snapshot):
     files = find(in_diffusers_layout(copy))
     assert files == change(ours(copy), transformer=copy / "transformer", autoencoder=copy / "vae")
-    assert flux.load_flux(files.transformer).sizes.theta == 100  # of its config
+    assert flux.load_transformer(files.transformer).sizes.theta == 100  # of its config
     file = files.transformer / "diffusion_pytorch_model.safetensors"
     assert find(file) == change(files, transformer=file)
     assert find(file).folder == files.folder == copy
@@ -317,3 +329,233 @@ def test_a_silent_hub_is_given_up_soon(snapshot, monkeypatch):
         with pytest.raises(FileNotFoundError, match="imeout"):
             find("flux-dev")
         assert time.monotonic() - start < 10
+
+
+# --- FLUX.2 klein ------------------------------------------------------------------------------------------
+
+
+def klein_in(folder: Path, transformer: str = "flux-2-klein-base-random.safetensors") -> ModelFiles:
+    qwen3 = {"qwen3": folder / "text_encoder"}
+    return ModelFiles(FLUX2, folder / transformer, folder / "ae.safetensors", qwen3, folder)
+
+
+@pytest.fixture
+def klein_snapshot(klein, snapshot) -> Path:
+    """Put klein-base-4B into the hub's cache, after FLUX.1-dev and klein-base-9B, which serve no klein-4B."""
+    for name in ("flux-dev", "klein-9b", "klein-4b"):
+        folder = snapshot_of(name, snapshot.parents[2])
+        shutil.copytree(klein, folder)
+    return folder
+
+
+def test_a_klein(klein, snapshot):
+    files = find(klein)
+    assert files == klein_in(klein) and files.folder == klein
+    assert find(files.transformer) == files
+    assert isinstance(flux.load_transformer(files.transformer), Flux2)
+    assert [len(find_files(str(klein)).base.encoders), files.base.name] == [1, "FLUX.2"]
+
+
+@torch.no_grad()
+def test_a_klein_of_diffusers_and_transformers(klein, snapshot, tmp_path):
+    """The same tensors, whoever named them, and the text that diffusers' pipeline makes."""
+    files = find(klein)
+    modules = {
+        part: loading.LOADERS[part](part_of(files, part), dtype=torch.float32) for part in FLUX2.places
+    }
+    transformer, autoencoder, qwen3 = modules.values()
+    sizes = transformer.sizes
+    theirs = Flux2Transformer2DModel(
+        in_channels=sizes.in_channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=1,
+        joint_attention_dim=sizes.txt_size,
+        axes_dims_rope=sizes.axes,
+        mlp_ratio=2,
+        guidance_embeds=False,
+    )
+    theirs.load_state_dict(test_flux2.to_diffusers(transformer.state_dict()))
+    theirs.save_pretrained(tmp_path / "transformer", max_shard_size="50KB")
+    text_encoder = test_qwen3.transformers_model(qwen3.sizes)
+    text_encoder.load_state_dict(qwen3.state_dict(), strict=False)
+    text_encoder.save_pretrained(tmp_path / "text_encoder", max_shard_size="200KB")
+    state = test_autoencoder.to_diffusers(autoencoder.state_dict(), levels=3)
+    state = {re.sub(r"^(en|de)coder\.(.*quant_conv)", r"\2", x): state[x].contiguous() for x in state}
+    (tmp_path / "vae").mkdir()
+    save_file(state, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    shutil.copytree(klein / "tokenizer", tmp_path / "tokenizer")
+    found = find(tmp_path)
+    assert found == replace(
+        klein_in(tmp_path), transformer=tmp_path / "transformer", autoencoder=tmp_path / "vae"
+    )
+    assert len(shards(found.transformer)) > 1 and len(shards(found.encoders["qwen3"])) > 1
+    for part, module in modules.items():
+        loaded = loading.LOADERS[part](part_of(found, part), dtype=torch.float32)
+        assert loaded.sizes == module.sizes
+        assert_holds(loaded, module.state_dict())
+
+    prompts = ["a photo of a woman", ""]
+    prompt = flux.load_conditioner(found, dtype=torch.float32, length=40).encode(prompts)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    embed = partial(
+        Flux2KleinPipeline._get_qwen3_prompt_embeds, text_encoder, tokenizer, max_sequence_length=40
+    )
+    assert [*prompt] == ["txt"] and prompt["txt"].shape == (2, 40, sizes.txt_size)
+    assert difference(prompt["txt"], embed(prompts, max_sequence_length=40)) < 1e-4
+    assert difference(prompt["txt"], embed(["a photo of a man", ""], max_sequence_length=40)) > 0.1
+
+
+def test_separate_files_of_a_klein(klein, snapshot, tmp_path):
+    """ComfyUI's, with its prefixes and without; flux2-vae.safetensors is no transformer."""
+    parts = {
+        "flux-2-klein-base-4b": ("model.diffusion_model.", "flux-2-klein-base-random.safetensors"),
+        "flux2-vae": ("", "ae.safetensors"),
+        "qwen_3_4b": ("", "text_encoder/model.safetensors"),
+    }
+    for name, (prefix, place) in parts.items():
+        state = {prefix + x: tensor for x, tensor in load_file(klein / place).items()}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    transformer, vae, qwen3 = (tmp_path / f"{name}.safetensors" for name in parts)
+    files = find(transformer, qwen3=qwen3, tokenizers=klein)
+    assert files == ModelFiles(FLUX2, transformer, vae, {"qwen3": qwen3}, klein)
+    assert_encodes_alike(files, klein)
+    state = {x.removeprefix("model."): tensor for x, tensor in load_file(qwen3).items()}
+    save_file(state, qwen3)  # as Qwen3Model writes it
+    assert_encodes_alike(files, klein)
+
+
+def test_an_all_in_one_klein(klein, snapshot, tmp_path):
+    prefixes = "model.diffusion_model.", "vae.", "text_encoders.qwen3_4b.transformer."
+    parts = "flux-2-klein-base-random.safetensors", "ae.safetensors", "text_encoder/model.safetensors"
+    state = {
+        prefix + name: tensor
+        for prefix, part in zip(prefixes, parts)
+        for name, tensor in load_file(klein / part).items()
+    }
+    file = tmp_path / "flux-2-klein-base-all.safetensors"
+    save_file(state, file)
+    files = find(file, tokenizers=klein)
+    assert files == ModelFiles(FLUX2, file, file, {"qwen3": file}, klein)
+    assert_encodes_alike(files, klein)
+    for part in FLUX2.places:
+        load = loading.LOADERS[part]
+        assert_holds(load(file), load(part_of(klein_in(klein), part)).state_dict())
+
+
+def test_the_variables_of_a_klein(klein, copy, klein_snapshot, monkeypatch):
+    """FLUX.1's are left alone, which someone may have set who has both."""
+    for part, variable in FLUX1.variables.items():
+        monkeypatch.setenv(variable, str(copy / {"autoencoder": "ae.safetensors"}.get(part, "")))
+    assert find("klein-4b") == klein_in(klein_snapshot)
+    monkeypatch.setenv("FLUX2_AE", str(klein / "ae.safetensors"))
+    monkeypatch.setenv("FLUX_QWEN3", str(klein / "text_encoder"))
+    monkeypatch.setenv("FLUX2_TOKENIZERS", str(klein))
+    assert find("klein-4b") == replace(
+        klein_in(klein), transformer=klein_snapshot / "flux-2-klein-base-random.safetensors"
+    )
+    monkeypatch.setenv("KLEIN_4B", str(klein))
+    assert find("klein-4b") == klein_in(klein)
+
+
+def test_what_a_klein_lacks_is_of_the_same_base_and_size(klein, klein_snapshot, monkeypatch):
+    """The distilled one has the text encoder of klein-4b, not klein-9b's; a file by itself likewise."""
+    distilled = snapshot_of("klein-4b-distilled", klein_snapshot.parents[2])
+    distilled.mkdir(parents=True)
+    name = "flux-2-klein-4b.safetensors"
+    shutil.copy(klein / "flux-2-klein-base-random.safetensors", distilled / name)
+    shutil.copytree(klein / "tokenizer", distilled / "tokenizer")
+    expected = replace(klein_in(klein_snapshot), transformer=distilled / name)
+    assert find("klein-4b-distilled") == replace(expected, tokenizers=distilled)
+    with pytest.raises(FileNotFoundError, match="lacks autoencoder, qwen3, .*no known FLUX.2 has the same"):
+        find(distilled / name)  # 96 channels are neither 4B's nor 9B's
+    shutil.rmtree(distilled / "tokenizer")
+    monkeypatch.setitem(FLUX2.models, 96, FLUX2.models[7680])
+    assert find(distilled / name) == expected
+    somebody = snapshot_of("somebody/klein", klein_snapshot.parents[2])
+    shutil.copytree(distilled, somebody)
+    assert find("somebody/klein") == replace(expected, transformer=somebody / name)
+
+
+def test_the_free_tokenizer_of_a_klein(klein, snapshot, tmp_path):
+    folder = Path(shutil.copytree(klein, tmp_path / "single"))
+    free = snapshot_of("Qwen/Qwen3-4B", snapshot.parents[2])
+    free.parent.mkdir(exist_ok=True)
+    shutil.move(folder / "tokenizer", free)
+    files = find(folder)
+    assert files == replace(klein_in(folder), tokenizers=(free,))
+    assert_encodes_alike(files, klein)
+    (free / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks tokenizers"):
+        find(folder)
+
+
+def test_parts_of_other_bases_and_sizes_are_refused(klein, model, snapshot, tmp_path):
+    wide = replace(flux.load_qwen3(klein / "text_encoder", "meta").sizes, hidden_size=40)
+    save_file(randomize(flux.Qwen3(wide)).state_dict(), tmp_path / "qwen_3_8b.safetensors")
+    z8 = AutoEncoderSizes(3, 32, (1, 1, 1), encoder_blocks=0, decoder_blocks=1, z_channels=8, packed=True)
+    save_file(randomize(flux.AutoEncoder(z8)).state_dict(), tmp_path / "flux2-vae.safetensors")
+    for given, message in (
+        ({"qwen3": tmp_path / "qwen_3_8b.safetensors"}, "qwen_3_8b.* 120 channels of text, .* wants 96 ch"),
+        (
+            {"autoencoder": tmp_path / "flux2-vae.safetensors"},
+            "has 32 channels in packed latents",
+        ),
+        (
+            {"autoencoder": model / "ae.safetensors"},
+            "16 channels in 2 x 2 latents, .* wants 16 channels in packed latents",
+        ),
+        ({"qwen3": model / "text_encoder_2"}, "not a Qwen3 checkpoint: this is T5"),
+        ({"t5": model / "text_encoder_2"}, "is FLUX.2, which has no t5 but qwen3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find(klein, **given)
+    with pytest.raises(UserError, match="packed latents, .*flux1-random.* wants 16 .* 2 x 2 latents"):
+        find(model, autoencoder=klein / "ae.safetensors")
+    with pytest.raises(UserError, match="is FLUX.1, which has no qwen3 but clip and t5"):
+        find(model, qwen3=klein / "text_encoder")
+
+
+def test_the_files_of_a_repository():
+    """Of BFL's, which have a single file beside diffusers' folders."""
+    names = ["flux-2-klein-base-4b.safetensors", "README.md", "model_index.json"]
+    names += [f"tokenizer/{x}" for x in ("tokenizer.json", "vocab.json", "merges.txt")]
+    index = "model.safetensors.index.json"
+    text = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", index]
+    names += [f"text_encoder/{x}" for x in [*text, "generation_config.json"]]
+    weights = ["config.json", "diffusion_pytorch_model.safetensors"]
+    names += [f"{folder}/{x}" for folder in ("transformer", "vae") for x in weights]
+    chosen = {part: hub_names(FLUX2, "repo", names, part) for part in FLUX2.parts}
+    assert chosen == {
+        "transformer": names[:1],
+        "autoencoder": [f"vae/{x}" for x in weights],
+        "qwen3": [f"text_encoder/{x}" for x in text],
+        "tokenizers": ["tokenizer/tokenizer.json"],
+    }
+
+
+@pytest.mark.parametrize(
+    "place, index, distilled",
+    [
+        ("flux-2-klein-4b.safetensors", None, True),
+        ("flux-2-klein-9b-fp8.safetensors", None, True),
+        ("flux-2-klein-base-4b.safetensors", None, False),
+        ("klein-4b/flux-2-klein-base-4b.safetensors", None, False),
+        ("klein-4b/mine.safetensors", None, True),
+        ("models--black-forest-labs--FLUX.2-klein-9B/snapshots/0/transformer", None, True),
+        ("models--black-forest-labs--FLUX.2-klein-base-9B/snapshots/0/transformer", None, False),
+        ("mine.safetensors", None, False),
+        ("mine.safetensors", {"is_distilled": True}, True),
+        ("klein-4b/transformer", {"is_distilled": False}, False),
+        ("klein-4b/transformer", {"_class_name": "Flux2KleinPipeline"}, True),
+    ],
+)
+def test_a_distilled_klein_is_told(place, index, distilled, tmp_path):
+    files = replace(klein_in(tmp_path), transformer=tmp_path / place)
+    if index is not None:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        (files.folder / "model_index.json").write_text(json.dumps(index))
+    few = {"steps": 4, "cfg": 1.0}
+    assert flux.default_sampler(files) == Flux2.SAMPLER | (few if distilled else {})
+    assert flux.default_sampler(replace(files, base=FLUX1)) == flux.Flux.SAMPLER

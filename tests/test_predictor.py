@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.func import functional_call
 
+import family.__main__ as family
 import flux
 import personalize
 import predictor.__main__ as command
@@ -129,7 +130,9 @@ def test_what_few_photos_do_not_show_is_not_stretched():
 def test_the_gradient_is_that_of_the_whole_graph(model):
     """`update` hands the gradient of mid and up on to the map; autograd through everything gives the same."""
     torch.manual_seed(0)
-    transformer = inject(flux.load_flux(model / "flux1-random.safetensors", "cpu", torch.float32), 4, 1, 3)
+    transformer = inject(
+        flux.load_transformer(model / "flux1-random.safetensors", "cpu", torch.float32), 4, 1, 3
+    )
     size = transformer.factors.personal.shape[1]
     network = Predictor(width=5, codes=3, size=size, hidden=4)
     for parameter in network.parameters():
@@ -240,7 +243,9 @@ def test_people_with_a_single_photo_are_refused(train, people, tmp_path):
 def test_two_ranks_learn_as_one(model):
     """Each has a part of the batch: two photos, and one. The sum of their gradients is that of all three."""
     torch.manual_seed(0)
-    transformer = inject(flux.load_flux(model / "flux1-random.safetensors", "cpu", torch.float32), 4, 1, 3)
+    transformer = inject(
+        flux.load_transformer(model / "flux1-random.safetensors", "cpu", torch.float32), 4, 1, 3
+    )
     network = Predictor(5, 3, transformer.factors.personal.shape[1], hidden=4)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -303,8 +308,8 @@ def test_sample_grids_show_predictions(train, tmp_path, monkeypatch):
 def test_the_file_names_factors_by_layer(trained, model):
     tensors, metadata = read_tensors(trained)
     assert metadata["eye"] == "small" and metadata["r2"] == "1"
-    loaded = load_predictor(trained, flux.load_flux(model / "flux1-random.safetensors", "meta"))
-    transformer = inject(flux.load_flux(model / "flux1-random.safetensors"), 4, 1, 7, reset=False)
+    loaded = load_predictor(trained, flux.load_transformer(model / "flux1-random.safetensors", "meta"))
+    transformer = inject(flux.load_transformer(model / "flux1-random.safetensors"), 4, 1, 7, reset=False)
     transformer.factors.personal.data.copy_(loaded.predictor.table.data)
     for layer, (_, mid, up) in transformer.factors.by_layer().items():
         assert torch.equal(mid, tensors[f"{layer}.mid"].float())
@@ -313,7 +318,7 @@ def test_the_file_names_factors_by_layer(trained, model):
 
 
 def test_what_is_no_predictor_is_named(trained, world, other_model, tmp_path):
-    empty = lambda folder: flux.load_flux(folder / "flux1-random.safetensors", "meta")
+    empty = lambda folder: flux.load_transformer(folder / "flux1-random.safetensors", "meta")
     with pytest.raises(UserError, match="is no predictor"):
         load_predictor(world / "meta.safetensors", empty(world))
     with pytest.raises(UserError, match="does not fit this model"):
@@ -361,9 +366,9 @@ def run(model, trained, eye):
 
 def test_without_steps_the_prediction_is_written(run, photo, model, trained, eye, monkeypatch):
     """No network but the eye is loaded, and the file is the prediction multiplied out."""
-    load = flux.load_flux
+    load = flux.load_transformer
     with monkeypatch.context() as patch:
-        patch.setattr(flux, "load_flux", lambda path, device: load(path, {"meta": device}[device]))
+        patch.setattr(flux, "load_transformer", lambda path, device: load(path, {"meta": device}[device]))
         for name in ("load_conditioner", "load_autoencoder"):
             patch.delattr(personalize.flux, name)
         run(photo)
@@ -384,7 +389,7 @@ def test_without_steps_the_prediction_is_written(run, photo, model, trained, eye
 
 def test_of_several_photos_the_embeddings_are_averaged(trained, model, people, eye, monkeypatch):
     transformer = model / "flux1-random.safetensors"
-    loaded = load_predictor(trained, flux.load_flux(transformer, "meta"))
+    loaded = load_predictor(trained, flux.load_transformer(transformer, "meta"))
     files = sorted(next(people.glob("*_000")).glob("*.png"))[:3]
     photos, network = {file: Image.open(file) for file in files}, SmallEye(eye)
     mean = torch.stack([network.embed(photo) for photo in photos.values()]).mean(dim=0)
@@ -425,6 +430,29 @@ def test_what_does_not_fit_is_said(run, photo, model):
         run(photo, "--rank", 2)
     with pytest.raises(FileNotFoundError, match="python -m predictor"):
         personalize.main([str(photo), "--model", str(model), "--start", "predicted"])
+
+
+@pytest.mark.parametrize("words", [[], ["--steps", 2, "--lr", 1e-3, "--no-augment", "--samples", 0]])
+def test_a_family_is_as_alone(people, model, trained, eye, tmp_path, words):
+    """Without steps byte by byte; trained from there but for the rounding of the file."""
+    photos = [next(people.glob(f"*_00{k}")) / "000.png" for k in range(2)]
+    options = ["--model", model, "--start", "predicted", "--predictor", trained, "--eye-weights", eye]
+    options += ["--caption", "a photo", *words]
+    family.main([str(word) for word in [*photos, *options, "--out", tmp_path, "--at-once", 2]])
+    files = []
+    for photo in photos:
+        files.append(tmp_path / f"{photo.parent.name}_000.safetensors")
+        alone = tmp_path / "alone.safetensors"
+        personalize.main([str(word) for word in [photo, *options, "--out", alone, "--force"]])
+        if words:
+            (ours, about), (theirs, expected) = read_tensors(files[-1]), read_tensors(alone)
+            assert about == expected
+            for name, tensor in theirs.items():
+                torch.testing.assert_close(ours[name], tensor, atol=1e-4, rtol=2e-3)
+        else:
+            assert files[-1].read_bytes() == alone.read_bytes()
+    first, second = (read_tensors(file)[0] for file in files)
+    assert any((first[name] - second[name]).abs().max() > 1e-2 for name in first)
 
 
 # --- The benchmark -----------------------------------------------------------------------------------------
@@ -482,7 +510,7 @@ class Recorder(Eye):
 
 def test_the_face_is_found_or_given(trained, model, portraits, detector):
     transformer = model / "flux1-random.safetensors"
-    loaded = load_predictor(trained, flux.load_flux(transformer, "meta"))
+    loaded = load_predictor(trained, flux.load_transformer(transformer, "meta"))
     path, eye = portraits[0], Recorder(detector)
     photo = Image.open(path)
     predict(loaded, eye, {path: photo}, transformer)

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 import flux
+import sample
 from flux.bases import FLUX1, FLUX2
 from flux.finding import find_files
-from flux.loading import default_sampler, native_size
+from flux.loading import default_sampler
 from flux.sampling import generate
 from run.models import SHIPPED as SHIPPED_MODELS
 from tiny import pretrain
@@ -61,26 +62,22 @@ def stages(out: Path) -> list[tuple[str, int]]:
     return [(line["stage"], line["step"]) for line in lines]
 
 
-@torch.no_grad()
-def picture(out: Path) -> torch.Tensor:
-    """Load a model like any other of its base, and generate a picture as its defaults are."""
-    files = find_files(str(out), {})
-    assert files.folder == out and native_size(out) == 64
-    model = flux.load_transformer(files.transformer, dtype=torch.float32)
-    ae = flux.load_autoencoder(files.autoencoder, dtype=torch.float32)
-    conditioner = flux.load_conditioner(files, dtype=torch.float32)
-    prompt, negative = (conditioner.encode([text]) for text in ("a blue square", ""))
-    sampler = default_sampler(files) | {"steps": 2}
-    pictures = generate(model, ae, prompt, [0], (64, 80), negative=negative, **sampler)
-    return pretrain.to_tensor(pictures[0], (64, 80))
+def picture(model: Path, out: Path) -> torch.Tensor:
+    """Generate a picture with the script, as with any other model of its base: (3, 64, 64) in [-1, 1]."""
+    words = ["--model", model, "--prompt", "a blue square", "--steps", 2, "--device", "cpu", "--out", out]
+    sample.main([str(word) for word in words])
+    (file,) = out.glob("*.png")
+    image = Image.open(file)
+    assert image.size == (64, 64)  # `sample_size` of config.json
+    return pretrain.to_tensor(image, (64, 64))
 
 
 def test_a_toy_model_of_ones_own(tmp_path, monkeypatch):
     out = pretrain_twice(monkeypatch, tmp_path, "flux1")
     assert stages(out) == [("autoencoder", 2), ("transformer", 1), ("transformer", 2), ("guidance", 1)]
-    assert picture(out).std() > 0
+    assert picture(out, tmp_path / "samples").std() > 0
     files = find_files(str(out), {})
-    model = flux.load_flux(files.transformer, dtype=torch.float32)
+    model = flux.load_transformer(files.transformer, dtype=torch.float32)
     assert files.base is FLUX1 and model.sizes.theta == THETA and model.sizes.guidance
     assert Image.open(out / "samples.png").width == 12 * 64 * 2
 
@@ -98,14 +95,17 @@ def test_a_toy_klein_of_ones_own(tmp_path, monkeypatch):
     assert conditioner.encode(["a"])["txt"].shape == (1, FAMILIES["flux2"].txt_length, 192)
     assert Image.open(out / "samples.png").width == 12 * 64 * 2
 
-    ae, before = flux.load_autoencoder(files.autoencoder, dtype=torch.float32), picture(out)
+    ae, before = (
+        flux.load_autoencoder(files.autoencoder, dtype=torch.float32),
+        picture(out, tmp_path / "before"),
+    )
     data = [Image.open(tmp_path / "data" / f"{k % 3}.jpg") for k in range(12)]  # the squares it has seen
     data = torch.stack([pretrain.to_tensor(image, (64, 64)) for image in data])
     assert unit_variance(ae.encode(data))
     ae.bn.reset_running_stats()
     assert not unit_variance(ae.encode(data))
     pretrain.export(ae, files.autoencoder)
-    assert (picture(out) - before).abs().max() > 0.05
+    assert (picture(out, tmp_path / "after") - before).abs().max() > 0.05
 
 
 def unit_variance(latents: torch.Tensor) -> bool:
@@ -132,7 +132,7 @@ def test_the_shipped_model_draws_what_it_is_told():
     error = (ae.decode(ae.encode(pictures)) - pictures).square().mean(dim=(1, 2, 3))
     assert (10 * (4 / error).log10()).mean() > 33  # dB
 
-    model = flux.load_flux(SHIPPED / "flux1-tiny.safetensors", dtype=torch.float32)
+    model = flux.load_transformer(SHIPPED / "flux1-tiny.safetensors", dtype=torch.float32)
     conditioner = flux.load_conditioner(SHIPPED, dtype=torch.float32)
     _, judge = load_judges(SHIPPED / "judges")
     right, wrong, other = [], [], "a sketch of a man in a studio wearing a black shirt"

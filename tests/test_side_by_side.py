@@ -7,8 +7,8 @@ import torch
 from compare import factors
 
 import flux
+from family.side_by_side import personalize_together
 from metalora import clip_slots, eject
-from metaphd.side_by_side import personalize_together
 from personalize import EncodedCrop, Personalization, add_adapters, draw_batches, personalize
 from run.settings import Training
 
@@ -20,7 +20,7 @@ SHAPES = ((32, 32), (32, 64))  # in pixels, of each person's two crops
 
 @pytest.fixture(scope="module")
 def transformer(model) -> flux.Flux:
-    return flux.load_flux(model / "flux1-random.safetensors", dtype=torch.float32)
+    return flux.load_transformer(model / "flux1-random.safetensors", dtype=torch.float32)
 
 
 def person(model: flux.Flux, seed: int) -> tuple[list[EncodedCrop], dict[str, torch.Tensor]]:
@@ -72,7 +72,7 @@ def test_side_by_side_is_as_alone(transformer, monkeypatch):
         clip_slots(params, most)
         clipped.append(params.grad.norm() < 0.9 * before)
 
-    monkeypatch.setattr("metaphd.side_by_side.clip_slots", watched)
+    monkeypatch.setattr("family.side_by_side.clip_slots", watched)
     ours, learning = together(transformer, [3, 4, 5])
     assert learning == [[0, 1, 2]] * SETTINGS.steps and any(clipped)
     for slot, seed in enumerate((3, 4, 5)):

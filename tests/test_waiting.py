@@ -13,12 +13,12 @@ from helpers import log_of
 from test_personalize import some_crops, some_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import family.side_by_side
 import flux
-import metaphd.side_by_side
 import personalize
 import train_meta
+from family.side_by_side import personalize_together
 from metalora import eject, inject
-from metaphd.side_by_side import personalize_together
 from people.dataset import Batch, BucketData, LatentDataset
 from personalize import Personalization, add_adapters, draw_batches
 from run import bucket_run, late
@@ -61,7 +61,7 @@ def events(monkeypatch) -> list[str]:
             events.append("read")
             return self.numbers.tolist()
 
-    for module in (late, metaphd.side_by_side, bucket_run):
+    for module in (late, family.side_by_side, bucket_run):
         monkeypatch.setattr(module, "Late", Late)
     # Another optimizer, because PyTorch has a fused AdamW only for devices that are there.
     monkeypatch.setattr(torch.optim, "AdamW", lambda params, lr, **_: torch.optim.RMSprop(params, lr))
@@ -70,7 +70,7 @@ def events(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def transformer(model) -> flux.Flux:
-    return flux.load_flux(model / "flux1-random.safetensors", META, torch.float32)
+    return flux.load_transformer(model / "flux1-random.safetensors", META, torch.float32)
 
 
 def personalize_on_meta(transformer: flux.Flux, steps: int, **settings: object) -> int:
