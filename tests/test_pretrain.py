@@ -95,10 +95,8 @@ def test_a_toy_klein_of_ones_own(tmp_path, monkeypatch):
     assert conditioner.encode(["a"])["txt"].shape == (1, FAMILIES["flux2"].txt_length, 192)
     assert Image.open(out / "samples.png").width == 12 * 64 * 2
 
-    ae, before = (
-        flux.load_autoencoder(files.autoencoder, dtype=torch.float32),
-        picture(out, tmp_path / "before"),
-    )
+    before = picture(out, tmp_path / "before")
+    ae = flux.load_autoencoder(files.autoencoder, dtype=torch.float32)
     data = [Image.open(tmp_path / "data" / f"{k % 3}.jpg") for k in range(12)]  # the squares it has seen
     data = torch.stack([pretrain.to_tensor(image, (64, 64)) for image in data])
     assert unit_variance(ae.encode(data))
