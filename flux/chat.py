@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from flux.conditioner import damage_named, find
+from flux.conditioner import LENGTHS, damage_named, find, max_length
 from flux.errors import UserError
 from flux.qwen3 import Qwen3
 
@@ -20,7 +20,7 @@ START = "<|im_start|>user\n"
 END = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # an empty thought: thinking is off
 PAD = "<|endoftext|>"
 MARKERS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", PAD)  # a token each
-LENGTH = 512  # what FLUX.2 was trained with
+LENGTH = LENGTHS["Qwen3"]  # what FLUX.2 was trained with
 
 
 class ChatConditioner(nn.Module):
@@ -73,7 +73,9 @@ class ChatTokenizer:
 def load_chat_tokenizer(folder: Path, length: int | None = None) -> ChatTokenizer:
     """Read the tokenizer in a folder; rows have `length` tokens, 512 unless given.
 
-    Raises FileNotFoundError when there is none, UserError when it is damaged or lacks a marker of Qwen3's.
+    They have fewer where its `tokenizer_config.json`, which it can do without, allows no more; Qwen's own
+    allows 131,072. Raises FileNotFoundError when there is no tokenizer, UserError when it is damaged or lacks
+    a marker of Qwen3's.
     """
     file = find(folder, "Qwen3", "tokenizer.json")
     with damage_named(folder):
@@ -83,4 +85,6 @@ def load_chat_tokenizer(folder: Path, length: int | None = None) -> ChatTokenize
         raise UserError(f"{folder} is no tokenizer of Qwen3: it lacks {', '.join(missing)}")
     tokenizer.no_truncation()  # transformers writes into the file how it was last used
     tokenizer.no_padding()
+    if length is None and (folder / "tokenizer_config.json").is_file():
+        length = min(LENGTH, max_length(folder, "Qwen3"))
     return ChatTokenizer(tokenizer, length or LENGTH)

@@ -20,7 +20,7 @@ from flux.clip import CLIPText
 from flux.errors import UserError
 from flux.t5 import T5
 
-LENGTHS = {"CLIP": 77, "T5": 512}  # FLUX.1's, where a config is silent, as google/t5-v1_1-xxl's
+LENGTHS = {"CLIP": 77, "T5": 512, "Qwen3": 512}  # FLUX's, where a config is silent, as google/t5-v1_1-xxl's
 UNLIMITED = int(1e30)  # what transformers writes for that
 
 
@@ -149,7 +149,7 @@ def sentencepiece(file: Path) -> tuple[Callable[[str], list[int]], Callable[[lis
 
 
 def max_length(folder: Path, kind: str) -> int:
-    """Return the tokens per prompt that a tokenizer's config tells, or FLUX.1's; UserError for no number."""
+    """Return the tokens per prompt that a tokenizer's config tells, or FLUX's; UserError for no number."""
     file = find(folder, kind, "tokenizer_config.json")
     length = read_json(file).get("model_max_length", LENGTHS[kind])
     if length == UNLIMITED:

@@ -167,11 +167,11 @@ class Flux2(Transformer):
             x = block(x, mod, pe)
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
-    def velocity(self, latents: Tensor, t: Tensor, guidance: float | None, txt: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, t: Tensor, guidance: float | Tensor | None, txt: Tensor) -> Tensor:
         """Do the same with latents (b, c, h, w), each pixel of which is a token; see `Transformer`."""
         b, _, h, w = latents.shape
         img_ids, txt_ids = position_ids(b, h, w, txt.shape[1], latents.device)
-        guided = None if guidance is None else torch.full((b,), guidance, device=latents.device)
+        guided = None if guidance is None else guidance * torch.ones(b, device=latents.device)
         img = self(rearrange(latents, "b c h w -> b (h w) c"), img_ids, txt, txt_ids, t, guided)
         return rearrange(img, "b (h w) c -> b c h w", h=h)
 

@@ -124,12 +124,12 @@ class Flux(Transformer):
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
     def velocity(
-        self, latents: Tensor, t: Tensor, guidance: float | None, txt: Tensor, pooled: Tensor
+        self, latents: Tensor, t: Tensor, guidance: float | Tensor | None, txt: Tensor, pooled: Tensor
     ) -> Tensor:
         """Do the same with latents (b, c, h, w) instead of tokens; see `Transformer`."""
         b, _, h, w = latents.shape
         img_ids, txt_ids = position_ids(b, h, w, txt.shape[1], latents.device)
-        guided = None if guidance is None else torch.full((b,), guidance, device=latents.device)
+        guided = None if guidance is None else guidance * torch.ones(b, device=latents.device)
         return unpack(self(pack(latents), img_ids, txt, txt_ids, t, pooled, guided), h, w)
 
     def times(self, steps: int, height: int, width: int) -> list[float]:

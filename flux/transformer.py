@@ -18,10 +18,12 @@ class Transformer(nn.Module):
     SAMPLER: dict[str, float]  # defaults of `flux.sampling.denoise`
     T_MEAN = 0.0  # of the logit-normal times of training, by default
 
-    def velocity(self, latents: Tensor, t: Tensor, guidance: float | None, **prompt: Tensor) -> Tensor:
+    def velocity(
+        self, latents: Tensor, t: Tensor, guidance: float | Tensor | None, **prompt: Tensor
+    ) -> Tensor:
         """Return the velocity at noisy latents (b, c, h, w) in the weights' dtype, in the same shape.
 
-        t: (b,) in [0, 1], float32. guidance: None or any number for a model without that input.
+        t: (b,) in [0, 1], float32. guidance: a number or (b,); None or any for a model without that input.
         """
         raise NotImplementedError
 

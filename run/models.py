@@ -70,7 +70,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--t5-length",
         dest="t5_length",
         type=int,
-        help="tokens per prompt; default: what the tokenizer's config says, 512 of FLUX.2",
+        help="tokens per prompt; default: what the tokenizer's config says, of FLUX.2 at most 512",
     )
 
 

@@ -28,8 +28,8 @@ from flux.qwen3 import Qwen3Sizes
 from flux.t5 import T5Sizes
 from metaphd import benchmark
 from run.models import SHIPPED
+from tiny.families import FAMILIES
 from tiny.people import training_pictures, write_people
-from tiny.pretrain import make_tokenizers
 from vision.detector import load_detector
 
 PHOTOS = ("studio_portrait", "studio_posture", "amateur_selfie", "amateur_posture")
@@ -40,7 +40,8 @@ def write_model(folder: Path, hidden_size: int = 32) -> Path:
 
     Four pixels a latent and eight an image token, as many as the toy model's, so sides are multiples of 8.
     """
-    make_tokenizers(training_pictures(1000, torch.Generator().manual_seed(0), size=8)[1], folder)
+    captions = training_pictures(1000, torch.Generator().manual_seed(0), size=8)[1]
+    FAMILIES["flux1"].make_tokenizers(captions, folder)
     clip = load_tokenizers(folder).clip
     parts = {
         "flux1-random.safetensors": Flux(

@@ -156,6 +156,21 @@ def test_how_a_tokenizer_was_last_used_is_no_matter(folder, tmp_path):
     assert equal(ours, expected).all() and expected[0].shape == (1, 512)
 
 
+def test_the_config_may_ask_for_fewer_tokens(folder, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    assert load_chat_tokenizer(tmp_path).length == 512  # without a config
+
+    def length(text: str, given: int | None = None) -> int:
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        return load_chat_tokenizer(tmp_path, given).length
+
+    few = '{"model_max_length": 32}'
+    assert length(few) == 32 and length(few, 40) == 40
+    assert length('{"model_max_length": 131072}') == 512 and length("{}") == 512
+    with pytest.raises(UserError, match="model_max_length 'long', must be a whole number above 0"):
+        length('{"model_max_length": "long"}')
+
+
 def test_what_is_cut_is_told(folder):
     tokenizer = load_chat_tokenizer(folder)
     prompt = "a photo of a man and a house"

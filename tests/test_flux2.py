@@ -239,6 +239,16 @@ def test_published_headers(name, expected, parameters):
     assert sum(parameter.numel() for parameter in ours.parameters()) == parameters
 
 
+@torch.no_grad()
+def test_samples_may_have_guidance_of_their_own():
+    ours, given = randomize(Flux2(replace(DEV, in_channels=16))), inputs(DEV)
+    latents = torch.randn(2, 16, 3, 5, generator=torch.Generator().manual_seed(2))
+    velocity = lambda guidance: ours.velocity(latents, given["t"], guidance, txt=given["txt"])
+    first, second = (velocity(guidance.item()) for guidance in given["guidance"])
+    assert difference(velocity(given["guidance"]), torch.stack([first[0], second[1]])) < 1e-6
+    assert difference(first, second) > 0.01
+
+
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"\(8, 8, 8, 4\) add up to 28, the head size is 32"):
         Flux2(replace(DEV, axes=(8, 8, 8, 4)))

@@ -1,13 +1,14 @@
 """FLUX.2's times, positions and Euler loop, and with them its text side, against diffusers' pipeline."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_chat
 import test_qwen3
 import torch
+from chat_tokenizer import write_tokenizer
 from compare import difference, randomize
 from diffusers import (
     AutoencoderKLFlux2,
@@ -81,7 +82,8 @@ class TheirTransformer(Flux2):
 def pipeline(tmp_path_factory) -> tuple[Flux2KleinPipeline, chat.ChatTokenizer]:
     """diffusers' pipeline with random weights, and our tokenizer of the same files."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    sizes = replace(test_qwen3.SIZES, vocab_size=test_chat.write_tokenizer(folder))
+    vocab_size = write_tokenizer(folder, Path(__file__).read_text())
+    sizes = replace(test_qwen3.SIZES, vocab_size=vocab_size)
     qwen3 = randomize(test_qwen3.transformers_model(sizes))
     transformer = Flux2Transformer2DModel(
         in_channels=16,

@@ -323,6 +323,18 @@ def test_heads_are_laid_out_as_attention_returns_them(monkeypatch):
     assert copies(Flux(DEV), given) == 2 * (DEV.depth + DEV.depth_single)  # there, and back
 
 
+@torch.no_grad()
+def test_samples_may_have_guidance_of_their_own():
+    ours, given = randomize(Flux(replace(DEV, in_channels=16))), inputs(DEV)
+    latents = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(2))
+    velocity = lambda guidance: ours.velocity(
+        latents, given["t"], guidance, txt=given["txt"], pooled=given["pooled"]
+    )
+    first, second = (velocity(guidance.item()) for guidance in given["guidance"])
+    assert difference(velocity(given["guidance"]), torch.stack([first[0], second[1]])) < 1e-6
+    assert difference(first, second) > 0.01
+
+
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"\(8, 8, 8\) add up to 24, the head size is 32"):
         Flux(replace(DEV, axes=(8, 8, 8)))

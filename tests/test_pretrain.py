@@ -3,22 +3,30 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import flux
+import sample
+from flux.bases import FLUX1, FLUX2
 from flux.finding import find_files
+from flux.loading import default_sampler
+from flux.sampling import generate
 from run.models import SHIPPED as SHIPPED_MODELS
 from tiny import pretrain
+from tiny.families import FAMILIES, THETA
 
 SHIPPED = SHIPPED_MODELS["tiny"]
 
 
-def run(monkeypatch, *options) -> None:
+def run(monkeypatch, family: str, *options) -> None:
     arguments = [
         "pretrain.py",
+        "--family",
+        family,
         "--batch",
         "2",
         "--hidden-size",
@@ -28,35 +36,80 @@ def run(monkeypatch, *options) -> None:
         *map(str, options),
     ]
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(pretrain, "AE", replace(pretrain.AE, ch=32))  # a quarter of the work
+    toy = FAMILIES[family]
+    monkeypatch.setattr(toy, "ae", replace(toy.ae, ch=32))  # a quarter of the work
     monkeypatch.setattr(pretrain, "PROMPTS", pretrain.PROMPTS[:1])  # an eighth of the samples
     monkeypatch.setattr(pretrain.layers, "attention", pretrain.layers.attention)  # it replaces this one
     pretrain.main()
 
 
-def test_a_toy_model_of_ones_own(tmp_path, monkeypatch):
-    """Train on a folder of captioned pictures, be interrupted, go on; the result loads like any FLUX.1."""
-    data, out = tmp_path / "data", tmp_path / "out"
+def pretrain_twice(monkeypatch, folder: Path, family: str) -> Path:
+    """Train on a folder of captioned pictures, be interrupted, go on; return the model's folder."""
+    data, out = folder / "data", folder / "out"
     data.mkdir()
     for k in range(3):
         Image.new("RGB", (90, 70 + k), (80 * k, 0, 255)).save(data / f"{k}.jpg")
         (data / f"{k}.txt").write_text(f"picture number {k} of a blue square")
-    options = ["--out", out, "--work", tmp_path / "work", "--data", data, "--pictures", 20, "--ae-steps", 2]
-    run(monkeypatch, *options, "--steps", 1, "--guidance-steps", 0)
+    options = ["--out", out, "--work", folder / "work", "--data", data, "--pictures", 20, "--ae-steps", 2]
+    run(monkeypatch, family, *options, "--steps", 1, "--guidance-steps", 0)
     assert json.loads((out / "pretrain.jsonl").read_text().splitlines()[-1])["step"] == 1
-    run(monkeypatch, *options, "--steps", 2, "--guidance-steps", 1)
-    stages = [json.loads(line) for line in (out / "pretrain.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["step"]) for line in stages] == [
-        ("autoencoder", 2),
-        ("transformer", 1),
-        ("transformer", 2),
-        ("guidance", 1),
-    ]
+    run(monkeypatch, family, *options, "--steps", 2, "--guidance-steps", 1)
+    return out
+
+
+def stages(out: Path) -> list[tuple[str, int]]:
+    lines = [json.loads(line) for line in (out / "pretrain.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["step"]) for line in lines]
+
+
+def picture(model: Path, out: Path) -> torch.Tensor:
+    """Generate a picture with the script, as with any other model of its base: (3, 64, 64) in [-1, 1]."""
+    words = ["--model", model, "--prompt", "a blue square", "--steps", 2, "--device", "cpu", "--out", out]
+    sample.main([str(word) for word in words])
+    (file,) = out.glob("*.png")
+    image = Image.open(file)
+    assert image.size == (64, 64)  # `sample_size` of config.json
+    return pretrain.to_tensor(image, (64, 64))
+
+
+def test_a_toy_model_of_ones_own(tmp_path, monkeypatch):
+    out = pretrain_twice(monkeypatch, tmp_path, "flux1")
+    assert stages(out) == [("autoencoder", 2), ("transformer", 1), ("transformer", 2), ("guidance", 1)]
+    assert picture(out, tmp_path / "samples").std() > 0
     files = find_files(str(out), {})
-    assert files.folder == out
     model = flux.load_transformer(files.transformer, dtype=torch.float32)
-    assert model.sizes.theta == pretrain.THETA and model.sizes.guidance
+    assert files.base is FLUX1 and model.sizes.theta == THETA and model.sizes.guidance
     assert Image.open(out / "samples.png").width == 12 * 64 * 2
+
+
+def test_a_toy_klein_of_ones_own(tmp_path, monkeypatch):
+    """It has no guidance to learn, and its autoencoder's file tells how its latents are normalised."""
+    out = pretrain_twice(monkeypatch, tmp_path, "flux2")
+    assert stages(out) == [("autoencoder", 2), ("transformer", 1), ("transformer", 2)]
+    files = find_files(str(out), {})
+    assert files.base is FLUX2 and default_sampler(files)["cfg"] == 4
+    model = flux.load_transformer(files.transformer, dtype=torch.float32)
+    conditioner = flux.load_conditioner(files, dtype=torch.float32)
+    assert model.sizes.axes == (8, 8, 8, 8) and model.sizes.theta == THETA and not model.sizes.guidance
+    assert conditioner.qwen3.sizes.theta == THETA and len(conditioner.qwen3.model.layers) == 27
+    assert conditioner.encode(["a"])["txt"].shape == (1, FAMILIES["flux2"].txt_length, 192)
+    assert Image.open(out / "samples.png").width == 12 * 64 * 2
+
+    before = picture(out, tmp_path / "before")
+    ae = flux.load_autoencoder(files.autoencoder, dtype=torch.float32)
+    data = [Image.open(tmp_path / "data" / f"{k % 3}.jpg") for k in range(12)]  # the squares it has seen
+    data = torch.stack([pretrain.to_tensor(image, (64, 64)) for image in data])
+    assert unit_variance(ae.encode(data))
+    ae.bn.reset_running_stats()
+    assert not unit_variance(ae.encode(data))
+    pretrain.export(ae, files.autoencoder)
+    assert (picture(out, tmp_path / "after") - before).abs().max() > 0.05
+
+
+def unit_variance(latents: torch.Tensor) -> bool:
+    """Tell whether every channel has about mean 0 and variance 1."""
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    return bool(mean.abs().max() < 0.05 and (std - 1).abs().max() < 0.05)
 
 
 def test_orthogonalise_brings_singular_values_near_one():
@@ -69,7 +122,6 @@ def test_orthogonalise_brings_singular_values_near_one():
 
 @pytest.mark.skipif(not (SHIPPED / "flux1-tiny.safetensors").exists(), reason="tiny/weights is not there")
 def test_the_shipped_model_draws_what_it_is_told():
-    from flux.sampling import generate
     from tiny.people import training_pictures
     from vision.small import load_judges
 

@@ -2,9 +2,10 @@
 
     python tiny/pretrain.py --out tiny/weights --work /tmp/tiny
 
-The pictures are of synthetic people (`tiny/people.py`) or read from a folder (`--data`). The result has the
-names, the formats and the folder layout of FLUX.1-dev, in 16 bit, so everything else reads it like the real
-one. A stage whose result exists is skipped; one that was interrupted continues from its last save.
+With `--family flux2` it is a FLUX.2 klein base; `tiny/families.py` has what differs. The pictures are of
+synthetic people (`tiny/people.py`) or read from a folder (`--data`). The result has the names, the formats
+and the folder layout of FLUX.1-dev, in 16 bit, so everything else reads it like the real one. A stage whose
+result exists is skipped; one that was interrupted continues from its last save.
 """
 
 import argparse
@@ -14,38 +15,29 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
-from flux import Conditioner, layers, load_tokenizers
-from flux.autoencoder import AutoEncoder, AutoEncoderSizes
-from flux.clip import CLIPSizes, CLIPText
-from flux.model import Flux, FluxSizes, pack, position_ids, unpack
+from flux import layers
+from flux.autoencoder import AutoEncoder
 from flux.sampling import add_noise, denoise, draw_noise, to_pixels, velocity_target
-from flux.t5 import T5, T5Sizes
 from flux.texts import read_text
+from flux.transformer import Prompt
 from people.crops import ASPECT_RATIOS, fit_shape, to_tensor
 from people.photos import PHOTO_SUFFIXES, Size, read_photo
 from run.files import atomic, sort_header
-from tiny.people import SCENES, SHIRTS, STYLES, training_pictures
-
-AE = AutoEncoderSizes(ch=64, ch_mult=(1, 1, 1), encoder_blocks=0, decoder_blocks=1, z_channels=8)
-TXT_LENGTH, CLIP_LENGTH, VOCABULARY = 16, 24, 320
-THETA = 100  # the usual 10,000 leaves three useful frequencies on an 8x8 grid
-
+from tiny.families import FAMILIES, Family
+from tiny.people import STYLES, training_pictures
 
 # --- Optimizer ---------------------------------------------------------------------------------------------
 
@@ -165,10 +157,10 @@ def train(
 # --- Data --------------------------------------------------------------------------------------------------
 
 
-def shapes(size: int) -> list[Size]:
+def shapes(size: int, multiple: int) -> list[Size]:
     """The picture shapes to learn, the square first: appendix D's aspect ratios at an area of size ** 2."""
     ratios = sorted(ASPECT_RATIOS, key=lambda ratio: ratio[0] != ratio[1])
-    return [fit_shape((100 * down, 100 * across), size, 2 * AE.reduction) for across, down in ratios]
+    return [fit_shape((100 * down, 100 * across), size, multiple) for across, down in ratios]
 
 
 def read_pictures(
@@ -240,62 +232,13 @@ def batch_of(pictures: np.ndarray, indices: Tensor) -> Tensor:
     return torch.from_numpy(pictures[indices.numpy()]).float() / 127.5 - 1
 
 
-# --- Tokenizers --------------------------------------------------------------------------------------------
-
-
-def make_tokenizers(captions: list[str], out: Path) -> None:
-    """Learn both small vocabularies and write them in the formats of CLIP (BPE) and T5 (SentencePiece)."""
-    words = [*captions[:20_000], *SCENES.values(), *SHIRTS, *STYLES.values()]
-    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-"
-
-    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([*words, *alphabet.lower()], trainer)
-    found = json.loads(bpe.to_str())["model"]
-    # Every byte also as the end of a word, and the two special tokens last: CLIP looks for the largest token.
-    vocabulary = list(found["vocab"])
-    ends = [c + "</w>" for c in pre_tokenizers.ByteLevel.alphabet()]
-    vocabulary += [end for end in ends if end not in found["vocab"]]
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    numbered = {token: i for i, token in enumerate(vocabulary)}
-    (out / "tokenizer" / "vocab.json").write_text(json.dumps(numbered))
-    merges = [" ".join(pair) for pair in found["merges"]]
-    (out / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    (out / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": CLIP_LENGTH}))
-
-    (out / "tokenizer_2").mkdir(parents=True, exist_ok=True)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words),
-        model_prefix=str(out / "tokenizer_2" / "spiece"),
-        vocab_size=VOCABULARY,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        required_chars=alphabet,
-        minloglevel=2,
-    )
-    (out / "tokenizer_2" / "spiece.vocab").unlink()
-    (out / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": TXT_LENGTH}))
-
-
 # --- Autoencoder -------------------------------------------------------------------------------------------
 
 
 def train_autoencoder(pictures: np.ndarray, args: argparse.Namespace) -> AutoEncoder:
     """Train on crops of half the side, then on whole pictures; write `ae.safetensors` and its constants."""
     torch.manual_seed(args.seed)
-    ae = AutoEncoder(AE)
+    ae = AutoEncoder(args.family.ae)
     crop_steps, half = int(0.65 * args.ae_steps), args.size // 2
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -312,7 +255,8 @@ def train_autoencoder(pictures: np.ndarray, args: argparse.Namespace) -> AutoEnc
         divergence = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         return F.l1_loss(decoded, image) + edges + 1e-3 * divergence
 
-    is_matrix = lambda name, p: p.dim() == 4 and "conv_out" not in name and "conv_in" not in name
+    ends = ("conv_in", "conv_out", "quant_conv")
+    is_matrix = lambda name, p: p.dim() == 4 and not any(end in name for end in ends)
     optimizer = Optimizer(ae.named_parameters(), is_matrix, muon=0.02, adamw=2e-3, steps=args.ae_steps)
     train("autoencoder", args.ae_steps, loss, optimizer, {"model": ae}, args)
     return ae.requires_grad_(False).eval()
@@ -320,7 +264,7 @@ def train_autoencoder(pictures: np.ndarray, args: argparse.Namespace) -> AutoEnc
 
 @torch.no_grad()
 def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args: argparse.Namespace) -> Tensor:
-    """Return a posterior sample of every picture, unscaled (n, z, h, w) bfloat16; kept in the work folder."""
+    """Return what becomes latents of pictures, unscaled (n, z, h, w) bfloat16; kept in the work folder."""
     file = args.work / f"latents_{pictures.shape[2]}x{pictures.shape[3]}.pt"
     if not file.exists():
         latents = []
@@ -328,23 +272,17 @@ def encode_pictures(ae: AutoEncoder, pictures: np.ndarray, args: argparse.Namesp
             image = batch_of(pictures, torch.arange(at, min(at + 64, len(pictures))))
             with torch.autocast("cpu", torch.bfloat16):
                 mean, logvar = ae.encoder(image).float().chunk(2, dim=1)
-            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(at))
-            latents.append((mean + torch.exp(0.5 * logvar) * noise).bfloat16())
+            latents.append(args.family.draw(mean, logvar, torch.Generator().manual_seed(at)).bfloat16())
         with atomic(file) as temporary:
             torch.save(torch.cat(latents), temporary)
     return torch.load(file, weights_only=True)
 
 
 def finish_autoencoder(ae: AutoEncoder, latents: Tensor, args: argparse.Namespace) -> AutoEncoder:
-    """Measure scale and shift, for latents of unit variance; write file and constants, print the error."""
-    some = latents[:10_000].float()
-    scale, shift = round(1 / some.std().item(), 4), round(some.mean().item(), 4)
-    constants = {"scaling_factor": scale, "shift_factor": shift}  # diffusers' spelling
-    config = {"theta": THETA, "sample_size": args.size, **constants}
-    write_json(config, args.out / "config.json")
-    export(ae, args.out / "ae.safetensors")
-    finished = AutoEncoder(replace(AE, scale_factor=scale, shift_factor=shift))
-    finished.load_state_dict(ae.state_dict())
+    """Measure the latents, that they may have unit variance; write file and constants, print the error."""
+    finished, constants = args.family.finish(ae, latents[:10_000].float())
+    write_json({**args.family.config, "sample_size": args.size, **constants}, args.out / "config.json")
+    export(finished, args.out / "ae.safetensors")
     held_out = training_pictures(64, torch.Generator().manual_seed(args.seed), args.size)[0]
     with torch.no_grad():
         error = (finished.decode(finished.encode(held_out)) - held_out).square().mean(dim=(1, 2, 3))
@@ -354,7 +292,8 @@ def finish_autoencoder(ae: AutoEncoder, latents: Tensor, args: argparse.Namespac
 
 def export(module: nn.Module, path: Path, **metadata: str) -> None:
     """Write a module in float16, which keeps more of these small weights than bfloat16."""
-    tensors = {name: tensor.half().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    state = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+    tensors = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{path.name}: some weights are not finite in float16")
     path.parent.mkdir(exist_ok=True)
@@ -374,39 +313,14 @@ def write_json(values: dict, path: Path) -> None:
 def build(args: argparse.Namespace) -> nn.ModuleDict:
     """Return fresh text encoders and transformer, in the parts that become files."""
     torch.manual_seed(args.seed)
-    tokenizers = load_tokenizers(args.out)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "tokenizer_2" / "spiece.model"))
-    d = args.hidden_size
-    parts = nn.ModuleDict(
-        {
-            "t5": T5(T5Sizes(len(pieces), hidden_size=64, head_dim=16, num_heads=4, mlp_size=128, depth=2)),
-            "clip": CLIPText(
-                CLIPSizes(tokenizers.clip.pad + 1, CLIP_LENGTH, 64, num_heads=4, mlp_size=256, depth=2)
-            ),
-            "flux": Flux(
-                FluxSizes(
-                    in_channels=4 * AE.z_channels,
-                    out_channels=4 * AE.z_channels,
-                    pooled_size=64,
-                    txt_size=64,
-                    hidden_size=d,
-                    mlp_size=4 * d,
-                    num_heads=d // 32,
-                    depth=2,
-                    depth_single=4,
-                    guidance=True,
-                    axes=(4, 14, 14),
-                    theta=THETA,
-                )
-            ),
-        }
-    )
-    zero = ("_mod.lin", "modulation.lin", "adaLN_modulation", "final_layer.linear")
-    for name, p in parts.named_parameters():  # AdaLN and output start at zero (DiT), embeddings small
+    parts = nn.ModuleDict(args.family.build(args.out, args.hidden_size))
+    # AdaLN, output (DiT) and what the many layers of Qwen3 add start at zero, embeddings small.
+    zero = ("_mod.lin", "modulation", "final_layer.linear", ".o_proj", ".down_proj")
+    for name, p in parts.named_parameters():
         if any(key in name for key in zero):
             nn.init.zeros_(p)
-        elif "embedding" in name or "shared" in name:
-            nn.init.normal_(p, std=0.3 if "shared" in name else 0.1)
+        elif "embed" in name or "shared" in name:
+            nn.init.normal_(p, std=0.1 if "embedding" in name else 0.3)
     return parts
 
 
@@ -426,14 +340,11 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
 
 def velocity(
-    parts: nn.ModuleDict, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], guidance: Tensor
+    parts: nn.ModuleDict, x: Tensor, t: Tensor, text: tuple[Tensor, ...], guidance: Tensor, family: Family
 ) -> Tensor:
-    """Run text encoders and transformer: x_t (b, c, h, w), T5 and CLIP tokens -> velocity (b, c, h, w)."""
-    (b, _, h, w), (t5_tokens, clip_tokens) = x.shape, text
-    img_ids, txt_ids = position_ids(b, h, w, t5_tokens.shape[1])
+    """Run text encoders and transformer: x_t (b, c, h, w), a family's tokens -> velocity (b, c, h, w)."""
     with torch.autocast("cpu", torch.bfloat16):
-        txt, pooled = parts["t5"](t5_tokens), parts["clip"](clip_tokens)
-        return unpack(parts["flux"](pack(x), img_ids, txt, txt_ids, t, pooled, guidance).float(), h, w)
+        return parts["flux"].velocity(x, t, guidance, **family.encode(parts, text)).float()
 
 
 def train_transformer(
@@ -446,12 +357,12 @@ def train_transformer(
     target is the frozen model's velocity, led away from that of an earlier, weaker self that was not told the
     prompt (Ho and Salimans 2022; Karras et al. 2024, with a bad version of itself).
     In a sheet of 16 pictures the weaker self mended faces that guidance by the model itself left broken.
+    A model without that input is done before.
     """
-    tokenizers = load_tokenizers(args.out)
+    family = args.family
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for some in captions for text in some))}
     text_of = [torch.tensor([texts[text] for text in some]) for some in captions]
-    tokens = tokenizers.t5(list(texts)), tokenizers.clip(list(texts))
-    empty = tokenizers.t5([""]), tokenizers.clip([""])
+    tokens, empty = family.tokens(args.out, list(texts)), family.tokens(args.out, [""])
     # People are learned from photos, so these come three times as often as pictures of another style.
     styles = [phrase for style, phrase in STYLES.items() if style != "photo"]
     weights = [
@@ -462,10 +373,10 @@ def train_transformer(
     ema = copy.deepcopy(parts).requires_grad_(False)
     layers.attention = cpu_attention
 
-    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor]:
         shape = int(torch.multinomial(share, 1, generator=generator))
         chosen = torch.multinomial(weights[shape], args.batch, replacement=True, generator=generator)
-        x = ae.sizes.scale_factor * (latents[shape][chosen].float() - ae.sizes.shift_factor)
+        x = family.latents(ae, latents[shape][chosen].float())
         noise = torch.randn(x.shape, generator=generator)
         t = torch.randn(args.batch, generator=generator).sigmoid()
         untold = torch.rand(args.batch, 1, generator=generator) < 0.07
@@ -475,37 +386,40 @@ def train_transformer(
 
     def flow_loss(step: int, generator: torch.Generator) -> Tensor:
         x, noise, t, text, guidance = batch(generator)
-        predicted = velocity(parts, add_noise(x, noise, t), t, text, guidance)
+        predicted = velocity(parts, add_noise(x, noise, t), t, text, guidance, family)
         return F.mse_loss(predicted, velocity_target(x, noise))
 
     def guidance_loss(step: int, generator: torch.Generator) -> Tensor:
         x, noise, t, text, guidance = batch(generator)
         x = add_noise(x, noise, t)
         with torch.no_grad():
-            told = velocity(teacher, x, t, text, guidance)
-            untold = velocity(weak, x, t, tuple(none.expand(len(x), -1) for none in empty), guidance)
+            told = velocity(teacher, x, t, text, guidance, family)
+            nothing = tuple(none.expand(len(x), -1) for none in empty)
+            untold = velocity(weak, x, t, nothing, guidance, family)
         target = untold + guidance.view(-1, 1, 1, 1) * (told - untold)
-        return F.mse_loss(velocity(parts, x, t, text, guidance), target)
+        return F.mse_loss(velocity(parts, x, t, text, guidance, family), target)
 
     def run(name: str, steps: int, loss: Callable, muon: float) -> None:
         is_matrix = lambda name, p: "_blocks" in name and p.dim() == 2 and "mod" not in name
         optimizer = Optimizer(parts.named_parameters(), is_matrix, muon=muon, adamw=muon / 6, steps=steps)
 
         def saved(step: int) -> None:
-            sample_sheet(ema, ae, args, guidance=3.5).save(args.work / f"{name}.png")
-            if not weak_file.exists() and step >= 3 / 8 * steps:
+            sample_sheet(ema, ae, args).save(args.work / f"{name}.png")
+            if guided and not weak_file.exists() and step >= 3 / 8 * steps:
                 with atomic(weak_file) as temporary:
                     torch.save(ema.state_dict(), temporary)
 
         train(name, steps, loss, optimizer, {"live": parts, "ema": ema}, args, saved)
 
-    weak_file = args.work / "weak.pt"
+    weak_file, guided = args.work / "weak.pt", parts["flux"].sizes.guidance
     teacher, weak = copy.deepcopy(ema), copy.deepcopy(ema)
     if args.compile:
         for model in (parts, teacher, weak):
             for block in [*model["flux"].double_blocks, *model["flux"].single_blocks]:
                 block.compile(dynamic=False)
     run("transformer", args.steps, flow_loss, muon=0.012)
+    if not guided:
+        return ema
     parts.load_state_dict(ema.state_dict())
     teacher.load_state_dict(ema.state_dict())
     weak.load_state_dict(torch.load(weak_file, weights_only=True))
@@ -526,19 +440,23 @@ PROMPTS = (
 
 
 def sample_sheet(
-    parts: nn.ModuleDict, ae: AutoEncoder, args: argparse.Namespace, guidance: float, seeds: int = 12
+    parts: nn.ModuleDict, ae: AutoEncoder, args: argparse.Namespace, seeds: int = 12
 ) -> Image.Image:
     """Sample a row per prompt, with the same seeds in every row."""
-    conditioner = Conditioner(parts["t5"], parts["clip"], load_tokenizers(args.out))
-    side = args.size // AE.reduction
-    noise = draw_noise(list(range(seeds)), AE.z_channels, side, side)
+    base = args.family.base
+    encoders = {name: parts[name] for name in base.encoders}
+    conditioner = base.conditioner(**encoders, tokenizers=args.family.tokenizers(args.out))
+    side = args.size // ae.sizes.reduction
+    noise = draw_noise(list(range(seeds)), ae.sizes.latent_channels, side, side)
+    settings = base.kind.SAMPLER | {"steps": 12}
     rows = []
+
+    def encoded(prompt: str) -> Prompt:
+        return {name: x.expand(seeds, *x.shape[1:]) for name, x in conditioner.encode([prompt]).items()}
+
     for prompt in PROMPTS:
         with torch.no_grad():
-            encoded = {
-                name: x.expand(seeds, *x.shape[1:]) for name, x in conditioner.encode([prompt]).items()
-            }
-            latents = denoise(parts["flux"], noise, encoded, steps=12, guidance=guidance)
+            latents = denoise(parts["flux"], noise, encoded(prompt), negative=encoded(""), **settings)
             rows.append(rearrange(to_pixels(ae.decode(latents)), "n h w c -> h (n w) c"))
     sheet = Image.fromarray(torch.cat(rows).numpy())
     return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.BICUBIC)
@@ -546,7 +464,9 @@ def sample_sheet(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("tiny/weights"), help="model folder to write")
+    parser.add_argument("--family", choices=FAMILIES, default="flux1", help="what kind of model to train")
+    places = " or ".join(family.folder for family in FAMILIES.values())
+    parser.add_argument("--out", type=Path, help=f"model folder to write; default: {places}, by the family")
     parser.add_argument(
         "--work", type=Path, required=True, help="folder for pictures, latents and training states (2 GB)"
     )
@@ -561,7 +481,7 @@ def main() -> None:
     parser.add_argument("--ae-steps", type=int, default=10_000, help="updates of the autoencoder")
     parser.add_argument("--steps", type=int, default=8000, help="updates of text encoders and transformer")
     parser.add_argument(
-        "--guidance-steps", type=int, default=700, help="updates that teach the guidance input"
+        "--guidance-steps", type=int, default=700, help="updates that teach FLUX.1's guidance input"
     )
     parser.add_argument("--batch", type=int, default=64, help="pictures in an update of the transformer")
     parser.add_argument("--save-every", type=int, default=500, help="updates between saved states")
@@ -570,32 +490,34 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    family = args.family = FAMILIES[args.family]
+    args.out = args.out or Path(family.folder)
     for folder in (args.out, args.work):
         folder.mkdir(parents=True, exist_ok=True)
 
     # The square has three fifths of the pictures, the other shapes share the rest.
     data = []
-    for k, shape in enumerate(shapes(args.size)):
+    for k, shape in enumerate(shapes(args.size, family.ae.token_pixels)):
         count = args.pictures * 3 // 5 if k == 0 else args.pictures // 10
         data.append(read_pictures(shape, count, seed=args.seed * 1_000_003 + (k + 1) * 10_000_000, args=args))
     pictures, captions = zip(*data)
-    if not (args.out / "tokenizer_2" / "tokenizer_config.json").exists():
-        make_tokenizers(captions[0], args.out)
+    if not (family.base.folders(args.out)[-1] / "tokenizer_config.json").exists():
+        family.make_tokenizers(captions[0], args.out)
     ae = train_autoencoder(pictures[0], args)
     latents = [encode_pictures(ae, some, args) for some in pictures]
     ae = finish_autoencoder(ae, latents[0], args)
     parts = train_transformer(latents, captions, ae, args)
 
-    export(parts["flux"], args.out / "flux1-tiny.safetensors")
-    export(parts["clip"], args.out / "text_encoder" / "model.safetensors")
-    write_json(
-        {"num_attention_heads": parts["clip"].sizes.num_heads}, args.out / "text_encoder" / "config.json"
-    )
-    export(parts["t5"], args.out / "text_encoder_2" / "model.safetensors")
-    settings = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
+    export(parts["flux"], args.out / family.file)
+    for part in family.base.encoders:
+        folder = args.out / family.base.places[part][0]
+        export(parts[part], folder / "model.safetensors")
+        if part in family.encoder_configs:
+            write_json(family.encoder_configs[part], folder / "config.json")
+    settings = {key: value for key, value in vars(args).items() if not isinstance(value, (Path, Family))}
     write_json(settings, args.out / "pretrain.json")
     with atomic(args.out / "samples.png") as temporary:
-        sample_sheet(parts, ae, args, guidance=3.5).save(temporary)
+        sample_sheet(parts, ae, args).save(temporary)
 
 
 if __name__ == "__main__":
