@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flux.checkpoint import read_tensors
 from flux.errors import UserError, listed
-from flux.model import Flux
 from flux.streaming import bring, multiply, multiply_back
+from flux.transformer import Transformer
 from lora.fitting import clean, refuse
 from lora.merging import add_up, merge_loras
 from lora.names import PARTS, Lora, part_sizes
@@ -106,6 +106,7 @@ class Factors(nn.Module):
         r2: int,
         slots: int,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ):
         super().__init__()
         self.layers, self.r1, self.r2 = layers, r1, r2
@@ -118,8 +119,7 @@ class Factors(nn.Module):
             n, p = len(names), len(parts)
             meta_down.append((n, p, r1, d_in))
             self.shapes += [(n, p, r2, r1 or d_in), (n, sum(parts), r2)]
-        # The bias tells the device: the weight may be streamed from another one.
-        options = {"device": next(iter(layers.values())).base.bias.device, "dtype": dtype}
+        options = {"device": device, "dtype": dtype}
         empty = [nn.Parameter(torch.empty(shape, **options)) for shape in meta_down if r1]
         self.meta_down = nn.ParameterList(empty)
         self.personal = nn.Parameter(torch.empty(slots, sum(map(math.prod, self.shapes)), **options))
@@ -202,17 +202,17 @@ TARGETS = {  # which of the blocks' linear layers are adapted, by name
 }
 
 
-def linear_names(model: Flux, targets: str = "all") -> Iterator[tuple[str, list[str]]]:
+def linear_names(model: Transformer, targets: str = "all") -> Iterator[tuple[str, list[str]]]:
     """Yield each adapted linear layer's name and the diffusers names of its parts."""
     for kind in ("double_blocks", "single_blocks"):
         for i in range(len(getattr(model, kind))):
-            for layer, parts in PARTS.items():
+            for layer, parts in PARTS[type(model)].items():
                 if layer.startswith(kind) and TARGETS[targets](layer):
                     yield layer.replace("#", f"{i}"), [part.replace("#", f"{i}") for part in parts]
 
 
 def inject(
-    model: Flux,
+    model: Transformer,
     r1: int | None,
     r2: int,
     slots: int,
@@ -220,8 +220,8 @@ def inject(
     generator: torch.Generator | None = None,
     reset: bool = True,
     dtype: torch.dtype = torch.float32,
-) -> Flux:
-    """Put a `MetaLoRALinear` around each targeted linear layer of a Flux, in place; return the model.
+) -> Transformer:
+    """Put a `MetaLoRALinear` around each targeted linear layer of a transformer, in place; return the model.
 
     Nothing outside the blocks is adapted, and the base is frozen. `model.factors` holds all factors, in
     `dtype`. r1 None makes plain LoRAs of rank r2. reset False leaves the factors to be filled by the caller.
@@ -233,18 +233,19 @@ def inject(
         sizes = part_sizes(len(parts), base.out_features, base.in_features)
         layers[name] = MetaLoRALinear(base, sizes)
         model.set_submodule(name, layers[name])
-    model.factors = Factors(layers, r1, r2, slots, dtype)
+    device = model.img_in.weight.device  # the blocks' weights may be streamed from another one
+    model.factors = Factors(layers, r1, r2, slots, dtype, device)
     if reset:
         model.factors.reset(generator)
     model.factors.hook = model.register_forward_pre_hook(_multiply_factors)
     return model
 
 
-def _multiply_factors(model: Flux, args: tuple) -> None:
+def _multiply_factors(model: Transformer, args: tuple) -> None:
     model.factors.multiply(model.img_in.weight.dtype)
 
 
-def eject(model: Flux) -> Flux:
+def eject(model: Transformer) -> Transformer:
     """Undo `inject`, in place: put the linear layers back and drop the factors."""
     if adapters(model):
         for name, layer in adapters(model).items():
@@ -254,12 +255,12 @@ def eject(model: Flux) -> Flux:
     return model
 
 
-def adapters(model: nn.Module) -> dict[str, MetaLoRALinear]:
+def adapters(model: Transformer) -> dict[str, MetaLoRALinear]:
     """Return the adapted layers by name; none if there are none."""
     return model.factors.layers if hasattr(model, "factors") else {}
 
 
-def use_slots(model: nn.Module, slots: Tensor | int) -> None:
+def use_slots(model: Transformer, slots: Tensor | int) -> None:
     """Say which identity each sample of the next batch is: (b,) on the model's device, or a number for all.
 
     There must be no forward pass of other identities before this one's backward has returned: recomputed
@@ -333,7 +334,7 @@ VERSION = 1  # of the entries that we write into a LoRA file's header
 
 
 @torch.no_grad()
-def collapse(model: Flux, slot: int = 0) -> Lora:
+def collapse(model: Transformer, slot: int = 0) -> Lora:
     """Multiply one identity out to an ordinary LoRA (paper, section 3, end of stage 2).
 
     Returns lora_A (r2, d_in) and lora_B (d_out, r2) of each projection, by its diffusers name.
@@ -348,8 +349,10 @@ def collapse(model: Flux, slot: int = 0) -> Lora:
     return lora
 
 
-def export_lora(model: Flux, path: Path, metadata: dict, slot: int = 0, form: str = "diffusers") -> None:
-    """Write one identity as an ordinary rank-r2 LoRA in float16, with the names of diffusers or kohya.
+def export_lora(
+    model: Transformer, path: Path, metadata: dict, slot: int = 0, form: str = "diffusers"
+) -> None:
+    """Write one identity as an ordinary rank-r2 LoRA in float16, named as one of `lora.names.FORMATS`.
 
     The header holds `metadata`, r1, r2 and the entries that other programs show. Raises UserError when a
     number is not finite: such a file would give black pictures.
@@ -359,14 +362,13 @@ def export_lora(model: Flux, path: Path, metadata: dict, slot: int = 0, form: st
     if model.factors.r1:
         about["r1"] = model.factors.r1
     about |= {"r2": model.factors.r2, **metadata}
-    spec = model_spec(about, guidance=model.sizes.guidance)
-    write_tensors(name_tensors(lora, form), path, {**about, **spec})
+    write_tensors(name_tensors(lora, form), path, {**about, **model_spec(about, model)})
 
 
 # --- LoRA files in the model -------------------------------------------------------------------------------
 
 
-def load_lora(model: Flux, path: Path, strength: float = 1.0) -> dict[str, str]:
+def load_lora(model: Transformer, path: Path, strength: float = 1.0) -> dict[str, str]:
     """Merge a LoRA file of any origin into the weights and return its metadata.
 
     Raises UserError as `read_lora` does; the model is then as before.
@@ -376,7 +378,7 @@ def load_lora(model: Flux, path: Path, strength: float = 1.0) -> dict[str, str]:
     return metadata
 
 
-def inject_loras(model: Flux, slots: Sequence[Sequence[tuple[Lora, float]]]) -> Flux:
+def inject_loras(model: Transformer, slots: Sequence[Sequence[tuple[Lora, float]]]) -> Transformer:
     """Put LoRAs, each with its strength, into the model unmerged; those of one slot add up.
 
     They may differ in rank and in what they adapt. `eject` undoes it. Raises UserError for layers outside the
@@ -403,7 +405,7 @@ def inject_loras(model: Flux, slots: Sequence[Sequence[tuple[Lora, float]]]) -> 
 
 
 def split_loras(
-    model: Flux, loras: Sequence[tuple[Lora, float]]
+    model: Transformer, loras: Sequence[tuple[Lora, float]]
 ) -> tuple[list[tuple[Lora, float]], list[tuple[Lora, float]]]:
     """Return what LoRAs adapt within the blocks, and what outside of them; empty LoRAs are left out."""
     known = {part for _, parts in linear_names(model) for part in parts}
@@ -438,7 +440,7 @@ class Prior:
         return self.metadata["targets"]
 
 
-def save_meta(model: nn.Module, path: Path, metadata: dict) -> None:
+def save_meta(model: Transformer, path: Path, metadata: dict) -> None:
     """Write all meta_down, the product of stage 1, in float16.
 
     The metadata must hold r1 and targets, which `inject` needs before the file can be used.
@@ -467,7 +469,7 @@ def load_meta(path: Path) -> Prior:
     return Prior(path, tensors, metadata)
 
 
-def assign_meta(model: nn.Module, prior: Prior, freeze: bool = True) -> None:
+def assign_meta(model: Transformer, prior: Prior, freeze: bool = True) -> None:
     """Copy a stage-1 file's tensors into the injected layers; UserError lists what does not fit.
 
     freeze: meta_down is not trained, and kept in the file's half precision.

@@ -25,6 +25,7 @@ from flux.hashes import fingerprint, sha256
 from flux.loading import ModelFiles, folder_around, native_size
 from flux.memory import peak_memory, release
 from flux.sampling import flow_loss, generate, spread_times
+from flux.transformer import Transformer
 from lora.names import FORMATS
 from metalora import (
     TARGETS,
@@ -38,7 +39,7 @@ from metalora import (
 )
 from people.buckets import deal_batches
 from people.crops import crop_boxes, fit_shape, to_tensor
-from people.encoding import encode_picture, encode_prompt, make_batch
+from people.encoding import encode_picture, encode_prompt, make_batch, stack_prompts
 from people.faces import clip_face, find_face
 from people.folders import captions_beside, expand_folders
 from people.photos import Box, Size, read_photo
@@ -49,7 +50,7 @@ from run.command import run_script
 from run.costs import Plan, Workload
 from run.files import beside, check_new, check_writable, name_of
 from run.late import read_late
-from run.models import add_model_arguments, choose_device, files_to_plan, find_model
+from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
 from run.pictures import contact_sheet, save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.seeds import generator_for
@@ -78,7 +79,7 @@ class Personalization:
 
 
 def personalize(
-    model: flux.Flux,
+    model: Transformer,
     prior: Prior | None,
     crops: Sequence["EncodedCrop"],
     prompt: dict[str, Tensor],
@@ -112,7 +113,7 @@ def personalize(
 
 
 def updates(
-    model: flux.Flux, personal: Tensor, batches: Iterable[dict[str, Tensor]], training: Training
+    model: Transformer, personal: Tensor, batches: Iterable[dict[str, Tensor]], training: Training
 ) -> Iterator[Tensor]:
     """Update mid and up with each batch, the loop of Algorithm 2; yield the losses, unread."""
     optimizer = torch.optim.AdamW([personal], training.lr, weight_decay=training.weight_decay, fused=True)
@@ -126,7 +127,7 @@ def updates(
 
 
 def add_adapters(
-    model: flux.Flux, prior: Prior | None, rank: int, targets: str, seeds: Sequence[int]
+    model: Transformer, prior: Prior | None, rank: int, targets: str, seeds: Sequence[int]
 ) -> Tensor:
     """Add an adapter for each of the seeds, one per person; return mid and up, a row for each.
 
@@ -302,7 +303,7 @@ def describe(
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, dtype = choose_device(args)
-    settings, training = settings_of(args), Training.of(args)
+    settings = settings_of(args)
     if args.plan:
         if not settings.steps:
             return print("--steps 0 does not load the transformer: there is nothing to plan")
@@ -322,6 +323,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.show_crops:
         return show_crops(photos, crops, beside(args.out, "_crops.png"))
     files = find_model(args)
+    take_defaults(args, files)
+    training, sampler = Training.of(args), flux.default_sampler(files)
     resolution = args.resolution or native_size(files.folder)
     settings, prior, trained = find_start(args, settings, files)
     start = None
@@ -338,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     # Does the stage-1 file fit? This reads no weights.
     add_adapters(
-        flux.load_flux(files.transformer, "meta"), prior, settings.rank, settings.targets, [args.seed]
+        flux.load_transformer(files.transformer, "meta"), prior, settings.rank, settings.targets, [args.seed]
     )
     chosen = plan(args, settings, prior, resolution, device, dtype, vars(files))
     about["base_fp8"] = chosen.fp8
@@ -352,10 +355,11 @@ def main(argv: list[str] | None = None) -> None:
     conditioner = flux.load_conditioner(files, device, dtype, args.t5_length, args.vram)
     texts = [args.caption, *(f"a photo of a {args.class_word} {scene}" for scene in SCENES)]
     prompts = {text: encode_prompt(text, conditioner) for text in texts[: max(1, args.samples)]}
+    sampler["negative"] = stack_prompts([encode_prompt("", conditioner)]) if sampler["cfg"] > 1 else None
     del conditioner
     release(device)
 
-    model = flux.load_flux(files.transformer, device if chosen.resident else "cpu", dtype)
+    model = flux.load_transformer(files.transformer, device if chosen.resident else "cpu", dtype)
     chosen.apply(model, device)
     prompt = prompts[args.caption]
     personalize(model, prior, encoded, prompt, settings, training, args.seed, device, dtype, start)
@@ -366,8 +370,7 @@ def main(argv: list[str] | None = None) -> None:
         autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
         row, size = [photos[args.photos[0]]], fit_shape((resolution, resolution), resolution, multiple)
         for prompt in tqdm(prompts.values(), "sampling"):
-            prompt = {name: part[None] for name, part in prompt.items()}
-            row += generate(model, autoencoder, prompt, [args.seed], size)
+            row += generate(model, autoencoder, stack_prompts([prompt]), [args.seed], size, **sampler)
         save_sheet(contact_sheet([row], [], ["photo", *prompts]), beside(args.out, "_samples.png"))
         print(f"{beside(args.out, '_samples.png')}: {len(row) - 1} pictures")
 

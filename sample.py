@@ -18,8 +18,8 @@ from flux.errors import UserError
 from flux.loading import ModelFiles, native_size
 from flux.memory import release
 from flux.sampling import generate
+from flux.transformer import Transformer
 from lora.finding import find_lora
-from lora.fitting import linear_shapes, misfits, refuse
 from lora.merging import merge_loras, pair_strengths
 from lora.names import Lora
 from lora.reading import hash_weights, read_lora
@@ -28,7 +28,7 @@ from run.arguments import HelpFormatter, Parser
 from run.command import run_script
 from run.costs import Plan
 from run.files import check_writable, next_number, slug
-from run.models import add_model_arguments, choose_device, files_to_plan, find_model
+from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
 from run.pictures import contact_sheet, parameters, read_tags, save_picture, save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 
@@ -47,10 +47,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_writable(args.out, "--out")
     files = find_model(args)
+    take_defaults(args, files)
+    if args.negative and args.cfg <= 1:
+        raise UserError(f"--negative does nothing at --cfg {args.cfg:g}: give --cfg above 1, such as 2")
     # Do they fit? That reads no weights of the model.
-    shapes = linear_shapes(flux.load_flux(files.transformer, "meta"))
-    for (path, _), (lora, _) in zip(args.lora, loras):
-        refuse(path, misfits(lora, shapes))
+    base = flux.load_transformer(files.transformer, "meta")
+    loras = [(read_lora(path, base)[0], strength) for path, strength in args.lora]
     size = args.size or (native_size(files.folder),) * 2
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
     check_size(size, autoencoder.sizes.token_pixels)
@@ -103,12 +105,12 @@ def load_model(
     no_merge: bool,
     device: torch.device,
     dtype: torch.dtype,
-) -> flux.Flux:
+) -> Transformer:
     """Load the transformer as planned, with LoRAs merged into its weights, or beside them.
 
     Merged weights could not stay mapped to their file, and a LoRA may drown in the rounding to 8 bits.
     """
-    model = flux.load_flux(files.transformer, device if chosen.resident else "cpu", dtype)
+    model = flux.load_transformer(files.transformer, device if chosen.resident else "cpu", dtype)
     apart = no_merge or not chosen.resident
     inside, outside = split_loras(model, loras) if apart else ([], loras)
     if inside:
@@ -177,16 +179,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
     add_model_arguments(parser)
 
-    group = parser.add_argument_group("sampler (defaults: the paper's)")
+    group = parser.add_argument_group("sampler (defaults: the paper's, or those of FLUX.2)")
     group.add_argument(
         "--size",
         type=parse_size,
         help="pixels, as 768 or 1024x768 (width x height); default: the model's, 1024",
     )
-    group.add_argument("--steps", type=int, default=30, help="Euler steps")
-    group.add_argument("--guidance", type=float, default=3.5, help="the model's guidance input")
+    group.add_argument("--steps", type=int, help="Euler steps; default: 30; FLUX.2 klein 50, distilled 4")
+    group.add_argument("--guidance", type=float, help="the guidance input of models with one; default: 3.5")
     group.add_argument(
-        "--cfg", type=float, default=1.0, help="true classifier-free guidance; above 1 every step costs two"
+        "--cfg",
+        type=float,
+        help="true classifier-free guidance; above 1 every step costs two; default: 1, FLUX.2 klein base 4",
     )
     group.add_argument("--negative", default="", help="prompt to move away from; needs --cfg above 1")
     group = add_memory_arguments(parser, training=False)
@@ -196,8 +200,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="keep LoRAs apart from the weights, as is done anyway when these are streamed or in 8 bits",
     )
     args = parser.parse_args(argv)
-    if args.negative and args.cfg <= 1:
-        parser.error(f"--negative does nothing at --cfg {args.cfg}: give --cfg above 1, such as 2")
+    if args.negative and args.cfg is not None and args.cfg <= 1:  # else the model's own is looked at later
+        parser.error(f"--negative does nothing at --cfg {args.cfg:g}: give --cfg above 1, such as 2")
     try:
         args.lora = pair_strengths(args.lora, args.strength) if args.lora else []
     except UserError as error:

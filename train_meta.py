@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -23,8 +22,8 @@ from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import ModelFiles, native_size
 from flux.memory import checkpoint_blocks, weight_bytes
-from flux.model import Flux
-from flux.sampling import flow_loss, generate
+from flux.sampling import flow_loss
+from flux.transformer import Transformer
 from metalora import (
     TARGETS,
     Prior,
@@ -38,10 +37,8 @@ from metalora import (
     use_slots,
 )
 from people.buckets import count_batches, deal_batches, deal_buckets
-from people.crops import fit_shape
 from people.dataset import Batch, LatentDataset
-from people.folders import Person
-from people.photos import read_photo
+from people.grids import sample_grid
 from people.preparing import add_people_arguments, prepare_data
 from people.sources import find_people
 from run.arguments import HelpFormatter, Parser
@@ -49,8 +46,8 @@ from run.bucket_run import BucketRun, Stopped
 from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
 from run.costs import Plan
 from run.files import alone
-from run.models import add_model_arguments, choose_device, files_to_plan, find_model
-from run.pictures import contact_sheet, save_sheet
+from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
+from run.pictures import save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.ranks import Ranks, shard
 from run.seeds import generator_for
@@ -59,7 +56,7 @@ from run.terminal import printable
 
 
 def meta_train(
-    model: Flux,
+    model: Transformer,
     learner: "MetaLearner",
     buckets: Sequence[Sequence[int]],
     dataloader: Callable[[Sequence[int]], Iterator[Batch]],
@@ -80,7 +77,7 @@ def meta_train(
 
 
 def update(
-    model: Flux, learner: "MetaLearner", batch: Batch, warm_up: bool, training: Training
+    model: Transformer, learner: "MetaLearner", batch: Batch, warm_up: bool, training: Training
 ) -> dict[str, Tensor]:
     """Move mid and up of the identities in the batch and, after the warm-up, meta_down as well.
 
@@ -124,7 +121,12 @@ class MetaLearner:
     """
 
     def __init__(
-        self, model: Flux, training: Training, seed: int = 0, ema: float = 0.0, ranks: Ranks | None = None
+        self,
+        model: Transformer,
+        training: Training,
+        seed: int = 0,
+        ema: float = 0.0,
+        ranks: Ranks | None = None,
     ):
         """ema: decay of an average of meta_down; 0: none."""
         self.training, self.seed, self.ema, self.ranks = training, seed, ema, ranks or Ranks()
@@ -242,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.together(device):
         with ranks.lead_first():  # it may have to be downloaded
             files = find_model(args)
+        take_defaults(args, files)
         with alone(args.out) if ranks.leads else nullcontext(), Stop() as stop:
             ranks.wait()  # until the folder is ours
             try:
@@ -281,16 +284,17 @@ def train(
     model = load_model(args, files, chosen, prior, max(map(len, buckets)), device, dtype, ranks)
     learner = MetaLearner(model, training, args.seed, args.ema, ranks)
     stop.resident = resident(model, learner, ranks.size if args.shard else 1)
-    prompts = dataset.load_sample_prompts()
+    prompts, sampler = dataset.load_sample_prompts()
 
     def write_samples() -> None:
         """Write pictures of two people of the bucket. With --shard all ranks hold a part of the weights."""
         if ranks.leads or args.shard:
             bucket = buckets[run.bucket]
             pids = ranks.mine(bucket)[: min(2, len(bucket) // ranks.size)]  # as many on every rank
-            shown = [dataset.people[pid] for pid in pids]
+            photos = {person.name: person.photos[0] for person in map(dataset.people.__getitem__, pids)}
+            choose, how = partial(use_slots, model), (prompts, sampler, resolution, device, dtype)
             with learner.averaged():
-                sheet = sample_grid(model, files.autoencoder, shown, prompts, resolution, device, dtype)
+                sheet = sample_grid(model, choose, photos, files.autoencoder, *how)
             if ranks.leads:
                 save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
 
@@ -368,10 +372,10 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks,
-) -> Flux:
+) -> Transformer:
     """Load the transformer as planned, with adapters for so many identities (the paper's initialize)."""
     whole = chosen.resident and not args.shard
-    model = flux.load_flux(files.transformer, device if whole else "cpu", dtype)
+    model = flux.load_transformer(files.transformer, device if whole else "cpu", dtype)
     if args.shard:
         shard(model, ranks, device)
     inject(model, args.r1, args.r2, slots, args.targets, generator_for("meta_down", args.seed))
@@ -387,7 +391,7 @@ def plan(
     if args.shard:
         blocks = "all" if args.checkpoint == "auto" else args.checkpoint
         chosen = Plan(int(blocks) if blocks.isdecimal() else blocks)
-        model = flux.load_flux(parts["transformer"], "meta")
+        model = flux.load_transformer(parts["transformer"], "meta")
         checkpoint_blocks(model, chosen.checkpoint)  # raises if there are fewer
         return chosen
     identities = -(-args.bucket_ids // ranks)
@@ -396,7 +400,7 @@ def plan(
     return make_plan("stage1", parts, MemoryOptions.of(args), device, dtype, args.t5_length, **settings)
 
 
-def resident(model: Flux, learner: MetaLearner, ranks: int) -> dict[str, int]:
+def resident(model: Transformer, learner: MetaLearner, ranks: int) -> dict[str, int]:
     """Return what lies in memory, in bytes by name; ranks: over how many the base is spread."""
     meta_down, personal = sum(p.nbytes for p in learner.meta_down), learner.personal.nbytes
     return {
@@ -404,28 +408,6 @@ def resident(model: Flux, learner: MetaLearner, ranks: int) -> dict[str, int]:
         "meta_down, gradient, AdamW's state": (4 + bool(learner.average)) * meta_down,
         "mid and up of a bucket, gradient, AdamW's state": 4 * personal,
     }
-
-
-def sample_grid(
-    model: Flux,
-    autoencoder: Path,
-    people: Sequence[Person],
-    prompts: dict[str, tuple[Tensor, Tensor]],
-    resolution: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Image.Image:
-    """Draw people as the model knows them: a photo, then two pictures of each prompt."""
-    decoder, rows = flux.load_autoencoder(autoencoder, device, dtype), []
-    size = fit_shape((resolution, resolution), resolution, decoder.sizes.token_pixels)
-    for slot, person in enumerate(people):
-        use_slots(model, slot)
-        rows.append([read_photo(person.photos[0].path)])
-        for prompt in prompts.values():
-            for seed in (0, 1):
-                rows[-1] += generate(model, decoder, prompt, [seed], size)
-    titles = ["photo", *(f"{text}, seed {seed}" for text in prompts for seed in (0, 1))]
-    return contact_sheet(rows, [person.name for person in people], titles)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

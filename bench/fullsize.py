@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere
 
-from flux import Flux, load_flux
+from flux import Flux, load_transformer
 from flux.memory import arrange, blocks_of
 from flux.model import FluxSizes
 from flux.sampling import denoise
@@ -134,7 +134,7 @@ def run_row(args: argparse.Namespace) -> None:
     """Do what a row measures, and print the seconds that it took."""
     torch.manual_seed(0)
     began = time.perf_counter()
-    model = load_flux(args.file)
+    model = load_transformer(args.file)
     if args.row != "open":
         result = (forward if args.row == "forward" else train)(args, model)
         assert result.isfinite().all(), "the result is infinite or NaN"
@@ -169,7 +169,7 @@ def measure(row: str, args: argparse.Namespace, folder: Path) -> str:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # drop it from the page cache
     if row == "merge":
         lora = folder / "lora.safetensors"
-        write_lora(lora, load_flux(args.file, "meta").sizes, args.rank)
+        write_lora(lora, load_transformer(args.file, "meta").sizes, args.rank)
         out, began = folder / "merged.safetensors", time.perf_counter()
         command = [sys.executable, "-m", "lora", "merge", args.file, out, "--lora", lora]
         _, peaks = watch(command)

@@ -27,16 +27,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from family import side_by_side
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
-from flux.model import Flux, FluxSizes
+from flux.model import FluxSizes
 from flux.sampling import euler_step
 from flux.streaming import FrozenLinear
-from flux.transformer import Prompt
+from flux.transformer import Transformer
 from metalora import inject
 from people.dataset import Batch
 from personalize import updates
 from predictor import __main__ as predictor
 from predictor.model import Predictor
-from run.costs import FLUX_DEV, GIB, Plan, Workload, estimate
+from run.costs import FLUX_DEV, GIB, KLEIN_4B, Plan, Sizes, Workload, base_of, estimate, kinds
 from run.settings import Training
 from train_meta import MetaLearner, update
 
@@ -64,6 +64,13 @@ ROWS = [
     (replace(FAMILY, r2=4), Plan("all", 57), None),
     (SAMPLE, Plan(), None),
     (SAMPLE, Plan("none", 57), 5.0),
+    (replace(STAGE1, sizes=KLEIN_4B), Plan("all"), 20.0),
+    (replace(STAGE1, sizes=KLEIN_4B), Plan("all", fp8=True), None),
+    (replace(STAGE2, sizes=KLEIN_4B), Plan("all"), 12.0),
+    (replace(STAGE2, sizes=KLEIN_4B), Plan("none"), None),
+    (replace(STAGE2, sizes=KLEIN_4B), Plan("all", 25), 5.0),
+    (replace(SAMPLE, sizes=KLEIN_4B), Plan(), 10.0),
+    (replace(SAMPLE, sizes=KLEIN_4B), Plan("none", 25), None),
 ]
 # On CUDA, and as it is on a CPU; sampling takes as much either way.
 ROWS += [(replace(work, fused_norm=False), *rest) for work, *rest in ROWS if work.kind != "sample"]
@@ -90,6 +97,8 @@ class Tracker(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.index_put.default:  # what indexing's backward pass does elsewhere in place
+            op = torch.ops.aten.index_put_.default
         result = op(*args, **kwargs or {})
         for part in tree_leaves(result):
             if isinstance(part, Tensor):
@@ -113,7 +122,7 @@ class FusedNorm(torch.autograd.Function):
 
 def simulate(work: Workload, plan: Plan) -> int:
     """Return the bytes on the device at the peak of the second training step, or of a step of sampling."""
-    tracker = Tracker()
+    tracker, base = Tracker(), base_of(work.sizes)
     rms_norm = (lambda x, *_, **__: FusedNorm.apply(x)) if work.fused_norm else F.rms_norm
     # Fake tensors have no addresses. The device is a CPU, to which streamed weights are copied as to a GPU.
     with (
@@ -124,7 +133,7 @@ def simulate(work: Workload, plan: Plan) -> int:
         patch.object(F, "rms_norm", rms_norm),
         FakeTensorMode(),
     ):
-        model = pretend(Flux, work.sizes)
+        model = pretend(base.model, work.sizes)
         model.requires_grad_(False)
         if work.kind != "sample":
             slots = work.batch if work.codes else work.identities
@@ -132,11 +141,11 @@ def simulate(work: Workload, plan: Plan) -> int:
         for meta_down in model.factors.meta_down if work.kind == "stage2" else ():
             meta_down.data = meta_down.data.half()  # as `metalora.assign_meta` leaves it
             meta_down.requires_grad_(False)
-        autoencoder = pretend(AutoEncoder, AutoEncoderSizes()) if work.kind == "sample" else None
+        autoencoder = pretend(AutoEncoder, base.autoencoder) if work.kind == "sample" else None
         with patch.object(model, "to", lambda device: model):  # fake parameters cannot be moved
             plan.apply(model, "cpu")
         with tracker:
-            for tensor in on_device(model) + (list(autoencoder.parameters()) if autoencoder else []):
+            for tensor in on_device(model) + (on_device(autoencoder) if autoencoder else []):
                 tracker.add(tensor)
             if autoencoder:
                 sample(model, autoencoder, work, plan)
@@ -145,16 +154,17 @@ def simulate(work: Workload, plan: Plan) -> int:
     return tracker.peak
 
 
-def pretend(kind: type[nn.Module], sizes: FluxSizes | AutoEncoderSizes) -> nn.Module:
+def pretend(kind: type[nn.Module], sizes: Sizes | AutoEncoderSizes) -> nn.Module:
     """Return a model with fake weights in bfloat16."""
     with unset_fake_temporarily(), torch.device("meta"):
         model = kind(sizes)
-    state = {name: torch.empty(p.shape, dtype=torch.bfloat16) for name, p in model.named_parameters()}
+    tensors = model.state_dict(keep_vars=True).items()
+    state = {name: torch.empty(tensor.shape, dtype=torch.bfloat16) for name, tensor in tensors}
     model.load_state_dict(state, assign=True)
     return model
 
 
-def on_device(model: Flux) -> list[Tensor]:
+def on_device(model: nn.Module) -> list[Tensor]:
     """Return what is on the device before anything is computed; of streamed weights, their buffers."""
     layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
     streams = {layer.stream for layer in layers if layer.stream}
@@ -163,29 +173,34 @@ def on_device(model: Flux) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *stored, *buffers]
 
 
-def inputs(work: Workload) -> tuple[Tensor, Tensor, Prompt]:
-    """Return latents, t and a prompt."""
-    side, dtype = work.resolution // 8, torch.bfloat16
-    txt = torch.empty(work.batch, work.t5_length, work.sizes.txt_size, dtype=dtype)
-    pooled = torch.empty(work.batch, work.sizes.pooled_size, dtype=dtype)
-    return torch.empty(work.batch, 16, side, side), torch.empty(work.batch), {"txt": txt, "pooled": pooled}
+def inputs(work: Workload) -> dict[str, Tensor]:
+    """Return latents, t and what the prompts are for the model."""
+    sizes, autoencoder = work.sizes, base_of(work.sizes).autoencoder
+    side = work.resolution // autoencoder.reduction
+    txt = torch.empty(work.batch, work.t5_length, sizes.txt_size, dtype=torch.bfloat16)
+    given = {"latents": torch.empty(work.batch, autoencoder.latent_channels, side, side)}
+    given |= {"t": torch.empty(work.batch), "txt": txt}
+    if isinstance(sizes, FluxSizes):
+        given["pooled"] = torch.empty(work.batch, sizes.pooled_size, dtype=torch.bfloat16)
+    return given
 
 
 @torch.no_grad()
-def sample(model: Flux, autoencoder: AutoEncoder, work: Workload, plan: Plan) -> None:
+def sample(model: Transformer, autoencoder: AutoEncoder, work: Workload, plan: Plan) -> None:
     """Do an Euler step and decode, as `flux.sampling.generate`."""
-    latents, t, prompt = inputs(work)
-    velocity = model.velocity(latents.bfloat16(), t, 3.5, **prompt)
+    given = inputs(work)
+    latents, t = given.pop("latents"), given.pop("t")
+    velocity = model.velocity(latents.bfloat16(), t, 3.5, **given)
     latents = euler_step(latents, velocity, 1, 0)
     del velocity
     for one in latents.split(1):
         autoencoder.decode(one, plan.tile)
 
 
-def train(model: Flux, work: Workload, tracker: Tracker) -> None:
+def train(model: Transformer, work: Workload, tracker: Tracker) -> None:
     """Do two steps of training; the tracker's peak is then that of the second."""
-    latents, t, prompt = inputs(work)
-    batch = {"latents": latents, "noise": torch.empty_like(latents), "t": t, **prompt}
+    batch = inputs(work)
+    batch["noise"] = torch.empty_like(batch["latents"])
     if work.codes:
         network = Predictor(512, work.codes, model.factors.personal.shape[1])
         for p in network.parameters():
@@ -209,10 +224,13 @@ def train(model: Flux, work: Workload, tracker: Tracker) -> None:
 
 
 def random_setting(draw: random.Random) -> tuple[Workload, Plan]:
-    """Draw a workload of FLUX.1-dev and a plan for it."""
+    """Draw a workload and a plan for it."""
+    sizes = draw.choice([FLUX_DEV, KLEIN_4B])
+    total = len(kinds(sizes))
     kind = draw.choice(["stage1", "stage2", "stage2", "sample"])
     work = Workload(
         kind,
+        sizes,
         batch=draw.choice([1, 1, 2, 3, 4]),
         resolution=draw.randrange(256, 1281, 64),
         t5_length=draw.choice([128, 256, 512]),
@@ -221,12 +239,15 @@ def random_setting(draw: random.Random) -> tuple[Workload, Plan]:
         identities=draw.randrange(1, 60) if kind == "stage1" else 1,
         fused_norm=draw.random() < 0.7,
     )
-    checkpoint = draw.choice(["none", "all", "attention", draw.randrange(58)]) if kind != "sample" else "none"
-    return work, Plan(checkpoint, draw.choice([0, 0, 57, draw.randrange(58)]), draw.random() < 0.4)
+    checkpoint = (
+        draw.choice(["none", "all", "attention", draw.randrange(total + 1)]) if kind != "sample" else "none"
+    )
+    return work, Plan(checkpoint, draw.choice([0, 0, total, draw.randrange(total + 1)]), draw.random() < 0.4)
 
 
 def describe(work: Workload, plan: Plan) -> str:
-    text = f"{work.kind}, {work.batch} x {work.resolution}px + {work.t5_length}"
+    name = base_of(work.sizes).model.__name__
+    text = f"{name}, {work.kind}, {work.batch} x {work.resolution}px + {work.t5_length}"
     if work.kind != "sample":
         who = f"a predictor of {work.codes} codes" if work.codes else f"{work.identities} people"
         text += f", r1 {work.r1}, r2 {work.r2}, {who}, checkpoint {plan.checkpoint}"
@@ -240,19 +261,18 @@ def main(argv: list[str] | None = None) -> None:
         "--random", type=int, default=0, metavar="N", help="random settings besides those of the table"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random settings")
-    parser.add_argument("--depth", type=int, nargs=2, default=(19, 38), help="double and single blocks")
+    parser.add_argument("--depth", type=int, nargs=2, help="double and single blocks; default: the model's")
     args = parser.parse_args(argv)
     draw = random.Random(args.seed)
-    whole = tuple(args.depth) == (FLUX_DEV.depth, FLUX_DEV.depth_single)
-    total = sum(args.depth)
-    rows = [row for row in ROWS if whole or row[1].stream <= total]
+    total = sum(args.depth or ())
+    rows = [row for row in ROWS if not args.depth or row[1].stream <= total]
     rows += [(*random_setting(draw), None) for _ in range(args.random)]
     print("python bench/memory.py", *(sys.argv[1:] if argv is None else argv))
     print("| case | at most, GiB | simulated | formula | formula is off by |\n|---|---|---|---|---|")
     furthest = 0.0
     for work, plan, limit in rows:
-        if not whole:
-            sizes = replace(FLUX_DEV, depth=args.depth[0], depth_single=args.depth[1])
+        if args.depth:
+            sizes = replace(work.sizes, depth=args.depth[0], depth_single=args.depth[1])
             work, limit = replace(work, sizes=sizes), None
             count = plan.checkpoint
             count = min(count, total) if isinstance(count, int) else count

@@ -118,7 +118,7 @@ class Family:
         self.settings, self.prior, self.trained = personalize.find_start(args, self.settings, self.files)
         self.at_once, self.plan = 1, None
         if self.settings.steps:
-            model = flux.load_flux(self.files.transformer, "meta")
+            model = flux.load_transformer(self.files.transformer, "meta")
             personalize.add_adapters(model, self.prior, 1, args.targets, [0])  # does the stage-1 file fit?
             ranks = [person.rank or self.settings.rank for person in self.people]
             self.at_once, self.plan = plan(
@@ -266,7 +266,7 @@ class Family:
 
     def load(self) -> None:
         place = self.device if self.plan.resident else "cpu"
-        self.model = flux.load_flux(self.files.transformer, place, self.dtype)
+        self.model = flux.load_transformer(self.files.transformer, place, self.dtype)
         self.plan.apply(self.model, self.device)
 
     def learn(self, group: Sequence[Person]) -> None:

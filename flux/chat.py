@@ -1,4 +1,4 @@
-"""Turn prompts into tokens in the chat form of Qwen3, as FLUX.2 klein's text encoder was given them.
+"""Turn prompts into what FLUX.2 klein is conditioned on: hidden states of Qwen3, given the chat form.
 
 The tokenizer is read from `tokenizer.json` in a model's `tokenizer/`. The form and the tokens are those of
 transformers' `apply_chat_template` for one turn of the user, with the generation prompt, thinking off.
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux.conditioner import damage_named, find
 from flux.errors import UserError
+from flux.qwen3 import Qwen3
 
 START = "<|im_start|>user\n"
 END = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # an empty thought: thinking is off
@@ -22,12 +23,26 @@ MARKERS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", PAD)  # a token 
 LENGTH = 512  # what FLUX.2 was trained with
 
 
+class ChatConditioner(nn.Module):
+    """Qwen3 with its tokenizer; the counterpart of `flux.conditioner.Conditioner`."""
+
+    def __init__(self, qwen3: Qwen3, tokenizers: "ChatTokenizer"):
+        super().__init__()
+        self.qwen3, self.tokenizers = qwen3, tokenizers
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return txt (b, l, 3 d), padding included and unmasked for the transformer, as it was trained."""
+        device = self.qwen3.model.embed_tokens.weight.device
+        tokens, mask = self.tokenizers(prompts)
+        return {"txt": self.qwen3(tokens.to(device), mask.to(device))}
+
+
 @dataclass(frozen=True)
 class ChatTokenizer:
     """Turn prompts into rows of equal length: the chat form around the prompt, then padding."""
 
     tokenizer: Tokenizer
-    length: int = LENGTH
+    length: int
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Return tokens and mask, both (b, length); the mask is False at padding.
@@ -55,8 +70,8 @@ class ChatTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def load_chat_tokenizer(folder: Path, length: int = LENGTH) -> ChatTokenizer:
-    """Read the tokenizer in a folder; rows have `length` tokens.
+def load_chat_tokenizer(folder: Path, length: int | None = None) -> ChatTokenizer:
+    """Read the tokenizer in a folder; rows have `length` tokens, 512 unless given.
 
     Raises FileNotFoundError when there is none, UserError when it is damaged or lacks a marker of Qwen3's.
     """
@@ -68,4 +83,4 @@ def load_chat_tokenizer(folder: Path, length: int = LENGTH) -> ChatTokenizer:
         raise UserError(f"{folder} is no tokenizer of Qwen3: it lacks {', '.join(missing)}")
     tokenizer.no_truncation()  # transformers writes into the file how it was last used
     tokenizer.no_padding()
-    return ChatTokenizer(tokenizer, length)
+    return ChatTokenizer(tokenizer, length or LENGTH)

@@ -1,4 +1,4 @@
-"""Turn prompts into what FLUX is conditioned on: T5 features and CLIP's pooled vector.
+"""Turn prompts into what FLUX.1 is conditioned on: T5 features and CLIP's pooled vector.
 
 The tokenizers are built from the files in `tokenizer/` (CLIP) and `tokenizer_2/` (T5) of a model folder and
 give the same tokens as transformers' CLIPTokenizer and T5Tokenizer.
@@ -70,10 +70,10 @@ class Tokenizers:
     clip: PromptTokenizer
     t5: PromptTokenizer
 
-
-def tokenizer_folders(place: Path | tuple[Path, Path]) -> tuple[Path, Path]:
-    """Return the folders of CLIP's and of T5's tokenizer: those in a model's folder, or the two as given."""
-    return place if isinstance(place, tuple) else (place / "tokenizer", place / "tokenizer_2")
+    @property
+    def length(self) -> int:
+        """Return the tokens of `txt`, which are T5's."""
+        return self.t5.length
 
 
 def load_tokenizers(place: Path | str | tuple[Path, Path], t5_length: int | None = None) -> Tokenizers:
@@ -81,7 +81,7 @@ def load_tokenizers(place: Path | str | tuple[Path, Path], t5_length: int | None
 
     Raises FileNotFoundError that names the missing file, and UserError that names a damaged one.
     """
-    clip, t5 = tokenizer_folders(Path(place) if isinstance(place, str) else place)
+    clip, t5 = place if isinstance(place, tuple) else (Path(place) / x for x in ("tokenizer", "tokenizer_2"))
     return Tokenizers(clip_tokenizer(clip), t5_tokenizer(t5, t5_length))
 
 

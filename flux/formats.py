@@ -17,6 +17,7 @@ from flux.flux2 import Flux2
 from flux.model import Flux
 from flux.qwen3 import Qwen3
 from flux.t5 import T5
+from flux.transformer import Transformer
 
 Shape = tuple[int, ...]
 Header = dict[str, tuple[Shape, str]]  # of a safetensors file: shape and dtype, such as "BF16", of each name
@@ -114,11 +115,17 @@ PREFIXES = {
     AutoEncoder: ("vae.", "first_stage_model."),
     CLIPText: ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
     T5: ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
+    Qwen3: ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
+}
+# What transformers leaves out in front of some names when it stores a part of a larger model.
+OMITTED = {
+    CLIPText: ("text_model.", ("embeddings.", "encoder.", "final_layer_norm.")),
+    Qwen3: ("model.", ("embed_tokens.", "layers.", "norm.")),
 }
 # How the classes begin that diffusers and transformers name in a config.json.
 CLASSES = {
-    Flux: "Flux",
-    Flux2: "Flux2",
+    Flux: "FluxTransformer",
+    Flux2: "Flux2Transformer",
     AutoEncoder: "Autoencoder",
     CLIPText: "CLIP",
     T5: "T5",
@@ -135,8 +142,10 @@ NO_WEIGHTS = re.compile(r"scaled_fp8|.+\.(scale_input|input_scale|comfy_quant)")
 SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")  # ComfyUI's older and its newer name
 
 ACCEPTED = (
-    "FLUX.1 dev, schnell, Krea-dev and Kontext-dev, FLUX.1-lite, flux-mini, and what was made from them"
+    "FLUX.1 dev, schnell, Krea-dev and Kontext-dev, FLUX.1-lite, flux-mini, FLUX.2 klein, and what was made "
+    "from them"
 )
+MARKS = {Flux2: "double_stream_modulation_img.lin"}  # within a name that no other transformer has
 SIGNS = {  # how names of a part begin, and of no other part
     Flux: ("a transformer", r"(double_|transformer_)blocks\."),
     Flux2: ("a transformer", r"(double_|transformer_)blocks\."),
@@ -206,15 +215,15 @@ class Source:
         return len(set(self.shapes[:3])) == 1 and len({shape[1:] for shape in self.shapes}) == 1
 
 
-def is_flux2(names: Iterable[str]) -> bool:
-    """Tell a FLUX.2 transformer from a FLUX.1 one by its tensors' names, in either naming."""
-    return any("double_stream_modulation_img.lin" in name for name in names)
+def transformer_kind(names: Iterable[str]) -> type[Transformer]:
+    """Tell a transformer's class by its tensors' names, in either naming: `Flux` without another's mark."""
+    return next((kind for kind, mark in MARKS.items() if any(mark in name for name in names)), Flux)
 
 
 def kinds_inside(names: list[str]) -> set[type[nn.Module]]:
     """Return the models of which a ComfyUI checkpoint holds the weights."""
     kinds = {kind for kind, prefixes in PREFIXES.items() if any(name.startswith(prefixes) for name in names)}
-    return kinds - {Flux if is_flux2(names) else Flux2}
+    return kinds - ({Flux, *MARKS} - {transformer_kind(names)})
 
 
 def is_config_of(kind: type[nn.Module], config: dict) -> bool:
@@ -297,8 +306,9 @@ def _without_prefix(kind: type[nn.Module], header: Header) -> dict[str, str]:
             continue
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
         short = name.removeprefix(prefix)
-        if kind is CLIPText and short.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
-            short = f"text_model.{short}"  # transformers 5 leaves it out
+        omitted, starts = OMITTED.get(kind, ("", ()))
+        if short.startswith(starts):
+            short = omitted + short
         if short in result:
             raise UserError(f"{result[short]} and {name} are the same tensor")
         result[short] = name

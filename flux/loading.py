@@ -1,33 +1,33 @@
-"""Load the four parts of a model from their files: transformer, autoencoder, T5, CLIP with tokenizers."""
+"""Load the parts of a model from their files: transformer, autoencoder, text encoders with tokenizers."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
-from flux.checkpoint import Checkpoint, load, read_json
+from flux.bases import Base, base_in, base_of
+from flux.checkpoint import load, read_json
 from flux.clip import CLIPSizes, CLIPText
-from flux.conditioner import Conditioner, load_tokenizers
 from flux.errors import UserError
-from flux.flux2 import Flux2, Flux2Sizes
-from flux.formats import is_flux2
 from flux.memory import device_memory, weight_bytes
-from flux.model import Flux, FluxSizes
 from flux.qwen3 import Qwen3, Qwen3Sizes
 from flux.streaming import Stream
 from flux.t5 import T5, T5Sizes
+from flux.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class ModelFiles:
     """Where the parts of a model lie. Each is a file or a folder of shards, tokenizers a folder."""
 
+    base: Base
     transformer: Path
     autoencoder: Path
-    clip: Path
-    t5: Path
-    tokenizers: Path | tuple[Path, Path]  # holds tokenizer/ and tokenizer_2/; or these are two folders
+    encoders: dict[str, Path]  # clip and t5, or qwen3
+    tokenizers: Path | tuple[Path, ...]  # with tokenizer/ and FLUX.1's tokenizer_2/; or these folders
 
     @property
     def folder(self) -> Path:
@@ -41,23 +41,16 @@ def folder_around(transformer: Path) -> Path:
     return folder.parent if folder.name == "transformer" else folder
 
 
-def load_flux(
+def load_transformer(
     path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
-) -> Flux:
-    """Load the transformer from a file, or a folder of shards; frozen.
+) -> Transformer:
+    """Load the transformer from a file, or a folder of shards; frozen. Its tensors' names tell the base.
 
     On the CPU its weights stay on the disk, mapped to memory. Those that diffusers splits (7.2 GB of
     FLUX.1-dev) and those of another dtype are made in temporary files; see `flux.checkpoint.empty`.
     """
-    return load(Flux, FluxSizes, path, device, dtype)
-
-
-def load_transformer(
-    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
-) -> Flux | Flux2:
-    """Load a transformer as `load_flux`, of FLUX.1 or FLUX.2: the names of its tensors tell which."""
-    kind = (Flux2, Flux2Sizes) if is_flux2(Checkpoint.open(path).header) else (Flux, FluxSizes)
-    return load(*kind, path, device, dtype)
+    base = base_of(path)
+    return load(base.kind, base.sizes, path, device, dtype)
 
 
 def load_autoencoder(
@@ -86,32 +79,67 @@ def load_qwen3(
     return load(Qwen3, Qwen3Sizes, path, device, dtype)
 
 
+LOADERS = {
+    "transformer": load_transformer,
+    "autoencoder": load_autoencoder,
+    "clip": load_clip,
+    "t5": load_t5,
+    "qwen3": load_qwen3,
+}
+BLOCKS = {"t5": lambda t5: t5.encoder.block, "qwen3": lambda qwen3: qwen3.model.layers}  # to stream
+
+
 def load_conditioner(
     files: ModelFiles | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    t5_length: int | None = None,
+    length: int | None = None,
     vram: float | None = None,
-) -> Conditioner:
-    """Load both text encoders and their tokenizers, of a model's files or folder.
+) -> nn.Module:
+    """Load the text encoders and their tokenizers, of a model's files or folder; see `Base.conditioner`.
 
-    t5_length: tokens per prompt; None takes the length in the tokenizer's config. vram: GiB of the GPU to
-    stay within; None takes all it has. T5 is streamed to a GPU that has no room for it.
+    length: tokens per prompt; None takes the usual number. vram: GiB of the GPU to stay within; None takes
+    all it has. T5 and Qwen3 are streamed to a GPU that has no room for them.
     """
     if isinstance(files, Path):
-        t5_path, clip_path, tokenizers = files / "text_encoder_2", files / "text_encoder", files
+        base, tokenizers = base_in(files), files
+        encoders = {part: files / base.places[part][0] for part in base.encoders}
     else:
-        t5_path, clip_path, tokenizers = files.t5, files.clip, files.tokenizers
+        base, encoders, tokenizers = files.base, files.encoders, files.tokenizers
     room = 0.8 * (vram * 2**30 if vram else device_memory(torch.device(device)))
-    streamed = weight_bytes(load_t5(t5_path, "meta", dtype)) > room
-    t5 = load_t5(t5_path, "cpu" if streamed else device, dtype)
-    if streamed:
-        Stream(list(t5.encoder.block), device)
-    clip = load_clip(clip_path, device, dtype)
-    return Conditioner(t5.to(device), clip, load_tokenizers(tokenizers, t5_length))
+    modules = {}
+    for part, path in encoders.items():
+        streamed = part in BLOCKS and weight_bytes(LOADERS[part](path, "meta", dtype)) > room
+        encoder = LOADERS[part](path, "cpu" if streamed else device, dtype)
+        if streamed:
+            Stream(list(BLOCKS[part](encoder)), device)
+        modules[part] = encoder.to(device)
+    return base.conditioner(**modules, tokenizers=base.load_tokenizers(base.folders(tokenizers), length))
 
 
-LOADERS = {"transformer": load_flux, "autoencoder": load_autoencoder, "clip": load_clip, "t5": load_t5}
+def text_length(transformer: Path, tokenizers: Path | tuple[Path, ...], length: int | None = None) -> int:
+    """Return the tokens of an encoded prompt: `length`, or what is usual for the base and its tokenizer."""
+    base = base_of(transformer)
+    return base.load_tokenizers(base.folders(tokenizers), length).length
+
+
+def default_sampler(files: ModelFiles) -> dict[str, float]:
+    """Return the model's defaults of `flux.sampling.denoise`: steps, guidance and cfg."""
+    few_steps = files.base.few_steps if is_distilled(files) else None
+    return files.base.kind.SAMPLER | (few_steps or {})
+
+
+def is_distilled(files: ModelFiles) -> bool:
+    """Tell whether a FLUX.2 klein is distilled: by diffusers' `model_index.json`, else by the names.
+
+    A distilled one is called klein-4b, with or without other words; the one to train, klein-base-4b. The last
+    name on the transformer's path that has klein in it counts, be it the file's or the repository's.
+    """
+    index = files.folder / "model_index.json"
+    told = read_json(index).get("is_distilled") if index.is_file() else None
+    names = [name for name in files.transformer.absolute().parts if "klein" in name.lower()]
+    by_name = bool(names) and re.search(r"klein-\d+b(?!.*base)", names[-1].lower()) is not None
+    return told if isinstance(told, bool) else by_name
 
 
 def native_size(folder: Path) -> int:

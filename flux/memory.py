@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flux.errors import UserError
-from flux.model import Flux
 from flux.pages import available_memory
 from flux.streaming import FrozenLinear, Stream, freeze, quantize, spread
+from flux.transformer import Transformer
 
 
-def blocks_of(model: Flux) -> list[nn.Module]:
+def blocks_of(model: Transformer) -> list[nn.Module]:
     """Return all blocks in the order in which they run."""
     return [*model.double_blocks, *model.single_blocks]
 
@@ -28,7 +28,7 @@ def blocks_of(model: Flux) -> list[nn.Module]:
 # --- Activation checkpointing -------------------------------------------------------------------------------
 
 
-def checkpoint_blocks(model: Flux, what: str | int = "all") -> None:
+def checkpoint_blocks(model: Transformer, what: str | int = "all") -> None:
     """Keep only the input of some blocks, and recompute them in the backward pass (Chen et al. 2016).
 
     what: "none"; "all"; "attention", which is all, but keeps what attention returns; or a number of blocks
@@ -96,7 +96,7 @@ class _ReplayAttention(_RecordAttention):
 GRAPHS = 32  # that a kind of block may have; torch's own limit is 8, and beyond it a block runs uncompiled
 
 
-def compile_blocks(model: Flux) -> None:
+def compile_blocks(model: Transformer) -> None:
     """Compile every block with torch.compile; blocks of the same kind share the result.
 
     It is made for the first number of tokens alone, and on the second one for any number; anew for batches of
@@ -123,13 +123,13 @@ def compile_blocks(model: Flux) -> None:
 
 
 def arrange(
-    model: Flux,
+    model: Transformer,
     device: torch.device | str,
     checkpoint: str | int = "none",
     stream: int = 0,
     fp8: bool = False,
     compiled: bool = False,
-) -> Flux:
+) -> Transformer:
     """Move a frozen model to the device, in place, and return it.
 
     checkpoint: as for `checkpoint_blocks`. stream: how many blocks stay in host memory. fp8: store the

@@ -91,15 +91,16 @@ def denoise(
 ) -> Tensor:
     """Integrate from noise (b, c, h, w) to latents of the same shape, float32, on the model's device.
 
-    With cfg > 1 every step also runs the `negative` prompt and the velocity becomes
-    negative + cfg * (positive - negative); UserError when there is none. `progress` is called with the number
-    of steps done.
+    prompt: of each sample, or (1, ...) of all. With cfg > 1 every step also runs the `negative` prompt and
+    the velocity becomes negative + cfg * (positive - negative); UserError when there is none. `progress` is
+    called with the number of steps done.
     """
     if cfg > 1 and negative is None:
         raise UserError(f"cfg {cfg} needs a negative prompt; 1 turns it off")
     device, dtype = model.img_in.weight.device, model.img_in.weight.dtype
     prompts = [prompt, negative] if cfg > 1 else [prompt]
-    prompts = [{name: part.to(device, dtype) for name, part in one.items()} for one in prompts]
+    expand = lambda part: part.to(device, dtype).expand(len(noise), *part.shape[1:])
+    prompts = [{name: expand(part) for name, part in one.items()} for one in prompts]
     x, times = noise.to(device), model.times(steps, *noise.shape[2:])
     for step, (t, t_next) in enumerate(zip(times, times[1:]), 1):
         t_batch = torch.full((len(x),), t, device=device)
@@ -124,12 +125,11 @@ def generate(
 ) -> list[Image.Image]:
     """Make one picture of `size` (height, width) per seed, all in one batch.
 
-    prompt: of each seed, or (1, ...) of all; tile: as for `AutoEncoder.decode`; settings: those of `denoise`.
+    tile: as for `AutoEncoder.decode`; settings: those of `denoise`.
     Both sides are multiples of `token_pixels` of the autoencoder's sizes.
     """
     height, width = (side // autoencoder.sizes.reduction for side in size)
     noise = draw_noise(seeds, autoencoder.sizes.latent_channels, height, width)
-    prompt = {name: part.expand(len(seeds), *part.shape[1:]) for name, part in prompt.items()}
     latents = denoise(model, noise, prompt, **settings)
     # One after the other, because a picture takes more memory in the autoencoder than in the transformer.
     pixels = [to_pixels(autoencoder.decode(one, tile))[0] for one in latents.split(1)]

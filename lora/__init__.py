@@ -1,1 +1,1 @@
-"""LoRA files of FLUX.1, of whatever program: their names, reading, writing and merging."""
+"""LoRA files of whatever program: their names, reading, writing and merging."""

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
+from lora.bases import BASES
 from lora.finding import find_lora
 from lora.fitting import clean
 from lora.merging import merge_file, pair_strengths
 from lora.names import FORMATS
-from lora.others import base_of
+from lora.others import base_of, find_base
 from lora.reading import read_lora
 from lora.writing import name_tensors, without_stale, write_tensors
 from run.arguments import HelpFormatter, Parser
@@ -24,7 +25,7 @@ from run.files import check_writable
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = {"formatter_class": HelpFormatter}
     parser = Parser(
-        prog="python -m lora", description="Look at LoRA files of FLUX.1, convert and merge them.", **options
+        prog="python -m lora", description="Look at LoRA files of FLUX, convert and merge them.", **options
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="info|convert|merge")
 
@@ -34,16 +35,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "file", type=Path, nargs="+", help="LoRA of any program, or meta.safetensors of stage 1"
     )
 
-    text = "write a LoRA of any program with the names of diffusers or kohya, alpha multiplied in"
+    text = "write a LoRA of any program with the names of another, alpha multiplied in"
     convert = commands.add_parser("convert", help=text, description=text, **options)
     convert.add_argument("file", type=Path, help="LoRA of any program")
     convert.add_argument("out", type=Path, help="new file; an existing one is not overwritten")
-    convert.add_argument("--format", choices=FORMATS, required=True, help="ComfyUI reads both")
+    convert.add_argument("--format", choices=FORMATS, required=True, help="ComfyUI reads all three")
 
     text = "add LoRAs to a transformer's weights, in float32, rounded once to the file's own dtype"
     merge = commands.add_parser("merge", help=text, description=text, **options)
     merge.add_argument(
-        "checkpoint", type=Path, help="one file with the original names: flux1-dev.safetensors"
+        "checkpoint", type=Path, help="one file with the original names, such as flux1-dev.safetensors"
     )
     merge.add_argument("out", type=Path, help="new file of the same size; an existing one is not overwritten")
     merge.add_argument("--lora", type=Path, nargs="+", required=True, help="LoRAs of any program")
@@ -97,7 +98,8 @@ def show_lora(
     """Print method, format, rank and base of a LoRA; return name, rank and norm of each projection."""
     lora, _ = read_lora(path)
     method = clean(metadata.get("method", "LoRA"))
-    base = clean(base_of(metadata) or "unknown")
+    kind, _ = find_base({part: (len(b), a.shape[1]) for part, (a, b) in lora.items()}, {})
+    base = clean(base_of(metadata) or (BASES[kind].name if kind else "unknown"))
     size = sum(a.numel() + b.numel() for a, b in lora.values())
     ranks = sorted({len(a) for a, _ in lora.values()})
     form = format_of(tensors)
@@ -107,11 +109,13 @@ def show_lora(
 
 
 def format_of(tensors: dict[str, Tensor]) -> str:
-    """Return whose names the tensors have: kohya's, diffusers' or another's."""
+    """Return whose names the tensors have: kohya's, diffusers', the base's or another's."""
     if any(name.startswith("lora_unet_") for name in tensors):
         return "kohya"
     if all(re.match(r"transformer\..*\.lora_[AB]\.weight$", name) for name in tensors):
         return "diffusers"
+    if all(re.match(r"diffusion_model\.(?!.*transformer_).*\.lora_[AB]\.weight$", name) for name in tensors):
+        return "original"
     return "another"
 
 

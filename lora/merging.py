@@ -17,9 +17,11 @@ from flux.checkpoint import opened, read_header
 from flux.errors import UserError
 from flux.formats import FP8, SWAPPED
 from flux.pages import drop_pages, file_ranges
-from lora.fitting import Shapes, clean, linear_shapes, misfits, refuse
+from lora.bases import BASES
+from lora.fitting import Shapes, clean, linear_shapes
 from lora.names import Lora, layer_of, part_sizes, swap_halves
-from lora.reading import read_lora
+from lora.others import find_base
+from lora.reading import read_for
 from lora.writing import without_stale
 from run.files import atomic
 
@@ -71,7 +73,7 @@ def add_up(loras: Sequence[tuple[Lora, float]]) -> Lora:
 def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path) -> None:
     """Write a transformer's checkpoint with LoRAs merged in; one tensor at a time is in memory.
 
-    The checkpoint has FLUX.1's original names, perhaps with the prefix of a file that holds the whole model;
+    The checkpoint has a base's original names, perhaps with the prefix of a file that holds the whole model;
     dtypes, order and all other tensors stay. Raises UserError when anything does not fit.
     """
     header, _ = read_header(checkpoint)
@@ -84,12 +86,10 @@ def merge_file(checkpoint: Path, loras: Sequence[tuple[Path, float]], out: Path)
         if name.endswith(".weight") and len(header[stored]["shape"]) == 2
     }
     if "double_blocks.0.img_attn.qkv" not in shapes:
-        raise UserError(f"{checkpoint} is no FLUX.1 file with the original names (double_blocks.0 ...)")
-    contents = []
-    for path, strength in loras:
-        lora, _ = read_lora(path)
-        refuse(path, misfits(lora, shapes))
-        contents.append((lora, strength))
+        names = " or ".join(base.name for base in BASES.values())
+        raise UserError(f"{checkpoint} is no {names} file with the original names (double_blocks.0 ...)")
+    kind, _ = find_base(shapes, {})
+    contents = [(read_for(path, kind, shapes)[0], strength) for path, strength in loras]
     updates = layer_updates(contents, shapes)
     if any(f"{layer}.{scale}" in weights for layer in updates for scale in ("scale_weight", "weight_scale")):
         raise UserError(f"{checkpoint} holds scaled 8-bit weights; merge into the 16-bit file")

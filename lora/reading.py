@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from flux.checkpoint import read_header, read_tensors
 from flux.errors import UserError
-from flux.formats import ACCEPTED, SWAPPED
+from flux.formats import SWAPPED
 from flux.texts import read_text
-from lora.fitting import clean, linear_shapes, misfits, refuse
-from lora.names import FLAT, Lora, find_name, part_sizes, parts_of, swap_halves
-from lora.others import OTHER_BASE, base_of, other_method, other_model
+from lora.bases import BASES
+from lora.fitting import Shapes, clean, linear_shapes, misfits, refuse
+from lora.names import NAMES, Lora, find_name, part_sizes, swap_halves
+from lora.others import base_of, find_base, names_another, other_method, other_model
 
 KEY = re.compile(
     r"(?:base_model\.model\.|model[._]|diffusion_model[._]|transformer\.|unet\.|lora_unet_|lora_transformer_|"
@@ -31,41 +32,58 @@ LEFT_OUT = {  # beginnings of names
 # What ComfyUI writes with a LoRA even where there is no change.
 ADDED = re.compile(r".+\.(diff|diff_b|[wb]_norm|(lora_[AB]|lora_down|lora_up)(\.[^.]+)?\.bias)")
 
+Matches = dict[str, re.Match | None]  # what KEY finds in the name of each tensor of a file
 Entries = dict[str, dict[str, Tensor]]  # the tensors called A, B and alpha of each layer in a file
 
 
 def read_lora(path: Path, model: nn.Module | None = None) -> tuple[Lora, dict[str, str]]:
     """Read a LoRA of any program, alpha multiplied in; and its metadata. docs/formats.md lists what is read.
 
-    Raises UserError listing all that is wrong: another model's or method's names, halves without the other,
-    numbers that are not finite and, if there is a model, what does not fit it. Warns about a LoRA that does
-    nothing, about a header that names another base, and about tensors that are left out.
+    Without a model the file alone has to show which base it is for. Raises UserError listing all that is
+    wrong: another model's or method's names, halves without the other, numbers that are not finite and, if
+    there is a model, what does not fit it. Warns about a LoRA that does nothing, about a header that names
+    another base, and about tensors that are left out.
     """
+    return read_for(path) if model is None else read_for(path, type(model), linear_shapes(model))
+
+
+def read_for(
+    path: Path, kind: type[nn.Module] | None = None, shapes: Shapes | None = None
+) -> tuple[Lora, dict[str, str]]:
+    """Do what `read_lora` does; kind: the base's class, shapes: (d_out, d_in) of its layers, if known."""
     path = Path(path)
     tensors, metadata = read_tensors(path)
     if any(name.endswith(".meta_down") for name in tensors):
         raise UserError(f"{path} is stage 1's file; first python personalize.py PHOTO --meta {path}")
     tensors, notes = leave_out(tensors)
-    entries, wrong = sort_tensors(path, tensors)
+    matches = {key: KEY.fullmatch(key) for key in sorted(tensors)}
+    modules = module_shapes(matches, tensors)
+    base, sign = find_base(modules, metadata)
+    kind = kind or base or next(iter(BASES))
+    refuse_others(path, matches, other_model(modules, kind))
+    entries, wrong = sort_tensors(matches, tensors, kind)
     alphas, lora, problems = Alphas(path, metadata), {}, []
     for name, entry in entries.items():
-        parts = read_layer(name, entry, alphas, problems)
+        parts = read_layer(name, entry, alphas, problems, kind)
         problems += [f"{part} is there twice, alone and fused" for part in sorted(parts.keys() & lora.keys())]
         lora |= parts
     problems = wrong + problems  # first what it is instead of a LoRA
     if not lora and not problems:
         problems = ["it holds no tensors of the transformer"]
     fault = "cannot be read as a LoRA" if problems else "does not fit this model"
-    if model is not None:
-        problems += misfits(lora, linear_shapes(model))
+    if shapes is not None:
+        problems += misfits(lora, shapes)
+    if problems and base not in (None, kind):
+        names = BASES[base].name, BASES[kind].name
+        raise UserError(f"{path} is a LoRA for {names[0]}: {clean(sign)}; this model is {names[1]}")
     refuse(path, problems, fault)
-    base = base_of(metadata)
-    if base and OTHER_BASE.search(base):
-        notes.append(f"its header names another base than FLUX.1-dev: {clean(base)}")
+    header = base_of(metadata)
+    if header and names_another(header, kind):
+        notes.append(f"its header names another base than {BASES[kind].usual}: {clean(header)}")
     if not any(a.any() and b.any() for a, b in lora.values()):
         notes.append("the LoRA is zero in every layer and changes nothing")
     for note in notes:
-        warnings.warn(f"{path}: {note}", stacklevel=2)
+        warnings.warn(f"{path}: {note}", stacklevel=3)
     return lora, metadata
 
 
@@ -83,29 +101,41 @@ def leave_out(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
     return kept, [f"{count} tensors {kind} are left out" for kind, count in counts.items()]
 
 
-def sort_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[Entries, list[str]]:
-    """Return a file's tensors by layer, in the order of the model; and those that are for no layer.
-
-    Raises UserError for another model's LoRA and for other methods.
-    """
-    matches = {key: KEY.fullmatch(key) for key in sorted(tensors)}
+def module_shapes(matches: Matches, tensors: dict[str, Tensor]) -> Shapes:
+    """Return (d_out, d_in) of each module of a file, by its name without prefix; empty if it has not both."""
     modules = defaultdict(dict)
     for key, match in matches.items():
         modules[match["module"] if match else key][match and match.lastgroup] = tensors[key]
-    model = other_model(modules)
+    return {
+        module: (len(entry["B"]), entry["A"].shape[1])
+        if {"A", "B"} <= entry.keys() and entry["A"].ndim == entry["B"].ndim == 2
+        else ()
+        for module, entry in modules.items()
+    }
+
+
+def refuse_others(path: Path, matches: Matches, model: str | None) -> None:
+    """Raise UserError for another model's LoRA, and for other methods than LoRA."""
     if model:
-        raise UserError(f"{path} is {clean(model)}; accepted are LoRAs for {ACCEPTED}")
+        accepted = "; ".join(base.models for base in BASES.values())
+        raise UserError(f"{path} is {clean(model)}; accepted are LoRAs for {accepted}")
     others = [key for key in matches if other_method(key)]
     if others:
         raise UserError(
             f"{path} cannot be read as a LoRA: {clean(others[0])} is {other_method(others[0])}, not LoRA "
             f"({len(others)} such tensors); the program that trained it may merge it into a checkpoint"
         )
+
+
+def sort_tensors(
+    matches: Matches, tensors: dict[str, Tensor], kind: type[nn.Module]
+) -> tuple[Entries, list[str]]:
+    """Return a file's tensors by layer, in the order of the model; and those that are for no layer."""
     entries, wrong = defaultdict(dict), []
     for key, match in matches.items():
-        place = find_name(match["module"]) if match and match.lastgroup != "module" else None
+        place = find_name(match["module"], kind) if match and match.lastgroup != "module" else None
         if place is None:
-            wrong.append(f"{key} is for no layer of FLUX.1")
+            wrong.append(f"{key} is for no layer of {BASES[kind].name}")
             continue
         name, number = place
         entry = entries[name.replace("#", number)]
@@ -113,13 +143,13 @@ def sort_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[Entries, list[
             wrong.append(f"{key} duplicates another tensor of this layer; does the file hold two adapters?")
         else:
             entry[match.lastgroup] = tensors[key]
+
+    def model_order(name: str) -> tuple[int, int]:
+        """Return what sorts layers by block, then as in the model; those outside the blocks come first."""
+        known, number = find_name(name, kind)
+        return int(number or -1), [*NAMES[kind]].index(known)
+
     return {name: entries[name] for name in sorted(entries, key=model_order)}, wrong
-
-
-def model_order(name: str) -> tuple[int, int]:
-    """Return what sorts layers by block, then as in the model; those outside the blocks come first."""
-    known, number = find_name(name)
-    return int(number or -1), [*FLAT.values()].index(known)
 
 
 class Alphas:
@@ -151,7 +181,9 @@ class Alphas:
         return alpha / (rank**0.5 if self.is_rslora else rank)
 
 
-def read_layer(name: str, entry: dict[str, Tensor], alphas: Alphas, problems: list[str]) -> Lora:
+def read_layer(
+    name: str, entry: dict[str, Tensor], alphas: Alphas, problems: list[str], kind: type[nn.Module]
+) -> Lora:
     """Return the parts of one layer of a file; add to `problems` and return nothing when it is no LoRA."""
     lacking = [f"lora_{half}" for half in "AB" if half not in entry]
     if lacking:
@@ -169,8 +201,8 @@ def read_layer(name: str, entry: dict[str, Tensor], alphas: Alphas, problems: li
     if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
         problems.append(f"{name} has an alpha of shape {tuple(alpha.shape)}, must be one number")
         return {}
-    known, number = find_name(name)
-    parts = [part.replace("#", number) for part in parts_of(known)]
+    known, number = find_name(name, kind)
+    parts = [part.replace("#", number) for part in NAMES[kind][known]]
     # Uniform ranks may exceed the 64 channels of the first or last layer, but none exceeds what a block has.
     if len(a) > (len(parts) * a.shape[1] if number else max(a.shape[1], len(b))):
         problems.append(

@@ -1,4 +1,4 @@
-"""Write LoRA files with the names of diffusers or kohya, and the header that other programs show."""
+"""Write LoRA files with the names of diffusers, kohya or the base, and the header that programs show."""
 
 import json
 import re
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux.errors import UserError
 from flux.formats import SWAPPED
+from lora.bases import BASES
 from lora.names import Lora, layer_of, swap_halves
 from run.files import atomic, sort_header
 
@@ -18,8 +19,9 @@ STALE = re.compile(r"lora_adapter_metadata|modelspec\.hash_.*|sshs_.*|ss_network
 
 
 def name_tensors(lora: Lora, form: str) -> dict[str, Tensor]:
-    """Name a LoRA's tensors as `form`, diffusers or kohya, does; ComfyUI reads both."""
-    return in_kohya_names(lora) if form == "kohya" else in_diffusers_names(lora)
+    """Name a LoRA's tensors in one of the three forms; ComfyUI reads all of them."""
+    name = {"diffusers": in_diffusers_names, "kohya": in_kohya_names, "original": in_original_names}[form]
+    return name(lora)
 
 
 def in_diffusers_names(lora: Lora) -> dict[str, Tensor]:
@@ -33,15 +35,32 @@ def in_diffusers_names(lora: Lora) -> dict[str, Tensor]:
 
 
 def in_kohya_names(lora: Lora) -> dict[str, Tensor]:
-    """Name a LoRA's layers as kohya does, whose layers are those of FLUX.1's own files.
+    """Name the layers of `fuse` as kohya does; alpha is their rank."""
+    tensors = {}
+    for layer, (a, b) in fuse(lora).items():
+        key = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = a
+        tensors[f"{key}.lora_up.weight"] = b
+        tensors[f"{key}.alpha"] = torch.tensor(float(len(a)), dtype=b.dtype)
+    return tensors
 
-    There q, k, v (and the single block's MLP) are one layer: their lora_A are stacked, their lora_B set
-    block-diagonally, and alpha is the rank that results.
+
+def in_original_names(lora: Lora) -> dict[str, Tensor]:
+    """Name the layers of `fuse` as ComfyUI does, and ai-toolkit for FLUX.2; there is no alpha."""
+    pairs = {f"diffusion_model.{layer}": pair for layer, pair in fuse(lora).items()}
+    return {f"{key}.lora_{half}.weight": x for key, pair in pairs.items() for half, x in zip("AB", pair)}
+
+
+def fuse(lora: Lora) -> Lora:
+    """Return a LoRA of the layers that a base's own files have, by their names.
+
+    There q, k, v (and the MLP of FLUX.1's single blocks) are one layer: their lora_A are stacked, their
+    lora_B set block-diagonally.
     """
     mlps = [len(b) / a.shape[1] for part, (a, b) in lora.items() if part.endswith("proj_mlp")]
     mlp_ratio = max(mlps, default=4)  # rows of the single block's MLP relative to its inputs
     parts_of = dict(layer_of(part) for part in lora)
-    tensors = {}
+    fused = {}
     for layer, parts in parts_of.items():
         adapted = [lora[part] for part in parts if part in lora]
         d_in, dtype = adapted[0][0].shape[1], adapted[0][1].dtype
@@ -51,13 +70,8 @@ def in_kohya_names(lora: Lora) -> dict[str, Tensor]:
             # Zero columns for a part that the LoRA leaves alone.
             blocks.append(lora[part][1] if part in lora else torch.zeros(d_out, 0, dtype=dtype))
         a, b = torch.cat([pair[0] for pair in adapted]), torch.block_diag(*blocks)
-        if layer == SWAPPED:
-            b = swap_halves(b)
-        key = f"lora_unet_{layer.replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"] = a.contiguous()
-        tensors[f"{key}.lora_up.weight"] = b.contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(float(len(a)), dtype=dtype)
-    return tensors
+        fused[layer] = a.contiguous(), (swap_halves(b) if layer == SWAPPED else b).contiguous()
+    return fused
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict) -> None:
@@ -71,25 +85,26 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict) -> Non
         sort_header(temporary)
 
 
-def model_spec(about: dict, guidance: bool = True) -> dict[str, str]:
+def model_spec(about: dict, model: nn.Module) -> dict[str, str]:
     """Return the header's entries that other programs show: Stability AI's ModelSpec 1.0.0, kohya's base.
 
     Its date is left out, so that the same command writes the same bytes.
 
     about: the file's own entries; `resolution` is the side of the training pictures in pixels, or missing.
-    guidance: whether the base has a guidance input, as FLUX.1-dev has and schnell has not.
     """
+    base = BASES[type(model)]
+    architecture, version = base.version(model.sizes)
     caption = about.get("caption", "")
     spec = {
         "sai_model_spec": "1.0.0",
-        "architecture": f"flux-1-{'dev' if guidance else 'schnell'}/lora",
-        "implementation": "https://github.com/black-forest-labs/flux",
+        "architecture": f"{architecture}/lora",
+        "implementation": base.implementation,
         "title": f"{'Meta-LoRA' if 'r1' in about else 'LoRA'}: {caption}".rstrip(": "),
         "trigger_phrase": caption,
     }
     if about.get("resolution"):
         spec["resolution"] = f"{about['resolution']}x{about['resolution']}"
-    return {"ss_base_model_version": "flux1", **{f"modelspec.{key}": value for key, value in spec.items()}}
+    return {"ss_base_model_version": version, **{f"modelspec.{key}": value for key, value in spec.items()}}
 
 
 def without_stale(metadata: dict[str, str]) -> dict[str, str]:

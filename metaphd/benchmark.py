@@ -24,11 +24,12 @@ from flux.hashes import fingerprint, sha256
 from flux.loading import native_size
 from flux.memory import release
 from flux.sampling import generate
+from flux.transformer import Transformer
 from lora.reading import read_lora
 from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slots
 from people.cache import TensorCache
 from people.crops import crop_boxes
-from people.encoding import encode_prompt
+from people.encoding import encode_prompt, stack_prompts
 from people.faces import known_face, locate_face
 from people.folders import scan_people
 from people.photos import Box, read_photo
@@ -37,7 +38,7 @@ from run.arguments import Manual, Parser
 from run.command import command_line
 from run.costs import Plan, Workload, estimate
 from run.files import alone, atomic
-from run.models import add_model_arguments, choose_device, files_to_plan, find_model
+from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
 from run.pictures import save_picture
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.settings import Training, add_training_arguments
@@ -156,6 +157,7 @@ class Benchmark:
             self.systems |= run.systems
         self.device, self.dtype = choose_device(args)
         self.files = find_model(args)
+        take_defaults(args, self.files)
         self.training_resolution = args.resolution or native_size(self.files.folder)
         self.prior = self.trained = None
         if any(run.method.startswith("meta-lora") for run in self.runs):
@@ -169,7 +171,7 @@ class Benchmark:
                     f"{path} predicts LoRAs of rank {self.trained.r2}: no other --ranks go with it"
                 )
         for run in self.runs:  # does the stage-1 file fit? This reads no weights
-            self.add_adapters(flux.load_flux(self.files.transformer, "meta"), run, [0])
+            self.add_adapters(flux.load_transformer(self.files.transformer, "meta"), run, [0])
         self.plan = plan(args, self.device, self.dtype, vars(self.files), self.prior)
 
     # Settings
@@ -193,7 +195,7 @@ class Benchmark:
     def targets(self, run: Run) -> str:
         return self.trained.prior.targets if run.predicted else self.args.targets
 
-    def add_adapters(self, model: flux.Flux, run: Run, seeds: Sequence[int]) -> torch.Tensor:
+    def add_adapters(self, model: Transformer, run: Run, seeds: Sequence[int]) -> torch.Tensor:
         """Add an adapter for each person's seed; return mid and up, a row for each, as stage 2 begins."""
         return personalize.add_adapters(model, self.prior_of(run), run.rank, self.targets(run), seeds)
 
@@ -313,6 +315,9 @@ class Benchmark:
         texts = dict.fromkeys(text for s in self.subjects for text in (s.caption, *s.prompts))
         texts = tqdm(texts, "prompts", disable=len(texts) < 50)
         self.texts = {text: encode_prompt(text, conditioner) for text in texts}
+        negative = stack_prompts([encode_prompt("", conditioner)]) if self.args.cfg > 1 else None
+        self.sampler = {name: getattr(self.args, name) for name in ("guidance", "cfg")}
+        self.sampler |= {"steps": self.args.sample_steps, "negative": negative}
         del conditioner
         release(self.device)
 
@@ -320,7 +325,7 @@ class Benchmark:
         """Load the autoencoder and the transformer, which stay until `unload`."""
         self.autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
         place = self.device if self.plan.resident else "cpu"
-        self.model = flux.load_flux(self.files.transformer, place, self.dtype)
+        self.model = flux.load_transformer(self.files.transformer, place, self.dtype)
         self.plan.apply(self.model, self.device)
 
     def unload(self) -> None:
@@ -442,8 +447,7 @@ class Benchmark:
         """Generate and save pictures: the slot of the person, the prompt, and where each belongs."""
         slots, texts, samples = zip(*batch)
         use_slots(self.model, torch.tensor(slots, device=self.device))
-        encoded = [self.texts[text] for text in texts]
-        prompt = {name: torch.stack([one[name] for one in encoded]) for name in encoded[0]}
+        prompt = stack_prompts([self.texts[text] for text in texts])
         sample_side = native_size(self.files.folder)
         pictures = generate(
             self.model,
@@ -451,8 +455,7 @@ class Benchmark:
             prompt,
             [int(sample.seed) for sample in samples],
             (sample_side, sample_side),
-            steps=self.args.sample_steps,
-            guidance=self.args.guidance,
+            **self.sampler,
         )
         for text, sample, picture in zip(texts, samples, pictures):
             sample.path.parent.mkdir(parents=True, exist_ok=True)
@@ -611,8 +614,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_training_arguments(parser)
     group = parser.add_argument_group("sampler (defaults: the paper's)")
     group.add_argument("--seeds", type=int, default=5, help="pictures of each prompt, with seeds 0, 1, ...")
-    group.add_argument("--sample-steps", type=int, default=30, help="Euler steps")
-    group.add_argument("--guidance", type=float, default=3.5, help="the model's guidance input")
+    group.add_argument("--sample-steps", type=int, help="Euler steps; default: the model's, as in sample.py")
+    group.add_argument("--guidance", type=float, help="the model's guidance input; default: likewise")
+    group.add_argument("--cfg", type=float, help="classifier-free guidance; default: likewise")
     add_evaluator_arguments(parser)
     group = parser.add_argument_group("run")
     group.add_argument(

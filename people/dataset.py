@@ -11,15 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flux
-from flux.conditioner import tokenizer_folders
 from flux.errors import UserError
 from flux.hashes import fingerprint
-from flux.loading import ModelFiles
+from flux.loading import LOADERS, ModelFiles
 from flux.memory import release
 from flux.transformer import Prompt
 from people.cache import TensorCache, content_key
 from people.crops import to_tensor
-from people.encoding import encode_picture, encode_prompt, make_batch, send
+from people.encoding import encode_picture, encode_prompt, make_batch, send, stack_prompts
 from people.folders import Photo
 from people.manifest import Manifest
 from people.photos import READING, Size, read_photo
@@ -76,13 +75,16 @@ class LatentDataset:
         self.t5_length, self.device, self.dtype = t5_length, device, dtype
         sizes = flux.load_autoencoder(files.autoencoder, "meta").sizes  # from the header alone
         self.autoencoder_key = f"{fingerprint(files.autoencoder)} {sizes} {dtype}"
-        sizes = flux.load_clip(files.clip, "meta").sizes, flux.load_t5(files.t5, "meta").sizes
-        folders = tokenizer_folders(files.tokenizers)
+        sizes = tuple(LOADERS[part](file, "meta").sizes for part, file in files.encoders.items())
+        folders = files.base.folders(files.tokenizers)
         vocabularies = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-        self.encoders_key = f"{fingerprint(files.clip, files.t5, *vocabularies)} {sizes} {t5_length} {dtype}"
+        weights = fingerprint(*files.encoders.values(), *vocabularies)
+        self.encoders_key = f"{weights} {sizes} {t5_length} {dtype}"
         self.default_caption = f"a photo of a {class_word}"
         # For the sample grids that training writes.
-        self.sample_prompts = [self.default_caption, f"{self.default_caption} smiling at the beach"]
+        self.sampler = flux.default_sampler(files)
+        self.sample_texts = [self.default_caption, f"{self.default_caption} smiling at the beach"]
+        self.sample_texts += [""] if self.sampler["cfg"] > 1 else []
 
     def caption(self, photo: Photo) -> str:
         return photo.caption or self.default_caption
@@ -116,7 +118,7 @@ class LatentDataset:
         if prompts_left:
             conditioner = flux.load_conditioner(self.files, self.device, self.dtype, self.t5_length, vram)
             captions = (self.caption(photo) for person in self.people for photo in person.photos)
-            for text in chain(self.sample_prompts, tqdm(captions, "captions", disable=not ranks.leads)):
+            for text in chain(self.sample_texts, tqdm(captions, "captions", disable=not ranks.leads)):
                 key = self.prompt_key(text)
                 if self._lacks(key, ranks):
                     self.cache.put(key, encode_prompt(text, conditioner))
@@ -131,7 +133,7 @@ class LatentDataset:
     def _find_missing(self, ranks: Ranks) -> tuple[bool, bool]:
         """Say whether any latents, and whether any prompts, are missing that this rank has to make."""
         photos_left = False
-        prompts_left = any(self._lacks(self.prompt_key(text), ranks) for text in self.sample_prompts)
+        prompts_left = any(self._lacks(self.prompt_key(text), ranks) for text in self.sample_texts)
         for person in self.people:
             for photo in person.photos:
                 latents, caption = self.keys(photo)
@@ -166,11 +168,12 @@ class LatentDataset:
         (slots,) = send([torch.tensor([data.slots[k] for k in chosen])], self.device)
         return Batch(inputs, slots, [str(data.paths[k]) for k in chosen])
 
-    def load_sample_prompts(self) -> dict[str, Prompt]:
-        """Return each prompt of the sample grids, encoded: txt (1, l, d) and so on."""
-        keys = {text: self.prompt_key(text) for text in self.sample_prompts}
+    def load_sample_prompts(self) -> tuple[dict[str, Prompt], dict]:
+        """Return the prompts of the sample grids, encoded, and the settings of `denoise` for them."""
+        keys = {text: self.prompt_key(text) for text in self.sample_texts}
         loaded = self._fetch(keys.values())
-        return {text: {name: x[None] for name, x in loaded[key].items()} for text, key in keys.items()}
+        prompts = {text: stack_prompts([loaded[key]]) for text, key in keys.items()}
+        return prompts, self.sampler | {"negative": prompts.pop("", None)}
 
     def _fetch(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         loaded = {key: self.cache.get(key) for key in keys}

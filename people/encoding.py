@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux.autoencoder import AutoEncoder
-from flux.conditioner import Conditioner
 from flux.sampling import draw_times
+from flux.transformer import Prompt
 from run.settings import Training
 
 
@@ -23,9 +23,14 @@ def encode_picture(picture: Tensor, autoencoder: AutoEncoder) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def encode_prompt(prompt: str, conditioner: Conditioner) -> dict[str, Tensor]:
+def encode_prompt(prompt: str, conditioner: nn.Module) -> Prompt:
     """Encode a prompt; return txt (l, d) and, of FLUX.1, pooled (d,) on the CPU."""
     return {name: part[0].cpu() for name, part in conditioner.encode([prompt]).items()}
+
+
+def stack_prompts(prompts: Sequence[Prompt]) -> Prompt:
+    """Return encoded prompts as a batch: txt (b, l, d) and so on."""
+    return {name: torch.stack([prompt[name] for prompt in prompts]) for name in prompts[0]}
 
 
 def make_batch(
@@ -42,7 +47,7 @@ def make_batch(
     """
     posteriors, prompts = zip(*entries)
     mean, std = (torch.stack([entry[name] for entry in posteriors]) for name in ("mean", "std"))
-    prompt = {name: torch.stack([one[name] for one in prompts]).to(dtype) for name in prompts[0]}
+    prompt = {name: part.to(dtype) for name, part in stack_prompts(prompts).items()}
     deviation = torch.zeros(mean.shape)  # of the sample from its mean, in standard deviations
     if training.latents == "sample":
         deviation.normal_(generator=generator)

@@ -24,8 +24,8 @@ from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import ModelFiles, native_size
 from flux.memory import release, weight_bytes
-from flux.model import Flux
 from flux.sampling import flow_loss, spread_times
+from flux.transformer import Transformer
 from metalora import TARGETS, Prior, assign_meta, inject, load_meta, use_slots
 from people.buckets import count_batches, deal_batches, deal_buckets
 from people.cache import TensorCache, content_key
@@ -33,6 +33,7 @@ from people.dataset import Batch, BucketData, LatentDataset
 from people.encoding import send
 from people.faces import known_face
 from people.folders import Person, Photo
+from people.grids import sample_grid
 from people.photos import READING, read_photo
 from people.preparing import add_people_arguments, prepare_data
 from people.sources import find_people
@@ -43,7 +44,8 @@ from run.bucket_run import BucketRun, Stopped
 from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
 from run.costs import Plan
 from run.files import alone
-from run.models import add_model_arguments, choose_device, files_to_plan, find_model
+from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
+from run.pictures import save_sheet
 from run.plan import MemoryOptions, add_memory_arguments, make_plan
 from run.ranks import Ranks
 from run.seeds import generator_for
@@ -62,7 +64,7 @@ class FaceBatch(Batch):
 
 
 def train_predictor(
-    model: Flux,
+    model: Transformer,
     learner: "PredictorLearner",
     buckets: Sequence[Sequence[int]],
     dataloader: Callable[[Sequence[int]], Iterator[FaceBatch]],
@@ -78,7 +80,7 @@ def train_predictor(
 
 
 def update(
-    model: Flux, learner: "PredictorLearner", batch: FaceBatch, lr: float, training: Training
+    model: Transformer, learner: "PredictorLearner", batch: FaceBatch, lr: float, training: Training
 ) -> dict[str, Tensor]:
     """Predict mid and up from one photo of each person, and move what they come from to denoise another.
 
@@ -125,7 +127,7 @@ class PredictorLearner:
 
     def __init__(
         self,
-        model: Flux,
+        model: Transformer,
         predictor: Predictor,
         steps: int,
         training: Training,
@@ -242,7 +244,18 @@ def list_others(slots: Sequence[int], visible: Sequence[bool]) -> list[list[int]
 # --- The command -------------------------------------------------------------------------------------------
 
 # All other settings must stay as they are when a run goes on.
-MAY_CHANGE = ("data", "out", "save_every", "strict", "device", "vram", "stream", "checkpoint", "base_dtype")
+MAY_CHANGE = (
+    "data",
+    "out",
+    "save_every",
+    "sample_every",
+    "strict",
+    "device",
+    "vram",
+    "stream",
+    "checkpoint",
+    "base_dtype",
+)
 MAY_CHANGE += ("compile", "plan", "world", "deterministic", "eye", "eye_weights", "meta")
 
 
@@ -258,6 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.together(device):
         with ranks.lead_first():  # it may have to be downloaded
             files = find_model(args)
+        take_defaults(args, files)
         with alone(args.out) if ranks.leads else nullcontext(), Stop() as stop:
             ranks.wait()  # until the folder is ours
             try:
@@ -321,6 +335,22 @@ def train(
         "the frozen base": weight_bytes(model) - sum(p.nbytes for p in model.factors.parameters()),
         "predictor and meta_down, gradient, AdamW's state": 4 * sum(p.nbytes for p in learner.trained),
     }
+    prompts, sampler = dataset.load_sample_prompts()
+
+    def write_samples() -> None:
+        """Write pictures of two people of the bucket, predicted from the photos beside them."""
+        if ranks.leads:
+            chosen = [dataset.people[pid] for pid in buckets[run.bucket]]
+            seen = [(person, face) for person in chosen if (face := faces.of([person])[0]) is not None]
+            shown = seen[: min(2, args.batch)]
+            with torch.no_grad():
+                rows = predictor(torch.stack([face for _, face in shown]).to(device))
+            model.factors.personal.data[: len(rows)] = rows
+            photos = {person.name: person.photos[0] for person, _ in shown}
+            choose, how = partial(use_slots, model), (prompts, sampler, resolution, device, dtype)
+            sheet = sample_grid(model, choose, photos, files.autoencoder, *how)
+            save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
+
     run = BucketRun(
         args.out,
         learner,
@@ -332,6 +362,8 @@ def train(
         stop=stop,
         device=device,
         save_every=args.save_every,
+        sample_every=args.sample_every,
+        write_samples=write_samples,
     )
     run.resume()
     dataloader = partial(
@@ -358,7 +390,7 @@ def load_prior(args: argparse.Namespace, transformer: Path) -> Prior:
     for name, own in {"r1": prior.r1, "targets": prior.targets}.items():
         if given[name] not in (None, own):
             raise UserError(f"{args.meta} has {name} {own}, not {given[name]}: leave --{name} away")
-    model = inject(flux.load_flux(transformer, "meta"), prior.r1, 1, 1, prior.targets, reset=False)
+    model = inject(flux.load_transformer(transformer, "meta"), prior.r1, 1, 1, prior.targets, reset=False)
     assign_meta(model, prior)
     if prior.metadata.get("base_fingerprint") not in (None, fingerprint(transformer)):
         print(f"{args.meta} was trained with another base model than {transformer}")
@@ -401,9 +433,9 @@ def load_model(
     prior: Prior | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> Flux:
+) -> Transformer:
     """Load the transformer as planned, with a slot for each photo of a batch."""
-    model = flux.load_flux(files.transformer, device if chosen.resident else "cpu", dtype)
+    model = flux.load_transformer(files.transformer, device if chosen.resident else "cpu", dtype)
     r1, targets = shape_of(args, prior)
     inject(model, r1, args.r2, args.batch, targets, generator_for("meta_down", args.seed))
     if prior:
@@ -412,7 +444,7 @@ def load_model(
 
 
 def start_predictor(
-    model: Flux,
+    model: Transformer,
     people: Iterable[Person],
     faces: Sequence[Tensor | None],
     codes: int,
@@ -483,6 +515,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=Path("out/predictor"), help="folder for everything that is written"
     )
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    group.add_argument("--sample-every", type=int, default=1000, help="steps between sample grids; 0: none")
     group.add_argument("--seed", type=int, default=0, help="of the start, the order, times and noise")
     add_memory_arguments(parser)
     return parser.parse_args(argv)

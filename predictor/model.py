@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
-from flux.model import Flux
+from flux.transformer import Transformer
 from lora.fitting import clean, refuse
 from lora.writing import write_tensors
 from metalora import TARGETS, Prior, inject
@@ -73,7 +73,7 @@ class Trained:
         return int(self.prior.metadata["r2"])
 
 
-def save_predictor(model: Flux, predictor: Predictor, path: Path, metadata: dict) -> None:
+def save_predictor(model: Transformer, predictor: Predictor, path: Path, metadata: dict) -> None:
     """Write a predictor and the model's meta_down, in float16.
 
     Tensors are `<layer>.meta_down`, the table as `<layer>.mid` (1 + codes, parts, r2, r1) and `<layer>.up`
@@ -86,7 +86,7 @@ def save_predictor(model: Flux, predictor: Predictor, path: Path, metadata: dict
     write_tensors({name: x.half().cpu().contiguous() for name, x in tensors.items()}, path, metadata)
 
 
-def load_predictor(path: Path, model: Flux) -> Trained:
+def load_predictor(path: Path, model: Transformer) -> Trained:
     """Read a predictor for a model on the meta device, into which adapters are injected.
 
     Raises UserError when the file is something else, or does not fit the model.

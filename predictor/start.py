@@ -10,6 +10,7 @@ from torch import Tensor
 import flux
 from flux.errors import UserError
 from flux.loading import ModelFiles, folder_around
+from flux.transformer import Transformer
 from metalora import export_lora, inject
 from people.faces import clip_face, find_face
 from people.photos import Box
@@ -28,7 +29,7 @@ def find_predictor(path: Path | None, files: ModelFiles) -> Trained:
             f"no predictor at {path}. Train one (python -m predictor --data PEOPLE, which ends with "
             "predictor.safetensors) and pass it as --predictor FILE"
         )
-    return load_predictor(path, flux.load_flux(files.transformer, "meta"))
+    return load_predictor(path, flux.load_transformer(files.transformer, "meta"))
 
 
 def eye_of(
@@ -72,7 +73,7 @@ def predict(
         faces.append(eye.embed_file(path, photo, box))
     row = trained.predictor(torch.stack(faces).mean(dim=0, keepdim=True))
     # Multiplied out: trained on as a plain LoRA, it keeps its lead better than mid and up alone do.
-    base, targets = flux.load_flux(transformer, "meta"), trained.prior.targets
+    base, targets = flux.load_transformer(transformer, "meta"), trained.prior.targets
     inject(base, trained.prior.r1, trained.r2, 1, targets, reset=False)
     plain = empty_factors(transformer, trained.r2, targets).factors
     predicted = base.factors.by_layer(row)
@@ -83,9 +84,9 @@ def predict(
     return plain.personal.data[0]
 
 
-def empty_factors(transformer: Path, rank: int, targets: str) -> flux.Flux:
+def empty_factors(transformer: Path, rank: int, targets: str) -> Transformer:
     """Return a model on the meta device with the factors of a plain LoRA on the CPU, to be filled."""
-    model = inject(flux.load_flux(transformer, "meta"), None, rank, 1, targets, reset=False)
+    model = inject(flux.load_transformer(transformer, "meta"), None, rank, 1, targets, reset=False)
     model.factors.to_empty(device="cpu")
     return model
 

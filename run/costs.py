@@ -3,43 +3,109 @@
 The peaks are computed by a formula; bench/memory.py counts them operation by operation and compares the two.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from torch import nn
 
+from flux.autoencoder import AutoEncoder, AutoEncoderSizes
+from flux.flux2 import Flux2, Flux2Sizes
 from flux.memory import arrange, recomputed_blocks
 from flux.model import Flux, FluxSizes
 from flux.streaming import LINE, spread
+from flux.transformer import Transformer
 from run.speeds import Speeds, speeds_of
 
 FLUX_DEV = FluxSizes(64, 64, 768, 4096, 3072, 12288, 24, 19, 38, True, (16, 56, 56), 10_000)
+KLEIN_4B = Flux2Sizes(128, 128, 7680, 3072, 9216, 24, 5, 20, False, (32,) * 4, 2000)
+KLEIN_9B = Flux2Sizes(128, 128, 12288, 4096, 12288, 32, 8, 24, False, (32,) * 4, 2000)
+# By the names of `--model`, for plans without files; all others are taken for FLUX.1-dev.
+KNOWN = {"klein-4b": KLEIN_4B, "klein-4b-distilled": KLEIN_4B}
+KNOWN |= {"klein-9b": KLEIN_9B, "klein-9b-distilled": KLEIN_9B}
 GIB = 2**30
 PAPERS_CARD = speeds_of("A6000")
 VISIBLE = 0.2  # fraction of the copying that computing does not hide; a cautious guess
 TILE = 64  # side in latent pixels of the tiles in which a picture is decoded that does not fit whole
 
-# Activations, counted with bench/memory.py. The unit is one hidden state of all tokens, (b, l, d); an MLP is
-# 4 d wide. Of two numbers the second is with a fused RMSNorm, which keeps its input, a part of what the layer
-# before it returns; the operations on a CPU keep float32 copies of queries and keys.
 
-# What a block's forward pass stores for its backward pass.
-KEPT = {"double": (22.05, 21.05), "single": (22.05, 18.05)}
-# The same of attention alone: its output, and the logarithm of the softmax's sum.
+@dataclass(frozen=True)
+class Base:
+    """What tells the costs of one kind of transformer from those of another, beside the sizes.
+
+    Activations are counted with bench/memory.py. Their unit is one hidden state of all tokens, (b, l, d). Of
+    two numbers the second is with a fused RMSNorm, which keeps its input, a part of what the layer before it
+    returns; the operations on a CPU keep float32 copies of queries and keys.
+    """
+
+    model: type[Transformer]
+    autoencoder: AutoEncoderSizes
+    # (d_in, d_out, number of projections) of the linear layers of a block of width d and MLPs m wide; of a
+    # double block those of one stream.
+    layers: dict[str, Callable[[int, int], list[tuple[int, int, int]]]]
+    biases: bool
+    modulation: int  # of these layers the first ones, which see a vector instead of tokens
+    # What a block's forward pass stores for its backward pass.
+    kept: dict[str, tuple[float, float]]
+    # The peak within a block's backward pass, `kept` included.
+    work: dict[str, tuple[float, float]]
+    # With 8-bit weights the peak may be where a whole weight is in memory as well: without that weight.
+    work_fp8: dict[str, tuple[float, float]]
+    whole: dict[str, int]  # the number of its layer
+    # What several samples add to these three: the normalized tokens, which the modulation of a single one
+    # does not keep; and copies of a double block's two streams, which are then not contiguous.
+    several: dict[str, tuple[float, float, float]]
+    # The peak while sampling, by the image's share of the tokens; and beside a single block's whole weight.
+    work_sample: Callable[[float], float]
+    work_sample_fp8: float
+
+
+BASES = {
+    FluxSizes: Base(
+        Flux,
+        AutoEncoderSizes(),
+        layers={
+            "double": lambda d, m: [(d, 6 * d, 1), (d, 3 * d, 3), (d, d, 1), (d, m, 1), (m, d, 1)],
+            "single": lambda d, m: [(d, 3 * d, 1), (d, 3 * d + m, 4), (d + m, d, 1)],
+        },
+        biases=True,
+        modulation=1,
+        kept={"double": (22.05, 21.05), "single": (22.05, 18.05)},
+        work={"double": (30.03, 26.03), "single": (28.36, 24.36)},
+        work_fp8={"double": (30.03, 26.03), "single": (27.6, 23.5)},
+        whole={"double": 4, "single": 2},
+        several={"double": (3.0, 3.0, 3.0), "single": (1.0, 1.67, 0.0)},
+        work_sample=lambda img: 19.4,
+        work_sample_fp8=16.5,
+    ),
+    Flux2Sizes: Base(
+        Flux2,
+        AutoEncoderSizes(z_channels=32, packed=True),
+        layers={
+            "double": lambda d, m: [(d, 3 * d, 3), (d, d, 1), (d, 2 * m, 1), (m, d, 1)],
+            "single": lambda d, m: [(d, 3 * d + 2 * m, 1), (d + m, d, 1)],
+        },
+        biases=False,
+        modulation=0,
+        kept={"double": (24.05, 23.05), "single": (25.05, 21.05)},
+        work={"double": (32.35, 28.35), "single": (34.56, 30.56)},
+        work_fp8={"double": (31.5, 27.5), "single": (22.3, 22.3)},
+        whole={"double": 2, "single": 0},
+        several={"double": (1.0, 1.0, 1.0), "single": (0.0, 0.0, 0.0)},
+        work_sample=lambda img: max(19.5, 10.7 + 13.5 * img),
+        work_sample_fp8=13.0,
+    ),
+}
+Sizes = FluxSizes | Flux2Sizes
+
+# What attention alone stores for its backward pass: its output, and the logarithm of the softmax's sum.
 KEPT_ATTENTION = 1.02
-# The peak within a block's backward pass, KEPT included.
-WORK = {"double": (30.03, 26.03), "single": (28.36, 24.36)}
-# With 8-bit weights the peak may be where a whole weight is in memory as well: without that weight.
-WORK_FP8 = {"double": (30.03, 26.03), "single": (27.6, 23.5)}
-# The peak while sampling, with exact and with 8-bit weights.
-WORK_SAMPLE, WORK_SAMPLE_FP8 = 19.4, 16.5
-# What several samples add to KEPT, WORK and WORK_FP8: the normalized tokens, which the modulation of a single
-# one does not keep; and copies of a double block's two streams, which are then not contiguous.
-SEVERAL = {"double": (3.0, 3.0, 3.0), "single": (1.0, 1.67, 0.0)}
 # The gradients of the products, again stacked and in float32, when they become those of the factors.
 AT_THE_END = 2
-# The autoencoder is on the device while sampling, and decodes one picture at a time, after the transformer.
-AUTOENCODER = 83_819_683  # parameters of FLUX.1's
+# Copies of mid and up of each sample's identity, while stage 1 moves them.
+MOVING = 7
+# While sampling the autoencoder decodes one picture at a time, after the transformer.
 DECODE = 769  # numbers for each pixel of the picture or tile, in the last convolutions
 BLEND = 16  # bytes for each pixel of a picture that is decoded in tiles
 
@@ -49,7 +115,7 @@ class Workload:
     """What is to run: steps of stage 1, of stage 2, or of sampling."""
 
     kind: str  # "stage1", "stage2" or "sample"
-    sizes: FluxSizes = FLUX_DEV
+    sizes: Sizes = FLUX_DEV
     batch: int = 1
     resolution: int = 1024  # side of the square images in pixels
     shape: tuple[int, int] | None = None  # or their (height, width) in pixels, for FLOPs only
@@ -91,7 +157,7 @@ class Plan:
         """Whether all weights stay on the device as they are, so that they can be loaded straight to it."""
         return not (self.stream or self.fp8)
 
-    def apply(self, model: Flux, device: torch.device | str) -> Flux:
+    def apply(self, model: Transformer, device: torch.device | str) -> Transformer:
         """Move a model to the device as planned, in place, and return it.
 
         Load it to the CPU, mapped to its file, or straight to the device if the plan is `resident`.
@@ -115,35 +181,46 @@ class Cost:
         return self.peak - self.resident - self.adapters
 
 
-def linear_sizes(sizes: FluxSizes, kind: str) -> list[tuple[int, int, int]]:
+def base_of(sizes: Sizes) -> Base:
+    return BASES[type(sizes)]
+
+
+def linear_sizes(sizes: Sizes, kind: str) -> list[tuple[int, int, int]]:
     """Return (d_in, d_out, number of projections) of a block's linear layers, the image stream's first."""
-    d, m = sizes.hidden_size, sizes.mlp_size
-    if kind == "single":
-        return [(d, 3 * d, 1), (d, 3 * d + m, 4), (d + m, d, 1)]
-    return 2 * [(d, 6 * d, 1), (d, 3 * d, 3), (d, d, 1), (d, m, 1), (m, d, 1)]
+    streams = 2 if kind == "double" else 1
+    return streams * base_of(sizes).layers[kind](sizes.hidden_size, sizes.mlp_size)
 
 
 @cache
-def kinds(sizes: FluxSizes) -> tuple[str, ...]:
+def kinds(sizes: Sizes) -> tuple[str, ...]:
     """Return the kind of each block, in the order in which they run."""
     return ("double",) * sizes.depth + ("single",) * sizes.depth_single
 
 
-def outer_parameters(sizes: FluxSizes) -> int:
-    """Return the number of parameters outside the blocks."""
-    d = sizes.hidden_size
-    embedders = [256, sizes.pooled_size] + [256] * sizes.guidance
-    outer = sum((d_in + 1) * d + (d + 1) * d for d_in in embedders)
-    outer += (sizes.in_channels + 1) * d + (sizes.txt_size + 1) * d
-    return outer + (d + 1) * sizes.out_channels + (d + 1) * 2 * d
+def parameters(model: type[nn.Module], sizes: Sizes | AutoEncoderSizes) -> int:
+    """Return the number of a model's parameters."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in model(sizes).parameters())
 
 
 @cache
-def block_bytes(sizes: FluxSizes, kind: str, fp8: bool, width: int) -> tuple[int, int]:
+def outer_parameters(sizes: Sizes) -> int:
+    """Return the number of parameters outside the blocks."""
+    return parameters(base_of(sizes).model, replace(sizes, depth=0, depth_single=0))
+
+
+@cache
+def autoencoder_parameters(sizes: Sizes) -> int:
+    """Return the number of parameters of the autoencoder that goes with a transformer."""
+    return parameters(AutoEncoder, base_of(sizes).autoencoder)
+
+
+@cache
+def block_bytes(sizes: Sizes, kind: str, fp8: bool, width: int) -> tuple[int, int]:
     """Return the bytes of a block's linear weights, which can be streamed, and of everything else in it."""
     layers = linear_sizes(sizes, kind)
     weights = sum(-(-d_in * d_out * (1 if fp8 else width) // LINE) * LINE for d_in, d_out, _ in layers)
-    vectors = sum(d_out for _, d_out, _ in layers) * (2 if fp8 else 1)  # biases; a scale for each row
+    vectors = sum(d_out for _, d_out, _ in layers) * (base_of(sizes).biases + fp8)  # fp8: scales of rows
     norms = (4 if kind == "double" else 2) * sizes.head_dim
     return weights, (vectors + norms) * width
 
@@ -185,7 +262,7 @@ def estimate(work: Workload, plan: Plan, speeds: Speeds = PAPERS_CARD) -> Cost:
     resident += 2 * max((weights[blocks[k]][0] for k in streamed), default=0)
 
     training = work.kind != "sample"
-    resident += 0 if training else AUTOENCODER * work.width
+    resident += 0 if training else autoencoder_parameters(sizes) * work.width
     # How often meta_down, and mid and up, are there: themselves and AdamW's two moments, if they are trained;
     # of people side by side the rows that are in the batch, all of them, as well.
     several = work.identities > 1
@@ -207,7 +284,8 @@ def training_peak(work: Workload, plan: Plan) -> float:
     """Return the largest number of bytes of activations and gradients in a backward pass.
 
     It goes back block by block. At each block there are its activations, the products of all factors and
-    their gradients so far. At its end these become the gradients of the factors, shape by shape.
+    their gradients so far. At its end these become the gradients of the factors, shape by shape; then the
+    factors move.
     """
     blocks = kinds(work.sizes)
     products = [product_bytes(work, kind) for kind in blocks]
@@ -218,7 +296,8 @@ def training_peak(work: Workload, plan: Plan) -> float:
     within = max(map(sum, zip(peaks, later, strict=True)))
     meta_down, personal = map(sum, zip(*(adapter_bytes(work, kind) for kind in blocks)))
     end = personal + (meta_down if work.kind == "stage1" else 0)
-    return sum(products) + max(within, end + AT_THE_END * sum(products))
+    moving = MOVING * work.batch * personal / work.identities if work.kind == "stage1" else 0
+    return sum(products) + max(within, end + AT_THE_END * sum(products), end + moving)
 
 
 @cache
@@ -228,33 +307,35 @@ def activations(work: Workload, checkpoint: str | int, fp8: bool) -> list[float]
     They are what the blocks up to this one keep, and what it needs itself. A recomputed block keeps its input
     only, and perhaps what attention returned.
     """
-    blocks, fused = kinds(work.sizes), work.fused_norm
+    base, blocks = base_of(work.sizes), kinds(work.sizes)
     count = recomputed_blocks(checkpoint, len(blocks))
     attention = KEPT_ATTENTION if checkpoint == "attention" else 0.0
     before, peaks = 0.0, []
     for k, kind in enumerate(blocks):
-        sizes = (table[kind][fused] for table in (KEPT, WORK, WORK_FP8))
-        kept, during, beside_weight = (n + (work.batch > 1) * m for n, m in zip(sizes, SEVERAL[kind]))
+        sizes = (table[kind][work.fused_norm] for table in (base.kept, base.work, base.work_fp8))
+        kept, during, beside_weight = (n + (work.batch > 1) * m for n, m in zip(sizes, base.several[kind]))
         before += 1 + attention if k < count else kept
         rest = before - (attention if k < count else kept)  # what is counted in the other two already
         peak = (rest + during) * work.state
         if fp8:
-            peak = max(peak, (rest + beside_weight) * work.state + last_weight(work, kind))
+            peak = max(peak, (rest + beside_weight) * work.state + whole_weight(work, kind))
         peaks.append(peak)
     return peaks
 
 
-def last_weight(work: Workload, kind: str) -> int:
-    """Return the bytes of a block's last weight in the compute dtype."""
-    d_in, d_out, _ = linear_sizes(work.sizes, kind)[-1]
+def whole_weight(work: Workload, kind: str) -> int:
+    """Return the bytes of the weight of a block that is whole at the peak with 8-bit weights."""
+    base, sizes = base_of(work.sizes), work.sizes
+    d_in, d_out, _ = base.layers[kind](sizes.hidden_size, sizes.mlp_size)[base.whole[kind]]
     return d_in * d_out * work.width
 
 
 def sampling_peak(work: Workload, plan: Plan) -> float:
     """Return the largest number of bytes in a step: at a single block's MLP, or while decoding."""
-    forward = WORK_SAMPLE * work.state
+    base, (img, txt) = base_of(work.sizes), work.tokens
+    forward = base.work_sample(img / (img + txt)) * work.state
     if plan.fp8:
-        forward = max(forward, WORK_SAMPLE_FP8 * work.state + last_weight(work, "single"))
+        forward = max(forward, base.work_sample_fp8 * work.state + whole_weight(work, "single"))
     picture = work.resolution**2
     pixels = min(picture, (plan.tile * work.pixels // 2) ** 2) if plan.tile else picture
     return max(forward, DECODE * pixels * work.width + BLEND * picture * bool(plan.tile))
@@ -269,13 +350,14 @@ def step_flops(work: Workload, checkpoint: str | int) -> float:
     """
     img, txt = work.tokens
     sizes, blocks = work.sizes, kinds(work.sizes)
+    vectors = [1] * base_of(sizes).modulation  # what modulation layers see instead of tokens
     total = 0.0
     attention = 4 * (img + txt) ** 2 * sizes.hidden_size
     for k, kind in enumerate(blocks):
-        # Modulation layers, the first of each stream, see one vector instead of tokens.
-        tokens = [1, *[img] * 4, 1, *[txt] * 4] if kind == "double" else [1, img + txt, img + txt]
+        double = [*vectors, *[img] * 4, *vectors, *[txt] * 4]
+        tokens = double if kind == "double" else [*vectors, img + txt, img + txt]
         layers = linear_sizes(sizes, kind)
-        linear = sum(2 * n * d_in * d_out for n, (d_in, d_out, _) in zip(tokens, layers))
+        linear = sum(2 * n * d_in * d_out for n, (d_in, d_out, _) in zip(tokens, layers, strict=True))
         total += linear + attention
         if work.kind != "sample":
             total += linear + 2.5 * attention

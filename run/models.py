@@ -8,11 +8,27 @@ from pathlib import Path
 import torch
 
 from flux.errors import UserError, first_line
-from flux.finding import HUB_MODELS, NotOnHub, UnknownModel, find_files, find_named, local_parts
-from flux.loading import ModelFiles
+from flux.finding import (
+    BASE_OF_REPO,
+    HUB_MODELS,
+    NoSuchPart,
+    NotOnHub,
+    UnknownModel,
+    find_files,
+    find_named,
+    local_parts,
+)
+from flux.loading import ModelFiles, default_sampler
+from run.costs import KNOWN
 
 SHIPPED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
-OPTIONS = {"autoencoder": "--ae", "clip": "--clip-l", "t5": "--t5", "tokenizers": "--tokenizers"}
+OPTIONS = {
+    "autoencoder": "--ae",
+    "clip": "--clip-l",
+    "t5": "--t5",
+    "qwen3": "--qwen3",
+    "tokenizers": "--tokenizers",
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,15 +42,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{known}, a repository on the hub (owner/name), a folder in the same layout, or a file of the "
         "transformer, also ComfyUI's; environment variables like FLUX_DEV may hold a path for a name",
     )
-    group.add_argument("--ae", **place, help="autoencoder; else FLUX_AE, else as --model")
+    group.add_argument("--ae", **place, help="autoencoder; else FLUX_AE or FLUX2_AE, else as --model")
     group.add_argument(
         "--clip-l", **place, help="CLIP's text encoder, file or folder; else FLUX_CLIP_L, else as --model"
     )
     group.add_argument("--t5", **place, help="T5 encoder, file or folder; else FLUX_T5, else as --model")
     group.add_argument(
+        "--qwen3", **place, help="Qwen3, FLUX.2's, file or folder; else FLUX_QWEN3, else as --model"
+    )
+    group.add_argument(
         "--tokenizers",
         **place,
-        help="folder with tokenizer/ and tokenizer_2/; else FLUX_TOKENIZERS, else as --model",
+        help="folder with tokenizer/ and, of FLUX.1, tokenizer_2/; else FLUX_TOKENIZERS or FLUX2_TOKENIZERS, "
+        "else as --model",
     )
     add_device_argument(group)
     group.add_argument(
@@ -46,7 +66,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["bf16", "fp32"], help="of weights and activations; default: bf16, fp32 on a CPU"
     )
     group.add_argument(
-        "--t5-length", type=int, help="tokens per prompt; default: what the tokenizer's config says"
+        "--text-length",
+        "--t5-length",
+        dest="t5_length",
+        type=int,
+        help="tokens per prompt; default: what the tokenizer's config says, 512 of FLUX.2",
     )
 
 
@@ -66,7 +90,8 @@ def named_model(name: str) -> tuple[Path | None, str | None]:
 def find_model(args: argparse.Namespace) -> ModelFiles:
     """Find or download the files of the model that the options name.
 
-    Raises FileNotFoundError, saying what to do, when a part is neither on this disk nor can be downloaded.
+    Raises FileNotFoundError, saying what to do, when a part is neither on this disk nor can be downloaded,
+    and UserError for an option that the model's base has no use for.
     """
     values = {part: getattr(args, option[2:].replace("-", "_")) for part, option in OPTIONS.items()}
     given = {part: value for part, value in values.items() if value}
@@ -76,6 +101,8 @@ def find_model(args: argparse.Namespace) -> ModelFiles:
     named_model(args.model)  # is there such a model?
     try:
         return find_files(str(SHIPPED.get(args.model, args.model)), given)
+    except NoSuchPart as error:
+        raise UserError(f"{OPTIONS[error.part]} {given[error.part]}: {error}") from error
     except NotOnHub as error:
         raise FileNotFoundError(
             f"{error};\nor name files that you have: --model FILE or FOLDER, "
@@ -84,10 +111,19 @@ def find_model(args: argparse.Namespace) -> ModelFiles:
         ) from error
 
 
+def take_defaults(args: argparse.Namespace, files: ModelFiles) -> None:
+    """Set the options that were left to the model: how it is sampled, and the times of training."""
+    sampler = default_sampler(files)
+    left = {**sampler, "sample_steps": sampler["steps"], "t_mean": files.base.kind.T_MEAN}
+    for name, value in left.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
+
+
 def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
     """Return the model's files that are on this disk; --plan downloads no model."""
     path, repo = named_model(args.model)
-    if repo and repo not in HUB_MODELS.values():
+    if repo and args.model not in KNOWN and repo not in BASE_OF_REPO:
         print(f"{args.model} is on the hub: the plan assumes that it has FLUX.1-dev's size")
     return local_parts(path) if path else {}
 

@@ -12,11 +12,10 @@ from typing import Self
 
 import torch
 
-from flux.conditioner import load_tokenizers
 from flux.errors import UserError
-from flux.loading import folder_around, load_autoencoder, load_flux, native_size
+from flux.loading import folder_around, load_autoencoder, load_transformer, native_size, text_length
 from flux.memory import device_memory
-from run.costs import GIB, PAPERS_CARD, TILE, Cost, Plan, Workload, estimate, kinds
+from run.costs import FLUX_DEV, GIB, KNOWN, PAPERS_CARD, TILE, Cost, Plan, Workload, estimate, kinds
 from run.speeds import Speeds, measure
 
 RESERVE = 1.5  # GiB for the GPU's context and the allocator's gaps
@@ -31,12 +30,13 @@ class MemoryOptions:
     stream: str = "auto"
     base_dtype: str = "auto"
     compile: bool = False
+    model: str = ""  # as it was named
     dry: bool = False  # --plan: nothing will run here, so the plan may be for another GPU
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """Take the options from parsed arguments; not every command has all of them."""
-        names = ("vram", "checkpoint", "stream", "base_dtype", "compile")
+        names = ("vram", "checkpoint", "stream", "base_dtype", "compile", "model")
         return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)}, dry=args.plan)
 
 
@@ -151,8 +151,8 @@ def make_plan(
     """Choose a plan within the options and the device's memory, print it and return it.
 
     kind, settings: fields of `Workload`. parts: the model's files, of which only the headers are read; for
-    missing ones FLUX.1-dev's sizes are assumed. resolution: None for the model's own. Raises UserError when
-    nothing fits.
+    missing ones those of a `KNOWN` model are assumed. resolution: None for the model's own. Raises UserError
+    when nothing fits.
     """
     work = workload_for(kind, parts, options, device, dtype, t5_length, resolution, **settings)
     return plan_one_of([work], options, device)[1]
@@ -170,13 +170,14 @@ def workload_for(
 ) -> Workload:
     """Return the workload of `make_plan`, which has the same arguments."""
     sizes = {"t5_length": t5_length or Workload.t5_length, "width": dtype.itemsize}
+    sizes["sizes"] = KNOWN.get(options.model, FLUX_DEV)
     if "transformer" in parts:
-        sizes["sizes"] = load_flux(parts["transformer"], "meta").sizes
+        sizes["sizes"] = load_transformer(parts["transformer"], "meta").sizes
         resolution = resolution or native_size(folder_around(parts["transformer"]))
     if "autoencoder" in parts:
         sizes["pixels"] = load_autoencoder(parts["autoencoder"], "meta").sizes.token_pixels
-    if "tokenizers" in parts:
-        sizes["t5_length"] = load_tokenizers(parts["tokenizers"], t5_length).t5.length
+    if {"transformer", "tokenizers"} <= parts.keys():
+        sizes["t5_length"] = text_length(parts["transformer"], parts["tokenizers"], t5_length)
     sizes["fused_norm"] = norm_is_fused(device) or (options.dry and options.vram is not None)
     return Workload(kind, resolution=resolution or Workload.resolution, **sizes, **settings)
 

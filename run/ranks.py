@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flux.errors import UserError, first_line
 from flux.memory import blocks_of
-from flux.model import Flux
+from flux.transformer import Transformer
 
 PATIENCE = timedelta(hours=6)  # the others wait this long while rank 0 reads all photos, or samples
 CHUNK = 2**26  # numbers in one all-reduce, 0.25 GiB
@@ -223,7 +223,7 @@ def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield chunk
 
 
-def shard(model: Flux, ranks: Ranks, device: torch.device) -> Flux:
+def shard(model: Transformer, ranks: Ranks, device: torch.device) -> Transformer:
     """Spread a frozen model's weights over the ranks with FSDP2, in place; a block is whole while it runs.
 
     If the model is on the CPU, mapped to its file, the device never holds more than its part and one block.

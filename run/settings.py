@@ -24,7 +24,10 @@ class Training:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `Training`, except --lr, which the benchmark needs as a list."""
+    """Add the options of `Training`, except --lr, which the benchmark needs as a list.
+
+    `run.models.take_defaults` sets --t-mean.
+    """
     group = parser.add_argument_group("choices where the paper is silent")
     group.add_argument("--weight-decay", type=float, default=Training.weight_decay, help="AdamW's")
     group.add_argument(
@@ -34,7 +37,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest norm of the gradient of meta_down, and of each identity's mid and up",
     )
     group.add_argument(
-        "--t-mean", type=float, default=Training.t_mean, help="times are logit-normal with this mean"
+        "--t-mean", type=float, help="times are logit-normal with this mean; default: 0, 1.1 for FLUX.2"
     )
     group.add_argument("--t-std", type=float, default=Training.t_std, help="and this standard deviation")
     group.add_argument(

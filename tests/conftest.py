@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a whole FLUX.1 with random weights, people, photos, tokenizers."""
+"""Fixtures that several test files share: whole models with random weights, people, photos, tokenizers."""
 
 import gc
 import json
@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_tokenizer import write_tokenizer
 from compare import DATA, randomize
 from helpers import SETTINGS, STEPS, copy_cache
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import metalora
 import train_meta
-from flux import T5, AutoEncoder, CLIPText, Flux, load_flux, load_tokenizers
+from flux import T5, AutoEncoder, CLIPText, Flux, Flux2, Qwen3, load_tokenizers, load_transformer
 from flux.autoencoder import AutoEncoderSizes
 from flux.clip import CLIPSizes
+from flux.flux2 import Flux2Sizes
 from flux.model import FluxSizes
+from flux.qwen3 import Qwen3Sizes
 from flux.t5 import T5Sizes
 from metaphd import benchmark
 from run.models import SHIPPED
@@ -65,15 +69,52 @@ def write_model(folder: Path, hidden_size: int = 32) -> Path:
             T5Sizes(vocab_size=400, hidden_size=32, head_dim=16, num_heads=2, mlp_size=64, depth=1)
         ),
     }
-    for name, module in parts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        state = {
-            key: tensor.bfloat16().contiguous() for key, tensor in randomize(module).state_dict().items()
-        }
-        save_file(state, folder / name)
+    write_parts(folder, parts)
     (folder / "config.json").write_text(json.dumps({"sample_size": 64, "theta": 100}))
     (folder / "text_encoder" / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
     return folder
+
+
+def write_klein(folder: Path) -> Path:
+    """Write a FLUX.2 klein of the same kind: two blocks, eight pixels a token, a Qwen3 of 27 layers."""
+    (folder / "tokenizer").mkdir()
+    vocab_size = write_tokenizer(folder / "tokenizer", "a photo of a woman, a man or a person at the beach")
+    parts = {
+        "flux-2-klein-base-random.safetensors": Flux2(
+            Flux2Sizes(
+                in_channels=16,
+                out_channels=16,
+                txt_size=96,
+                hidden_size=32,
+                mlp_size=64,
+                num_heads=1,
+                depth=1,
+                depth_single=1,
+                guidance=False,
+                axes=(8, 8, 8, 8),
+                theta=2000,
+            )
+        ),
+        "ae.safetensors": AutoEncoder(
+            AutoEncoderSizes(3, 32, (1, 1, 1), encoder_blocks=0, decoder_blocks=1, z_channels=4, packed=True)
+        ),
+        "text_encoder/model.safetensors": Qwen3(
+            Qwen3Sizes(
+                vocab_size, 32, head_dim=16, num_heads=2, num_kv_heads=1, mlp_size=64, theta=1e6, eps=1e-6
+            )
+        ),
+    }
+    write_parts(folder, parts)
+    (folder / "config.json").write_text(json.dumps({"sample_size": 64}))
+    return folder
+
+
+def write_parts(folder: Path, parts: dict[str, nn.Module]) -> None:
+    """Write modules with random weights in bf16."""
+    for name, module in parts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        state = randomize(module).bfloat16().state_dict()
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / name)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -100,6 +141,11 @@ def nondeterministic(monkeypatch):
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def klein(tmp_path_factory) -> Path:
+    return write_klein(tmp_path_factory.mktemp("klein"))
 
 
 @pytest.fixture(scope="session")
@@ -149,11 +195,19 @@ def vocabularies(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def train(model, people, tmp_path_factory) -> Callable[..., dict]:
-    """Call train_meta.py: train(out, flag, value, ...); returns the tensors of meta.safetensors.
+    return stage_1(model, people, tmp_path_factory.mktemp("encoded") / "cache")
+
+
+@pytest.fixture(scope="session")
+def train_klein(klein, people, tmp_path_factory) -> Callable[..., dict]:
+    return stage_1(klein, people, tmp_path_factory.mktemp("encoded") / "cache")
+
+
+def stage_1(model: Path, people: Path, cache: Path) -> Callable[..., dict]:
+    """Return a function that calls train_meta.py: (out, flag, value, ...) -> tensors of meta.safetensors.
 
     encodes: whether it has to encode the photos and captions itself, as the first run has.
     """
-    cache = tmp_path_factory.mktemp("encoded") / "cache"
 
     def call(
         out: Path, *flags: object, steps: int = STEPS, data: Path = people, encodes: bool = False
@@ -179,11 +233,20 @@ def undisturbed(train, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def world(model, tmp_path_factory) -> Path:
-    """The random model with the toy model's evaluators and a stage-1 file."""
-    folder = tmp_path_factory.mktemp("world") / "model"
+    return with_judges_and_prior(model, tmp_path_factory.mktemp("world") / "model")
+
+
+@pytest.fixture(scope="session")
+def world_of_klein(klein, tmp_path_factory) -> Path:
+    return with_judges_and_prior(klein, tmp_path_factory.mktemp("world") / "klein")
+
+
+def with_judges_and_prior(model: Path, folder: Path) -> Path:
+    """Copy a random model to the folder, with the toy model's evaluators and a stage-1 file."""
     shutil.copytree(model, folder)
     shutil.copytree(SHIPPED["tiny"] / "judges", folder / "judges")
-    transformer = load_flux(folder / "flux1-random.safetensors")
+    (file,) = folder.glob("flux*.safetensors")
+    transformer = load_transformer(file)
     metalora.inject(transformer, 4, 1, 1, "all", torch.Generator().manual_seed(0))
     metalora.save_meta(transformer, folder / "meta.safetensors", {"r1": 4, "targets": "all"})
     return folder

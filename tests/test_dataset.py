@@ -1,5 +1,6 @@
 """The cache keys of a people data set differ with everything that an entry depends on, and nothing else."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from flux.errors import UserError
 from flux.finding import find_files
+from flux.loading import ModelFiles
 from people.cache import TensorCache
 from people.dataset import LatentDataset
 from people.folders import Photo
@@ -16,16 +18,17 @@ from people.manifest import Manifest
 PHOTO = Photo(Path("anna/1.jpg"), "a woman", (64, 48), digest="0a")
 
 
-@pytest.fixture(scope="module")
-def make(model, tmp_path_factory):
-    folder, files = tmp_path_factory.mktemp("cache"), find_files(str(model))
+@pytest.fixture(scope="module", params=["model", "klein"])
+def make(request, tmp_path_factory):
+    folder, files = tmp_path_factory.mktemp("cache"), find_files(str(request.getfixturevalue(request.param)))
 
-    def make(**changes: object) -> LatentDataset:
+    def make(files: ModelFiles = files, **changes: object) -> LatentDataset:
         nobody = Manifest(folder / "people.jsonl", folder, [])
         options = {"shape": lambda size: size, "class_word": "woman", "t5_length": None}
         options |= {"device": torch.device("cpu"), "dtype": torch.float32}
         return LatentDataset(nobody, TensorCache(folder), files, **options | changes)
 
+    make.files = files
     return make
 
 
@@ -48,11 +51,31 @@ def test_keys(make, photo, settings, latents_differ, caption_differs):
     assert [a != b for a, b in zip(before, after)] == [latents_differ, caption_differs]
 
 
+def test_keys_of_other_text_encoders(make, tmp_path):
+    """Another byte of any of them, or of a tokenizer, changes the captions' keys, not those of latents."""
+    before = make().keys(PHOTO)
+    for changed in (*make.files.encoders, "tokenizers"):
+        files = replace(make.files, encoders=dict(make.files.encoders), tokenizers=tmp_path / changed)
+        shutil.copytree(make.files.folder, files.tokenizers)
+        assert make(files).keys(PHOTO) == before
+        if changed == "tokenizers":
+            file = next((files.tokenizers / "tokenizer").iterdir())
+            file.write_text(file.read_text() + " ")
+        else:
+            files.encoders[changed] = files.tokenizers / make.files.encoders[changed].name
+            file = files.encoders[changed] / "model.safetensors"
+            *rest, last = file.read_bytes()
+            file.write_bytes(bytes([*rest, last ^ 1]))
+        after = make(files).keys(PHOTO)
+        assert after[0] == before[0] and after[1] != before[1]
+
+
 def test_photos_without_a_caption_get_the_default_one(make):
     assert make().caption(replace(PHOTO, caption=None)) == "a photo of a woman"
     assert make().caption(PHOTO) == "a woman"
 
 
 def test_missing_entries_are_an_error(make):
-    with pytest.raises(UserError, match="2 entries of .* are gone or damaged"):
+    count = 2 + (make().sampler["cfg"] > 1)  # the negative prompt
+    with pytest.raises(UserError, match=f"^{count} entries of .* are gone or damaged"):
         make().load_sample_prompts()

@@ -17,7 +17,7 @@ from flux import autoencoder, flux2, layers
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.checkpoint import Checkpoint, fit
 from flux.flux2 import Flux2, Flux2Sizes, SwiGLU
-from flux.formats import Source, is_flux2, kinds_inside
+from flux.formats import Source, kinds_inside, transformer_kind
 from flux.layers import rope_table, timestep_embedding
 from flux.loading import load_autoencoder, load_transformer
 from flux.memory import arrange, checkpoint_blocks, compile_blocks
@@ -521,7 +521,7 @@ def test_a_file_tells_its_family(prefix, tmp_path):
         save_file(state, tmp_path / f"{number}.safetensors")
         loaded = load_transformer(tmp_path / f"{number}.safetensors", dtype=torch.float32)
         assert type(loaded) is type(model)
-        assert is_flux2(state) == (type(model) is Flux2)
+        assert transformer_kind(state) is type(model)
         assert kinds_inside(list(state)) == ({type(model)} if prefix else set())
         assert all(torch.equal(loaded.state_dict()[x], value) for x, value in model.state_dict().items())
 

@@ -24,8 +24,10 @@ import flux
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
 from flux.checkpoint import Checkpoint, fit
 from flux.clip import CLIPSizes, CLIPText
-from flux.formats import Header, kinds_inside
+from flux.flux2 import Flux2
+from flux.formats import Header, is_config_of, kinds_inside
 from flux.model import Flux, FluxSizes
+from flux.qwen3 import Qwen3
 from flux.t5 import T5, T5Sizes
 
 SIZES = {Flux: FluxSizes, AutoEncoder: AutoEncoderSizes, CLIPText: CLIPSizes, T5: T5Sizes}
@@ -124,6 +126,13 @@ def test_published_headers_are_whole(kind, header, unused):
 
 def test_a_checkpoint_tells_its_parts():
     assert kinds_inside(list(all_in_one())) == {*SIZES}
+    for size in ("4b", "8b"):
+        names = [
+            "model.diffusion_model.double_stream_modulation_img.lin.weight",
+            "vae.encoder.conv_in.weight",
+        ]
+        names += [f"text_encoders.qwen3_{size}.transformer.model.embed_tokens.weight"]
+        assert kinds_inside(names) == {Flux2, AutoEncoder, Qwen3}
     assert kinds_inside(list(published("flux1-dev"))) == set()
 
 
@@ -203,6 +212,11 @@ def test_uneven_q_k_and_v_are_refused():
         fitted(Flux, without_k | {q: ((), "BF16")})
 
 
+def test_configs_of_the_other_base_are_not_read():
+    for kind, name in ((Flux, "FluxTransformer2DModel"), (Flux2, "Flux2Transformer2DModel")):
+        assert {x for x in (Flux, Flux2) if is_config_of(x, {"_class_name": name})} == {kind}
+
+
 def test_strange_tensors_of_a_checkpoint_are_told():
     with pytest.raises(ValueError, match="unexpected lora.up"):
         fitted(T5, all_in_one() | {"lora.up": ((2, 2), "F16")})
@@ -258,7 +272,7 @@ def test_a_transformer_of_diffusers(sizes, size, tmp_path):
     _, theirs = test_model.pair(sizes)
     theirs.save_pretrained(tmp_path, max_shard_size=size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "100KB")
-    ours = flux.load_flux(tmp_path, dtype=torch.float32)
+    ours = flux.load_transformer(tmp_path, dtype=torch.float32)
     assert ours.sizes == sizes
     assert test_model.error(ours, theirs) < 1e-5
 
@@ -324,7 +338,7 @@ def in_fp8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_fp8_without_scales(name, tmp_path):
     model, theirs = test_model.pair(test_model.DEV)
     save_file(in_fp8((model if name == "ours" else theirs).state_dict()), tmp_path / "x.safetensors")
-    loaded = flux.load_flux(tmp_path / "x.safetensors", dtype=torch.float32).state_dict()
+    loaded = flux.load_transformer(tmp_path / "x.safetensors", dtype=torch.float32).state_dict()
     for key, tensor in in_fp8(model.state_dict()).items():
         assert torch.equal(loaded[key], decoded(tensor))
 
@@ -345,7 +359,7 @@ def test_fp8_with_scales(name, scale_name, prefix, tmp_path):
             stored[f"{key.removesuffix('weight')}scale_input"] = torch.tensor(7.0)  # not for the weights
             expected[key] = decoded(stored[key]) * scale
     save_file({prefix + key: x for key, x in stored.items()}, tmp_path / "x.safetensors")
-    ours = flux.load_flux(tmp_path / "x.safetensors", dtype=torch.float32)
+    ours = flux.load_transformer(tmp_path / "x.safetensors", dtype=torch.float32)
     loaded = ours.state_dict()
     if name == "diffusers":
         loaded = test_model.to_diffusers(loaded, test_model.DEV.hidden_size)

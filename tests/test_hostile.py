@@ -233,7 +233,7 @@ def changed(draw, whole: bytes) -> bytes:
 def adapted(model: Path):
     """Return the random model with a LoRA in it that is not zero."""
     generator = torch.Generator().manual_seed(0)
-    transformer = inject(flux.load_flux(transformer_of(model)), 4, 1, 1, "all", generator)
+    transformer = inject(flux.load_transformer(transformer_of(model)), 4, 1, 1, "all", generator)
     for up in factors(transformer, "up"):
         up.normal_(std=0.1, generator=generator)
     return transformer
@@ -258,7 +258,7 @@ def test_damaged_loras(model, files, tmp_path, capsys, data):
     folder.mkdir()
     path, out = folder / "lora.safetensors", folder / "out.safetensors"
     path.write_bytes(content := data.draw(changed(files[data.draw(st.sampled_from(["diffusers", "kohya"]))])))
-    empty = flux.load_flux(transformer_of(model), "meta")
+    empty = flux.load_transformer(transformer_of(model), "meta")
     try:
         lora, metadata = reading.read_lora(path, empty)
         assert lora and not fitting.misfits(lora, fitting.linear_shapes(empty))
@@ -282,7 +282,7 @@ def test_damaged_loras(model, files, tmp_path, capsys, data):
 def test_damaged_stage_1_files(model, files, tmp_path, data):
     path = tmp_path / "meta.safetensors"
     path.write_bytes(data.draw(changed(files["meta"])))
-    transformer = flux.load_flux(transformer_of(model), "meta")
+    transformer = flux.load_transformer(transformer_of(model), "meta")
     try:
         prior = personalize.find_prior(transformer_of(model), path)
         personalize.add_adapters(transformer, prior, 1, "all", [0])
@@ -341,7 +341,7 @@ def test_damaged_weights(model, tmp_path, data):
     try:
         files = find_files(str(folder), {})
         flux.loading.native_size(files.folder)
-        flux.load_flux(files.transformer)
+        flux.load_transformer(files.transformer)
         flux.load_conditioner(files)
         flux.load_autoencoder(files.autoencoder)
     except OURS:
@@ -704,12 +704,13 @@ def test_strays_in_a_folder_of_weights_are_not_weights(model, tmp_path):
         path.with_name(f".{path.stem}.99{path.suffix}").write_bytes(b"half")
     files = find_files(str(tmp_path / "model"), {})
     flux.load_conditioner(files)
-    assert not any(path.name.startswith(".") for path in vars(files).values())
+    paths = files.transformer, files.autoencoder, files.tokenizers, *files.encoders.values()
+    assert not any(path.name.startswith(".") for path in paths)
     shards = tmp_path / "model" / "transformer"
     shards.mkdir()
     files.transformer.rename(shards / "a.safetensors")
     (shards / ".a.99.safetensors").write_bytes(b"half")
-    flux.load_flux(shards)
+    flux.load_transformer(shards)
 
 
 # --- Arguments ---------------------------------------------------------------------------------------------

@@ -39,9 +39,13 @@ class Hub:
     """What the server has and was asked; a repository's name says how it behaves."""
 
     files: dict[str, bytes]
+    klein: dict[str, bytes]
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
     broken: set[str] = field(default_factory=set)
     endpoint: str = ""
+
+    def files_of(self, repo: str) -> dict[str, bytes]:
+        return self.klein if "klein" in repo else self.files
 
     def of(self, repo: str) -> list[tuple[str, str, str]]:
         return [request for request in self.requests if repo in request[1]]
@@ -64,15 +68,15 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
         path = self.path.split("?")[0]
         if path.startswith("/api/models/"):
-            siblings = [{"rfilename": name} for name in self.hub.files]
             repo = path.removeprefix("/api/models/")
+            siblings = [{"rfilename": name} for name in self.hub.files_of(repo)]
             return self.send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode(), {})
         repo, _, file = path[1:].partition("/resolve/main/")
         if repo in (DEV, "test/forbidden"):
             status = 401 if repo == DEV else 403
             message = f"Access to model {repo} is restricted."
             return self.send(status, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": message})
-        body = self.hub.files[file]
+        body = self.hub.files_of(repo)[file]
         etag = hashlib.sha256(body).hexdigest()
         if repo == "test/wrong" and file == TRANSFORMER:
             body = body[:-1] + bytes([body[-1] ^ 1])
@@ -96,10 +100,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def hub(model) -> Iterator[Hub]:
-    """Serve the same small model as every repository."""
-    files = {file.relative_to(model).as_posix(): file.read_bytes() for file in model.rglob("*.*")}
-    hub = Hub({name: content for name, content in files.items() if name != "config.json"})
+def hub(model, klein) -> Iterator[Hub]:
+    """Serve the same small model as every repository, FLUX.2 klein where its name says so."""
+    models = [files_in(folder) for folder in (model, klein)]
+    for files in models:
+        del files["config.json"]
+    hub = Hub(*models)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("OurHandler", (Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, daemon=True).start()
@@ -128,12 +134,20 @@ def ask(hub: Hub, home: Path, *models: str, **settings: str) -> tuple[list[dict]
 
 @pytest.fixture(scope="module")
 def answers(hub, home) -> dict[str, dict]:
-    models = ["test/first", "flux-dev", "test/forbidden", "test/breaks", "test/wrong"]
+    models = [
+        "test/first",
+        "test/klein",
+        "klein-4b",
+        "flux-dev",
+        "test/forbidden",
+        "test/breaks",
+        "test/wrong",
+    ]
     results, printed = ask(hub, home, *models)
     return dict(zip(models, results)) | {"printed": printed}
 
 
-def files_in(folder: str) -> dict[str, bytes]:
+def files_in(folder: Path | str) -> dict[str, bytes]:
     return {x.relative_to(folder).as_posix(): x.read_bytes() for x in Path(folder).rglob("*") if x.is_file()}
 
 
@@ -142,6 +156,14 @@ def test_first_download(hub, answers):
     size = f"{len(hub.files[TRANSFORMER]) / 1e6:,.1f} MB"
     assert f"downloading {TRANSFORMER} of test/first, {size}" in answers["printed"]
     assert "100%" in answers["printed"]  # huggingface_hub's bar
+
+
+def test_a_klein(hub, answers):
+    """By its name and as somebody's, whose transformer tells what else to download; no word of FLUX.1's."""
+    wanted = {name: x for name, x in hub.klein.items() if name != "tokenizer/tokenizer_config.json"}
+    for name, repo in (("test/klein", "test/klein"), ("klein-4b", "black-forest-labs/FLUX.2-klein-base-4B")):
+        assert files_in(answers[name]["folder"]) == wanted
+        assert f"downloading text_encoder/model.safetensors of {repo}, " in answers["printed"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["online", "offline"])

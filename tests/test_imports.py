@@ -169,7 +169,7 @@ def test_a_wrong_import_is_noticed(path, source):
         ("flux/__init__.py", "from flux.model import Flux\nfrom . import layers\nfrom .t5 import T5"),
         ("vision/clip_vit.py", "from flux.clip import CLIPText\nfrom vision import detector"),
         ("people/faces.py", "import flux.errors, run.files, vision.detector\nfrom people import photos"),
-        ("metalora.py", "from flux import load_flux\nfrom PIL import Image\nimport lora.names"),
+        ("metalora.py", "from flux import load_transformer\nfrom PIL import Image\nimport lora.names"),
         ("train_meta.py", "import people.buckets, metalora, flux.sampling, run.plan"),
         ("metaphd/benchmark.py", "import metrics\nfrom personalize import main"),
         ("studies/claim/__main__.py", "from bench import memory\nimport train_meta\nfrom tiny import people"),

@@ -16,6 +16,7 @@ import test_model
 import test_text
 import torch
 from compare import randomize
+from helpers import assert_same
 from safetensors.torch import save_file
 from test_formats import published
 from torch import nn
@@ -25,11 +26,13 @@ from bench import fullsize
 from flux import T5, AutoEncoder, CLIPText, Flux, checkpoint
 from flux.checkpoint import Checkpoint, fit
 from flux.errors import UserError
+from flux.finding import find_files
+from flux.streaming import FrozenLinear
 from run.costs import FLUX_DEV
 
 SIZES = test_model.DEV
 KINDS = {
-    "flux": (flux.load_flux, Flux(SIZES)),
+    "flux": (flux.load_transformer, Flux(SIZES)),
     "autoencoder": (flux.load_autoencoder, AutoEncoder(test_autoencoder.SIZES["like FLUX"])),
     "t5": (flux.load_t5, T5(test_text.T5_SIZES)),
     "clip": (flux.load_clip, CLIPText(test_text.CLIP_SIZES)),
@@ -74,7 +77,7 @@ def test_weights_come_back(load, model, stored, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 @pytest.mark.parametrize("dtype, mapped", [(torch.bfloat16, True), (torch.float32, False)])
 def test_weights_of_the_files_dtype_stay_in_the_file(path, dtype, mapped):
-    model = flux.load_flux(path, dtype=dtype)
+    model = flux.load_transformer(path, dtype=dtype)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines if line[-1] == str(path)]
     for weight in model.parameters():
@@ -82,8 +85,8 @@ def test_weights_of_the_files_dtype_stay_in_the_file(path, dtype, mapped):
 
 
 def test_changing_a_weight_leaves_the_file_alone(path, state):
-    flux.load_flux(path).img_in.weight.add_(1)
-    assert_holds(flux.load_flux(path), state)
+    flux.load_transformer(path).img_in.weight.add_(1)
+    assert_holds(flux.load_transformer(path), state)
 
 
 def write_shards(state: dict[str, torch.Tensor], folder: Path):
@@ -94,14 +97,14 @@ def write_shards(state: dict[str, torch.Tensor], folder: Path):
 
 def test_shards(tmp_path, state):
     write_shards(state, tmp_path)
-    assert_holds(flux.load_flux(tmp_path), state)
+    assert_holds(flux.load_transformer(tmp_path), state)
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path, state):
     write_shards(state, tmp_path)
     save_file({"img_in.bias": state["img_in.bias"]}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="img_in.bias is in model-00001-of-00002.safetensors and in other"):
-        flux.load_flux(tmp_path)
+        flux.load_transformer(tmp_path)
 
 
 def test_everything_that_does_not_fit_is_in_one_message(path, state):
@@ -110,7 +113,7 @@ def test_everything_that_does_not_fit_is_in_one_message(path, state):
     state["single_blocks.0.linear1.weight"] = torch.zeros(5, 96)
     save_file(state, path)
     with pytest.raises(ValueError) as error:
-        flux.load_flux(path)
+        flux.load_transformer(path)
     for part in [
         str(path),
         "missing double_blocks.1.img_attn.proj.bias (96,)",
@@ -180,13 +183,13 @@ DAMAGES = {
 def test_a_damaged_file_is_named(damage, reason, path):
     damage(path)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a whole safetensors file: {reason}"):
-        flux.load_flux(path)
+        flux.load_transformer(path)
 
 
 def test_no_file(tmp_path):
     for path in (tmp_path, tmp_path / "flux1-dev.safetensors"):
         with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
-            flux.load_flux(path)
+            flux.load_transformer(path)
 
 
 def test_files_of_other_kinds_are_refused(path, state):
@@ -194,7 +197,7 @@ def test_files_of_other_kinds_are_refused(path, state):
         flux.load_autoencoder(path)
     save_file({}, path)
     with pytest.raises(ValueError, match="not a Flux checkpoint: it lacks img_in.*begins with no tensor"):
-        flux.load_flux(path)
+        flux.load_transformer(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -204,29 +207,29 @@ def test_weights_that_are_not_finite_are_refused(dtype, path, state):
     save_file(state, path)
     message = "is damaged: NaN or infinity in img_in.weight, single_blocks.1.linear2.bias$"
     with pytest.raises(ValueError, match=re.escape(str(path)) + " " + message):
-        flux.load_flux(path, dtype=dtype)
-    assert flux.load_flux(path, "meta").img_in.weight.is_meta
+        flux.load_transformer(path, dtype=dtype)
+    assert flux.load_transformer(path, "meta").img_in.weight.is_meta
 
 
 def test_a_wrong_dtype_is_refused(path, state):
     state["img_in.bias"] = torch.zeros(96, dtype=torch.int8)
     save_file(state, path)
     with pytest.raises(ValueError, match="img_in.bias is I8, must be F64, F32, F16, BF16, F8_E4M3, F8_E5M2"):
-        flux.load_flux(path)
+        flux.load_transformer(path)
 
 
 def test_config_beside_the_file(path):
     config = path.with_name("config.json")
     config.write_text(json.dumps({"axes_dims_rope": [8, 12, 12], "theta": 500}))
     for place in (path, path.parent):
-        sizes = flux.load_flux(place).sizes
+        sizes = flux.load_transformer(place).sizes
         assert (sizes.axes, sizes.theta) == ((8, 12, 12), 500)
     config.write_text(json.dumps({"axes_dims_rope": [8, 8, 8]}))
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*add up to 24, the head size is 32"):
-        flux.load_flux(path)
+        flux.load_transformer(path)
     config.write_text("{'theta': 500}")
     with pytest.raises(ValueError, match=f"{re.escape(str(config))} is not valid JSON"):
-        flux.load_flux(path)
+        flux.load_transformer(path)
 
 
 def test_the_config_of_another_model_is_not_read(tmp_path):
@@ -259,7 +262,7 @@ def test_the_config_of_another_model_is_not_read(tmp_path):
 def test_a_strange_config_is_told(content, path):
     path.with_name("config.json").write_text(content)
     with pytest.raises(ValueError, match=f"{re.escape(str(path.parent))}.*(JSON|not a Flux checkpoint)"):
-        flux.load_flux(path)
+        flux.load_transformer(path)
 
 
 @pytest.mark.parametrize("config", [{"num_attention_heads": x} for x in ("3", 0, -3, 5, None, 3.0, True)])
@@ -320,7 +323,7 @@ def test_a_strange_index_is_told(content, path):
     index = path.with_name("model.safetensors.index.json")
     index.write_text(content)
     with pytest.raises(ValueError, match=re.escape(str(index))):
-        flux.load_flux(path.parent)
+        flux.load_transformer(path.parent)
 
 
 # --- What is made of the file's tensors --------------------------------------------------------------------
@@ -347,7 +350,7 @@ def test_what_is_made_is_in_files_that_are_gone(kind, path, tmp_path, monkeypatc
         save_file(theirs.state_dict(), path)
     else:
         save_file({name: tensor.double() for name, tensor in ours.state_dict().items()}, path)
-    loaded = flux.load_flux(path, dtype=torch.float32)
+    loaded = flux.load_transformer(path, dtype=torch.float32)
     assert_holds(loaded, ours.state_dict())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     places = mappings()
@@ -369,7 +372,7 @@ def test_without_room_for_a_file_it_is_memory(path, monkeypatch):
     ours, theirs = test_model.pair(SIZES)
     save_file(theirs.state_dict(), path)
     with pytest.warns(UserWarning, match="in memory, not in TMPDIR.*No space left on device") as warned:
-        assert_holds(flux.load_flux(path, dtype=torch.float32), ours.state_dict())
+        assert_holds(flux.load_transformer(path, dtype=torch.float32), ours.state_dict())
     assert len({str(warning.message) for warning in warned}) == 1
 
 
@@ -380,6 +383,37 @@ def test_the_random_file_of_full_size_is_flux_dev(tmp_path):
     assert shapes == {name: shape for name, (shape, _) in published("flux1-dev").items()}
     file = tmp_path / "flux1-random.safetensors"
     fullsize.write_checkpoint(file, SIZES)
-    model = flux.load_flux(file)
+    model = flux.load_transformer(file)
     assert model.sizes == SIZES
     assert all(0.01 < weight.float().std() < 0.04 for weight in model.parameters() if weight.numel() > 50)
+
+
+# --- Text encoders -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder, part", [("model", "t5"), ("klein", "qwen3")])
+def test_a_text_encoder_without_room_is_streamed(folder, part, request):
+    folder = request.getfixturevalue(folder)
+    resident, streamed = flux.load_conditioner(folder, length=40), flux.load_conditioner(folder, vram=1e-6)
+    layers = {type(layer) for layer in getattr(streamed, part).modules()}
+    assert FrozenLinear in layers and nn.Linear not in layers
+    assert not any(isinstance(layer, FrozenLinear) for layer in resident.modules())
+    streamed.tokenizers = resident.tokenizers
+    prompts = ["a photo of a woman", ""]
+    with torch.no_grad():
+        one, other = resident.encode(prompts), streamed.encode(prompts)
+    assert_same(one, other)
+    assert one["txt"].shape[:2] == (2, 40) and not torch.equal(one["txt"][0], one["txt"][1])
+
+
+@pytest.mark.parametrize("folder, usual", [("model", 16), ("klein", 512)])
+def test_the_length_of_the_text(folder, usual, request):
+    """As `encode` makes it, known without the weights."""
+    files = find_files(str(request.getfixturevalue(folder)))
+    for length in (None, 20):
+        told = flux.text_length(files.transformer, files.tokenizers, length)
+        assert told == (length or usual)
+        with torch.no_grad():
+            prompt = flux.load_conditioner(files, length=length).encode(["a"])
+        assert prompt["txt"].shape[1] == told
+        assert [*prompt] == (["txt", "pooled"] if usual == 16 else ["txt"])

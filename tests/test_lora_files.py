@@ -1,4 +1,4 @@
-"""LoRA files of every origin against diffusers and PEFT, both formats to and fro, merging, broken files."""
+"""LoRA files of every origin against diffusers and PEFT, all formats to and fro, merging, broken files."""
 
 import json
 import subprocess
@@ -12,18 +12,20 @@ from compare import difference, randomize
 from diffusers import FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_metalora import META, adapted, pipeline_of, reader_for_our_width, their_velocity  # noqa: F401
-from test_model import DEV, inputs, pair
+from small_bases import BOTH, FLUX1, FLUX2, SmallBase
+from test_metalora import META, adapted, reader_for_our_width  # noqa: F401
+from test_model import DEV
 from torch import Tensor
 
 from flux.checkpoint import read_tensors
 from flux.model import Flux
 from lora import merging
 from lora.__main__ import main
-from lora.names import Lora
+from lora.names import FORMATS, Lora
 from lora.reading import read_lora, split_fused
 from lora.writing import name_tensors
 from metalora import (
+    adapters,
     collapse,
     eject,
     export_lora,
@@ -37,6 +39,17 @@ from metalora import (
 OUTSIDE = ["x_embedder", "context_embedder", "proj_out", "norm_out.linear"]
 OUTSIDE += [
     f"time_text_embed.{kind}_embedder.linear_{n}" for kind in ("timestep", "text", "guidance") for n in (1, 2)
+]
+
+OUTSIDE_OF_FLUX2 = ["x_embedder", "context_embedder", "proj_out", "norm_out.linear"]
+OUTSIDE_OF_FLUX2 += [f"time_guidance_embed.timestep_embedder.linear_{n}" for n in (1, 2)]
+OUTSIDE_OF_FLUX2 += [
+    f"{name}.linear"
+    for name in (
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
+    )
 ]
 
 ROOT = Path(__file__).parents[1]
@@ -67,18 +80,20 @@ def assert_same_updates(ours: Lora, theirs: Lora) -> None:
         assert difference(ours[part], update) < 1e-6 * update.abs().max(), part
 
 
-# --- Our own two formats -----------------------------------------------------------------------------------
+# --- Our own three formats ---------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("r2", [1, 4])
-def test_three_factors_to_diffusers_to_kohya_and_back(r2, path, tmp_path):
-    kohya, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
-    model = adapted(r2)
+def test_three_factors_to_diffusers_to_kohya_to_original_and_back(r2, base, path, tmp_path):
+    kohya, original, back = (tmp_path / f"{name}.safetensors" for name in ("kohya", "original", "back"))
+    model = adapted(r2, base=base)
     export_lora(model, path, META, slot=1)
     run("convert", path, kohya, "--format", "kohya")
-    run("convert", kohya, back, "--format", "diffusers")
+    run("convert", kohya, original, "--format", "original")
+    run("convert", original, back, "--format", "diffusers")
     exact = {part: (a.half(), b.half()) for part, (a, b) in collapse(model, 1).items()}
-    for file in (path, kohya, back):
+    for file in (path, kohya, original, back):
         assert_same_updates(read_lora(file)[0], exact)
     assert load_file(path).keys() == load_file(back).keys()
     export_lora(model, kohya, META, slot=1, form="kohya")
@@ -89,6 +104,25 @@ def test_three_factors_to_diffusers_to_kohya_and_back(r2, path, tmp_path):
         key = f"lora_unet_{name.replace('.', '_')}"
         assert direct[f"{key}.alpha"] == len(direct[f"{key}.lora_down.weight"]) == r2 * len(parts)
         assert direct[f"{key}.lora_up.weight"].shape[1] == r2 * len(parts)
+        for half, theirs in (("A", "down"), ("B", "up")):
+            key_of_half = f"diffusion_model.{name}.lora_{half}.weight"
+            assert torch.equal(load_file(original)[key_of_half], direct[f"{key}.lora_{theirs}.weight"])
+    assert len(load_file(original)) == 2 * len(parts_of)
+
+
+@torch.no_grad()
+@BOTH
+def test_original_names_are_those_of_the_weights_that_change(base, path):
+    """What ComfyUI does with them: B A is added to the weight of that name."""
+    model, expected = base.model(), base.model()
+    export_lora(adapted(r2=2, base=base), path, META, slot=1, form="original")
+    tensors = load_file(path)
+    for key in [key for key in tensors if "lora_A" in key]:
+        layer = expected.get_submodule(key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight"))
+        layer.weight += tensors[key.replace("lora_A", "lora_B")].float() @ tensors[key].float()
+    load_lora(model, path)
+    assert difference(model(**base.inputs), expected(**base.inputs)) < 1e-5
+    assert difference(base.model()(**base.inputs), expected(**base.inputs)) > 0.01
 
 
 @pytest.mark.parametrize("r2", [1, 4])
@@ -133,34 +167,42 @@ def test_parts_left_alone_stay_alone(path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "base, special, layers",
+    [
+        (FLUX1, "proj_mlp", ["attn.to_k", "attn.add_v_proj", "ff.net.2", *OUTSIDE]),
+        (FLUX2, "attn.to_qkv_mlp_proj", ["attn.to_k", "attn.add_v_proj", "ff.linear_out", *OUTSIDE_OF_FLUX2]),
+    ],
+    ids=["flux1", "flux2"],
+)
 @pytest.mark.parametrize("alpha, rslora", [(4, False), (2, False), (3, True)])
-def test_a_lora_by_peft_saved_by_diffusers(alpha, rslora, tmp_path):
+def test_a_lora_by_peft_saved_by_diffusers(alpha, rslora, base, special, layers, tmp_path):
     """Also layers outside the blocks, and alpha, which diffusers keeps in the header alone."""
-    ours, theirs = pair(DEV)
-    base, layers = ours(**inputs(DEV)), ["attn.to_k", "attn.add_v_proj", "proj_mlp", "ff.net.2", *OUTSIDE]
+    ours, theirs = base.both()
+    without, layers = ours(**base.inputs), [special, *layers]
     config = LoraConfig(
-        r=4, lora_alpha=alpha, use_rslora=rslora, target_modules=layers, alpha_pattern={"proj_mlp": 1}
+        r=4, lora_alpha=alpha, use_rslora=rslora, target_modules=layers, alpha_pattern={special: 1}
     )
     theirs.add_adapter(config)
     for seed, (name, p) in enumerate(theirs.named_parameters()):
         if "lora_" in name:
             p.copy_(noise(*p.shape, seed=seed) / 2)
-    FluxPipeline.save_lora_weights(
+    base.pipeline.save_lora_weights(
         tmp_path,
         transformer_lora_layers=get_peft_model_state_dict(theirs),
         transformer_lora_adapter_metadata=json.loads(json.dumps(config.to_dict(), default=list)),
     )
     file = tmp_path / "pytorch_lora_weights.safetensors"
     load_lora(ours, file)
-    expected = their_velocity(theirs)
-    assert difference(ours(**inputs(DEV)), expected) < 1e-5
-    assert difference(base, expected) > 0.01
+    expected = base.their_velocity(theirs)
+    assert difference(ours(**base.inputs), expected) < 1e-5
+    assert difference(without, expected) > 0.01
 
-    for form in ("kohya", "diffusers"):  # alpha is multiplied in once and for all
+    for form in FORMATS:  # alpha is multiplied in once and for all
         run("convert", file, tmp_path / f"{form}.safetensors", "--format", form)
-        again = pair(DEV)[0]
+        again = base.model()
         load_lora(again, tmp_path / f"{form}.safetensors")
-        assert difference(again(**inputs(DEV)), expected) < 1e-5
+        assert difference(again(**base.inputs), expected) < 1e-5
 
 
 def test_pefts_own_folder(tmp_path):
@@ -176,9 +218,9 @@ def test_pefts_own_folder(tmp_path):
         read_lora(file)
 
 
-def fused(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+def fused(rank: int, base: SmallBase = FLUX1) -> dict[str, tuple[Tensor, Tensor]]:
     """Return updates by our own layer names in which q, k and v share lora_A, as kohya trains them."""
-    model = Flux(DEV)
+    model = base.model()
     shapes = {name: model.get_submodule(name).weight.shape for name, _ in linear_names(model)}
     return {
         name: (noise(rank, d_in, seed=k), noise(d_out, rank, seed=-k - 1))
@@ -187,24 +229,21 @@ def fused(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
+@BOTH
 @pytest.mark.parametrize("alpha", [None, 1.0, 8.0])
-def test_kohyas_fused_layers_as_diffusers_reads_them(alpha, path, tmp_path, reader_for_our_width):  # noqa: F811
+def test_kohyas_fused_layers_as_diffusers_reads_them(alpha, base, path, tmp_path, reader_for_our_width):  # noqa: F811
     tensors = {}
-    for name, (a, b) in fused(4).items():
+    for name, (a, b) in fused(4, base).items():
         key = f"lora_unet_{name.replace('.', '_')}"
         tensors |= {f"{key}.lora_down.weight": a / 8, f"{key}.lora_up.weight": b}
         tensors |= {f"{key}.alpha": torch.tensor(alpha)} if alpha else {}
     save_file(tensors, path)
-    ours, theirs = pair(DEV)
-    base = ours(**inputs(DEV))
+    ours, theirs = base.both()
+    without = ours(**base.inputs)
     load_lora(ours, path)
-    pipeline_of(theirs).load_lora_weights(path)
-    assert (
-        difference(ours(**inputs(DEV)), their_velocity(theirs))
-        < 1e-5
-        < 0.01
-        < difference(ours(**inputs(DEV)), base)
-    )
+    base.pipeline_of(theirs).load_lora_weights(path)
+    assert difference(ours(**base.inputs), base.their_velocity(theirs)) < 1e-5
+    assert difference(ours(**base.inputs), without) > 0.01
 
     run("convert", path, tmp_path / "split.safetensors", "--format", "diffusers")
     assert_same_updates(read_lora(tmp_path / "split.safetensors")[0], read_lora(path)[0])
@@ -289,11 +328,12 @@ def test_a_fused_update_is_split_only_where_it_is_block_diagonal():
 # --- Merging into a file -----------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_merging_into_a_file_is_merging_into_the_model(prefix, path, tmp_path):
+def test_merging_into_a_file_is_merging_into_the_model(prefix, base, path, tmp_path):
     """Several LoRAs, one of them fused and outside the blocks; what they do not name stays as it is."""
-    checkpoint, other, out = (tmp_path / f"{name}.safetensors" for name in ("flux1-x", "other", "out"))
-    model = randomize(Flux(DEV)).bfloat16()
+    checkpoint, other, out = (tmp_path / f"{name}.safetensors" for name in ("flux-x", "other", "out"))
+    model = base.model().bfloat16()
     state = {prefix + name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     extra = {
         "vae.conv.weight": noise(3, 2, 1, 1),
@@ -302,7 +342,7 @@ def test_merging_into_a_file_is_merging_into_the_model(prefix, path, tmp_path):
     }
     stale = {"modelspec.hash_sha256": "0x0", "sshs_model_hash": "0"}
     save_file({**state, **extra}, checkpoint, {"about": "ä base", **stale})
-    export_lora(adapted(), path, META)
+    export_lora(adapted(base=base), path, META)
     tensors = {"lora_unet_img_in.lora_down.weight": noise(2, DEV.in_channels)}
     save_file(tensors | {"lora_unet_img_in.lora_up.weight": noise(DEV.hidden_size, 2)}, other)
     run("merge", checkpoint, out, "--lora", path, other, "--strength", 0.8, -1)
@@ -321,10 +361,10 @@ def test_merging_into_a_file_is_merging_into_the_model(prefix, path, tmp_path):
     assert found["step"] == 3 and found["step"].dtype == torch.int64
     assert not torch.equal(found[prefix + "img_in.weight"], kept[prefix + "img_in.weight"])
     name, lora = "single_blocks.1.linear2.weight", read_lora(path)[0]
-    exact = kept[prefix + name].double() + 0.8 * updates(lora)["single_transformer_blocks.1.proj_out"]
+    exact = kept[prefix + name].double() + 0.8 * updates(lora)[f"single_transformer_blocks.1.{base.last}"]
     assert (found[prefix + name] == exact.bfloat16()).float().mean() > 0.999  # what is rounded twice differs
     _, metadata = read_tensors(out)
-    assert metadata == {"about": "ä base", "modelspec.merged_from": "flux1-x, person, other"}
+    assert metadata == {"about": "ä base", "modelspec.merged_from": "flux-x, person, other"}
     assert checkpoint.read_bytes() == before
     with pytest.raises(FileExistsError, match="out.safetensors is there already"):
         run("merge", checkpoint, out, "--lora", path)
@@ -355,7 +395,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(path, tmp_path):
     save_file(tensors, path)
     refused("linear2.weight has numbers too large for torch.float16", single_blocks__0__linear2__weight=huge)
     state.clear()
-    refused("is no FLUX.1 file with the original names", x=torch.zeros(1))
+    refused("is no FLUX.1 or FLUX.2 file with the original names", x=torch.zeros(1))
 
 
 def test_merging_into_8_bits_says_what_it_costs(path, tmp_path, recwarn):
@@ -523,26 +563,29 @@ def test_layers_outside_the_blocks_have_no_slots(path):
 # --- info --------------------------------------------------------------------------------------------------
 
 
-def test_info_says_what_a_file_is(path, tmp_path, capsys):
-    model = adapted(r2=2)
-    about = {"method": "meta-lora", "base_model": "flux1-x.safetensors", "steps": 375}
-    export_lora(model, path, about, slot=1)
-    kohya = tmp_path / "kohya.safetensors"
-    export_lora(model, kohya, about, slot=1, form="kohya")
-    for file, form in ((path, "diffusers"), (kohya, "kohya")):
+@BOTH
+def test_info_says_what_a_file_is(base, path, tmp_path, capsys):
+    model = adapted(r2=2, base=base)
+    about = {"method": "meta-lora", "base_model": "flux-x.safetensors", "steps": 375}
+    count = len(collapse(model))
+    for form in FORMATS:
+        export_lora(model, file := tmp_path / f"{form}.safetensors", about, slot=1, form=form)
         run("info", file)
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith(f"{file}: meta-lora, {form} format, one adapter of 46 projections, ")
-        assert lines[1] == "rank 2; base flux1-x.safetensors"
+        assert lines[0].startswith(f"{file}: meta-lora, {form} format, one adapter of {count} projections, ")
+        assert lines[1] == "rank 2; base flux-x.safetensors"
         assert "  r1: 6" in lines and "  steps: 375" in lines
-        norms = {name: float(norm) for _, norm, name in map(str.split, lines[-47:-1])}
+        norms = {name: float(norm) for _, norm, name in map(str.split, lines[-count - 1 : -1])}
         expected = {part: update.norm().item() for part, update in updates(collapse(model, 1)).items()}
         assert norms == pytest.approx(expected, rel=1e-2)
         total = sum(norm**2 for norm in expected.values()) ** 0.5
         assert float(lines[-1].split()[0]) == pytest.approx(total, rel=1e-2)
-    save_meta(eject(model) and adapted(), path, META)
+    save_file(load_file(file), path)  # without a header
     run("info", path)
-    assert "stage 1 of Meta-LoRA, meta_down of 29 layers" in capsys.readouterr().out
+    assert f"base {base.name}\n" in capsys.readouterr().out
+    save_meta(adapted(model=eject(model)), path, META)
+    run("info", path)
+    assert f"stage 1 of Meta-LoRA, meta_down of {len(adapters(model))} layers" in capsys.readouterr().out
     save_file({"x.meta_down": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match=r"should be \(parts, r1, d_in\)"):
         run("info", path)

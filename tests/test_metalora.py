@@ -8,16 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import difference, factors, header, randomize
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import Flux2Transformer2DModel
 from diffusers.loaders import lora_conversion_utils, lora_pipeline
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_model import DEV, REAL, inputs, pair
+from small_bases import BOTH, FLUX1, FLUX2, SmallBase
+from test_flux2 import KLEIN_4B, KLEIN_9B, PUBLISHED_DEV
+from test_model import DEV, REAL
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flux import load_flux
+from flux import load_transformer
+from flux.flux2 import Flux2, Flux2Sizes
 from flux.model import Flux
 from lora import writing
 from lora.merging import merge_loras
@@ -46,11 +49,16 @@ META = {"r1": 6, "targets": "all"}
 
 
 def adapted(
-    r2: int = 1, slots: int = 3, seed: int = 0, targets: str = "all", model: Flux | None = None
-) -> Flux:
-    """Return a Flux with adapters that are not zero, as after training."""
+    r2: int = 1,
+    slots: int = 3,
+    seed: int = 0,
+    targets: str = "all",
+    model: nn.Module | None = None,
+    base: SmallBase = FLUX1,
+) -> nn.Module:
+    """Return a transformer with adapters that are not zero, as after training."""
     generator = torch.Generator().manual_seed(seed)
-    model = inject(model or randomize(Flux(DEV)), 6, r2, slots, targets, generator)
+    model = inject(model or base.model(), 6, r2, slots, targets, generator)
     for up in factors(model, "up"):
         up.copy_(torch.randn(up.shape, generator=generator) / 4)
     return model
@@ -88,9 +96,11 @@ def far(ours: list[Tensor], theirs: list[Tensor]) -> list[float]:
     return [difference(a, b) / b.abs().max().item() for a, b in zip(ours, theirs, strict=True)]
 
 
-def layer_and_input(r2: int, tokens: tuple[int, ...]) -> tuple[Factors, Tensor]:
+def layer_and_input(
+    r2: int, tokens: tuple[int, ...], parts: tuple[int, ...] = (5, 5, 5, 9), bias: bool = True
+) -> tuple[Factors, Tensor]:
     torch.manual_seed(0)
-    layer = MetaLoRALinear(nn.Linear(7, 24).requires_grad_(False), [5, 5, 5, 9])
+    layer = MetaLoRALinear(nn.Linear(7, 24, bias).requires_grad_(False), [*parts])
     factors = Factors({"layer": layer}, r1=6, r2=r2, slots=4).double()
     layer.double()
     for factor in factors.parameters():
@@ -100,8 +110,10 @@ def layer_and_input(r2: int, tokens: tuple[int, ...]) -> tuple[Factors, Tensor]:
 
 @pytest.mark.parametrize("tokens", [(5,), ()], ids=["tokens", "modulation"])
 @pytest.mark.parametrize("r2", [1, 4])
-def test_layer_equals_the_papers_product(r2, tokens):
-    factors, x = layer_and_input(r2, tokens)
+@pytest.mark.parametrize("parts, bias", [((5, 5, 5, 9), True), ((8, 8, 8), False), ((24,), False)])
+def test_layer_equals_the_papers_product(parts, bias, r2, tokens):
+    """The first is FLUX.1's linear1, the others are FLUX.2's qkv and linear1."""
+    factors, x = layer_and_input(r2, tokens, parts, bias)
     slots = [2, 2, 0]  # one identity twice, two others absent
     given = results(ours, factors, x, slots)
     assert max(far(given, results(three_steps, factors, x, slots))) < 1e-12
@@ -109,8 +121,9 @@ def test_layer_equals_the_papers_product(r2, tokens):
 
     other = results(three_steps, factors, x, [0, 2, 2])
     assert min(far(given, other)) > 0.01  # output and every gradient notice wrong slots
-    factors.meta_down[0].data = factors.meta_down[0].data[:, [1, 0, 2, 3]]  # q's and k's
-    assert far(given, results(ours, factors, x, slots))[0] > 0.01
+    if len(parts) > 1:
+        factors.meta_down[0].data = factors.meta_down[0].data.roll(1, dims=1)  # k's takes q's and so on
+        assert far(given, results(ours, factors, x, slots))[0] > 0.01
 
     for slot in (0, 1):
         expected = results(three_steps, factors, x, [slot] * 3)
@@ -186,8 +199,9 @@ def test_fresh_factors():
     assert not any(up.any() for up in factors(first, "up"))
 
 
-def test_injection_holds_the_base_uncopied_and_changes_nothing():
-    model, given = randomize(Flux(DEV)), inputs(DEV)
+@BOTH
+def test_injection_holds_the_base_uncopied_and_changes_nothing(base):
+    model, given = base.model(), base.inputs
     expected, weights = model(**given), {p.data_ptr() for p in model.parameters()}
     assert inject(model, r1=6, r2=2, slots=2) is model
     use_slots(model, torch.tensor([1, 0]))
@@ -199,25 +213,38 @@ def test_injection_holds_the_base_uncopied_and_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "targets, double, single",
+    "base, targets, double, single",
     [
-        ("all", 10, {"modulation.lin", "linear1", "linear2"}),
-        ("no-modulation", 8, {"linear1", "linear2"}),
-        ("attention", 4, {"linear1", "linear2"}),
+        (FLUX1, "all", 10, {"modulation.lin", "linear1", "linear2"}),
+        (FLUX1, "no-modulation", 8, {"linear1", "linear2"}),
+        (FLUX1, "attention", 4, {"linear1", "linear2"}),
+        (FLUX2, "all", 8, {"linear1", "linear2"}),  # whose modulation is outside the blocks
+        (FLUX2, "no-modulation", 8, {"linear1", "linear2"}),
+        (FLUX2, "attention", 4, {"linear1", "linear2"}),
     ],
 )
-def test_targets(targets, double, single):
-    names = adapters(inject(Flux(DEV), 6, 1, 1, targets)).keys()
+def test_targets(base, targets, double, single):
+    names = adapters(inject(base.model(), 6, 1, 1, targets)).keys()
     pattern = {"all": ".", "no-modulation": "attn|mlp", "attention": "attn"}[targets]
     assert all(re.search(pattern, name) for name in names if name.startswith("double"))
-    assert sum(name.startswith("double") for name in names) == DEV.depth * double
+    assert sum(name.startswith("double") for name in names) == base.sizes.depth * double
     ours = [name.split(".", 2)[2] for name in names if name.startswith("single")]
-    assert set(ours) == single and len(ours) == DEV.depth_single * len(single)
+    assert set(ours) == single and len(ours) == base.sizes.depth_single * len(single)
 
 
-def real_model() -> Flux:
+@BOTH
+def test_factors_lie_beside_what_is_not_streamed(base):
+    """Not beside the weights of the blocks, which streaming keeps in the host's memory."""
     with torch.device("meta"):
-        return inject(Flux(REAL), r1=128, r2=1, slots=1)
+        model = base.kind(base.sizes)
+    for block in [*model.double_blocks, *model.single_blocks]:
+        block.to_empty(device="cpu")
+    assert inject(model, 6, 1, 1, reset=False).factors.personal.is_meta
+
+
+def real_model(kind: type[nn.Module] = Flux, sizes=REAL) -> nn.Module:
+    with torch.device("meta"):
+        return inject(kind(sizes), r1=128, r2=1, slots=1)
 
 
 def test_counts_on_flux_dev():
@@ -240,18 +267,57 @@ def test_every_linear_layer_of_the_published_blocks_is_adapted():
     assert {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b) in lora.items()} == published
 
 
-def test_no_other_identities_between_forward_and_backward():
+@pytest.mark.parametrize(
+    "sizes, layers, parts, fused, meta_down, row, exported",
+    [
+        (KLEIN_4B, 80, 100, 62_914_560, 70_778_880, 965_120, 1_505_280),
+        (KLEIN_9B, 112, 144, 113_246_208, 130_023_424, 1_722_368, 2_719_744),
+        (PUBLISHED_DEV, 160, 192, 264_241_152, 289_406_976, 4_055_040, 6_291_456),
+    ],
+    ids=["klein-4b", "klein-9b", "dev"],
+)
+def test_flux_2s_blocks_are_adapted_as_diffusers_divides_them(
+    sizes, layers, parts, fused, meta_down, row, exported
+):
+    """With r1 128 and r2 1; fused: of meta_down, had q, k and v of the double blocks one in common."""
+    model = real_model(Flux2, sizes)
+    lora, d = collapse(model), sizes.hidden_size
+    assert (len(adapters(model)), len(lora)) == (layers, parts)
+    assert {(name, len(b), a.shape[1]) for name, (a, b) in lora.items()} == their_linears(sizes)
+    assert sum(128 * layer.base.in_features for layer in adapters(model).values()) == fused
+    assert sum(p.numel() for p in factors(model, "meta_down")) == meta_down
+    assert meta_down == 128 * d * (sizes.depth * 2 * (3 + 1 + 1 + 3) + sizes.depth_single * (1 + 4))
+    assert sum(p.numel() for p in factors(model, "mid", "up")) == row
+    assert row == 128 * parts + d * (sizes.depth * 2 * (3 + 1 + 6 + 1) + sizes.depth_single * (9 + 1))
+    assert sum(a.numel() + b.numel() for a, b in lora.values()) == exported
+
+
+def their_linears(sizes: Flux2Sizes) -> set[tuple[str, int, int]]:
+    """Return name, outputs and inputs of every linear layer in the blocks of diffusers' model."""
+    with torch.device("meta"):
+        theirs = Flux2Transformer2DModel(
+            num_layers=sizes.depth,
+            num_single_layers=sizes.depth_single,
+            num_attention_heads=sizes.num_heads,
+            joint_attention_dim=sizes.txt_size,
+        )
+    linears = {name: layer for name, layer in theirs.named_modules() if isinstance(layer, nn.Linear)}
+    return {(x, y.out_features, y.in_features) for x, y in linears.items() if "transformer_blocks" in x}
+
+
+@BOTH
+def test_no_other_identities_between_forward_and_backward(base):
     """Recomputed blocks use the products that are there in backward: those of the last forward pass."""
 
     def gradients(checkpointed: bool, late_slots: list[int], again: bool = False) -> list[Tensor]:
-        model = adapted()
+        model = adapted(base=base)
         for block in [*model.double_blocks, *model.single_blocks] if checkpointed else []:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         use_slots(model, torch.tensor([2, 0]))
-        loss = model(**inputs(DEV)).square().mean()
+        loss = model(**base.inputs).square().mean()
         use_slots(model, torch.tensor(late_slots))
         if again:
-            model(**inputs(DEV))
+            model(**base.inputs)
         loss.backward()
         return [p.grad for p in model.factors.parameters()]
 
@@ -295,21 +361,27 @@ def test_every_slot_has_an_adamw_of_its_own():
 # --- Files -------------------------------------------------------------------------------------------------
 
 
-def test_exported_file(tmp_path):
+@pytest.mark.parametrize(
+    "base, architecture, version",
+    [(FLUX1, "flux-1-dev/lora", "flux1"), (FLUX2, "Flux.2-klein-4b/lora", "flux2_klein_4b")],
+    ids=["flux1", "flux2"],
+)
+def test_exported_file(base, architecture, version, tmp_path):
     path = tmp_path / "person.safetensors"
-    model = adapted(r2=2)
+    model = adapted(r2=2, base=base)
     export_lora(model, path, {"caption": "ä photo", "steps": 375}, slot=1)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     expected = {"format": "pt", "caption": "ä photo", "steps": "375", "version": "1", "r1": "6", "r2": "2"}
-    expected |= {"modelspec.architecture": "flux-1-dev/lora", "modelspec.title": "Meta-LoRA: ä photo"}
+    expected |= {"modelspec.architecture": architecture, "modelspec.title": "Meta-LoRA: ä photo"}
+    expected |= {"ss_base_model_version": version}
     expected |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.trigger_phrase": "ä photo"}
     assert expected.items() <= metadata.items() and "modelspec.resolution" not in metadata
-    assert model_spec({"resolution": 768})["modelspec.resolution"] == "768x768"
+    assert model_spec({"resolution": 768}, model)["modelspec.resolution"] == "768x768"
     tensors = load_file(path)
     modules = {f"transformer.{name}" for name in collapse(model)}
     assert {*tensors} == {f"{name}.lora_{letter}.weight" for name in modules for letter in "AB"}
-    theirs = dict(pair(DEV)[1].named_modules())
+    theirs = dict(base.both()[1].named_modules())
     for name in modules:
         a, b = (tensors[f"{name}.lora_{letter}.weight"] for letter in "AB")
         linear = theirs[name.removeprefix("transformer.")]
@@ -319,23 +391,21 @@ def test_exported_file(tmp_path):
     assert not [key for key in tensors for word in words if word in key]
 
 
-@torch.no_grad()
-def their_velocity(theirs: FluxTransformer2DModel) -> Tensor:
-    given = inputs(DEV)
-    return theirs(
-        hidden_states=given["img"],
-        img_ids=given["img_ids"][0],
-        encoder_hidden_states=given["txt"],
-        txt_ids=given["txt_ids"][0],
-        timestep=given["t"],
-        pooled_projections=given["pooled"],
-        guidance=given["guidance"],
-    ).sample
-
-
-def pipeline_of(theirs: FluxTransformer2DModel) -> FluxPipeline:
-    parts = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"]
-    return FluxPipeline(transformer=theirs, **dict.fromkeys(parts))
+@pytest.mark.parametrize(
+    "kind, sizes, architecture, version",
+    [
+        (Flux, replace(REAL, guidance=False), "flux-1-schnell", "flux1"),
+        (Flux2, KLEIN_4B, "Flux.2-klein-4b", "flux2_klein_4b"),
+        (Flux2, KLEIN_9B, "Flux.2-klein-9b", "flux2_klein_9b"),
+        (Flux2, PUBLISHED_DEV, "Flux.2-dev", "flux2"),
+    ],
+)
+def test_the_header_says_which_base_it_is_for(kind, sizes, architecture, version):
+    spec = model_spec({}, real_model(kind, sizes))
+    assert spec["modelspec.architecture"] == f"{architecture}/lora"
+    assert spec["ss_base_model_version"] == version
+    repository = {Flux: "flux", Flux2: "flux2"}[kind]
+    assert spec["modelspec.implementation"] == f"https://github.com/black-forest-labs/{repository}"
 
 
 @pytest.fixture
@@ -350,59 +420,75 @@ def reader_for_our_width(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+@pytest.mark.parametrize(
+    "base, form, projections",
+    [
+        (FLUX1, "diffusers", 2 * 14 + 3 * 6),
+        (FLUX1, "kohya", 2 * 14 + 3 * 6),
+        (FLUX2, "diffusers", 2 * 12 + 3 * 2),
+        (FLUX2, "kohya", 2 * 12 + 3 * 2),
+        (FLUX2, "original", 2 * 12 + 3 * 2),
+    ],
+)
 @pytest.mark.parametrize("r2", [1, 4])
-def test_diffusers_reads_the_exported_file(r2, form, tmp_path, reader_for_our_width):
+def test_diffusers_reads_the_exported_file(r2, base, form, projections, tmp_path, reader_for_our_width):
     path = tmp_path / "person.safetensors"
-    ours, theirs = pair(DEV)
-    base = ours(**inputs(DEV))
-    export_lora(adapted(r2), path, META, slot=2, form=form)
+    ours, theirs = base.both()
+    without = ours(**base.inputs)
+    export_lora(adapted(r2, base=base), path, META, slot=2, form=form)
     load_lora(ours, path)
-    pipeline = pipeline_of(theirs)
+    pipeline = base.pipeline_of(theirs)
     pipeline.load_lora_weights(path, adapter_name="her")
     layers = [layer for layer in theirs.modules() if isinstance(layer, LoraLayer)]
-    assert len(layers) == 2 * 14 + 3 * 6
+    assert len(layers) == projections
+    ranks = {r2, 3 * r2} if form == "original" else {r2}  # there q, k and v each take all of a fused lora_A
     assert {(layer.r["her"], layer.lora_alpha["her"], layer.scaling["her"]) for layer in layers} == {
-        (r2, r2, 1)
+        (rank, rank, 1) for rank in ranks
     }
-    config = theirs.peft_config["her"]
-    assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (r2, r2, {}, {})
-    expected = their_velocity(theirs)
-    assert difference(ours(**inputs(DEV)), expected) < 1e-5
-    assert difference(base, expected) > 0.01
+    if len(ranks) == 1:
+        config = theirs.peft_config["her"]
+        assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (r2, r2, {}, {})
+    expected = base.their_velocity(theirs)
+    assert difference(ours(**base.inputs), expected) < 1e-5
+    assert difference(without, expected) > 0.01
     pipeline.unload_lora_weights()
-    assert difference(base, their_velocity(theirs)) < 1e-5
+    assert difference(without, base.their_velocity(theirs)) < 1e-5
 
 
 @torch.no_grad()
-def test_a_loaded_lora_equals_the_live_adapter(tmp_path):
-    path, live = tmp_path / "person.safetensors", adapted(r2=2)
+@BOTH
+def test_a_loaded_lora_equals_the_live_adapter(base, tmp_path):
+    path, live = tmp_path / "person.safetensors", adapted(r2=2, base=base)
     export_lora(live, path, META, slot=2)
     lora = collapse(live, slot=2)
     use_slots(live, torch.tensor([2, 2]))
-    expected, base = live(**inputs(DEV)), randomize(Flux(DEV))
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    expected, loaded = live(**base.inputs), base.model()
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
 
-    assert load_lora(base, path, strength=0)["r1"] == "6"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
-    load_lora(base, path)
-    assert difference(base(**inputs(DEV)), expected) < 2e-3  # the file has 11 bits
-    update = {name: tensor - before[name] for name, tensor in base.state_dict().items()}
-    a, b = lora["single_transformer_blocks.1.attn.to_k"]
-    rows = update["single_blocks.1.linear1.weight"][DEV.hidden_size : 2 * DEV.hidden_size]
+    assert load_lora(loaded, path, strength=0)["r1"] == "6"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    load_lora(loaded, path)
+    assert difference(loaded(**base.inputs), expected) < 2e-3  # the file has 11 bits
+    update = {name: tensor - before[name] for name, tensor in loaded.state_dict().items()}
+    a, b = lora["transformer_blocks.1.attn.add_k_proj"]
+    rows = update["double_blocks.1.txt_attn.qkv.weight"][base.sizes.hidden_size : 2 * base.sizes.hidden_size]
     assert difference(rows, b @ a) < 1e-3 * (b @ a).abs().max()
+    parts = [lora[f"single_transformer_blocks.1.{part}"] for part in base.single]
+    rows = torch.cat([b @ a for a, b in parts])
+    assert difference(update["single_blocks.1.linear1.weight"], rows) < 1e-3 * rows.abs().max()
 
-    doubled = randomize(Flux(DEV))
+    doubled = base.model()
     load_lora(doubled, path, strength=2)
     for name, tensor in doubled.state_dict().items():
         torch.testing.assert_close(tensor - before[name], 2 * update[name], rtol=0, atol=1e-6)
 
 
-def test_merging_leaves_the_models_file_and_its_map_alone(tmp_path):
-    path, lora = tmp_path / "flux1-x.safetensors", tmp_path / "person.safetensors"
-    save_file(randomize(Flux(DEV)).state_dict(), path)
-    export_lora(adapted(), lora, META)
-    before, mapped = path.read_bytes(), load_flux(path, dtype=torch.float32)
+@BOTH
+def test_merging_leaves_the_models_file_and_its_map_alone(base, tmp_path):
+    path, lora = tmp_path / "flux-x.safetensors", tmp_path / "person.safetensors"
+    save_file(base.model().state_dict(), path)
+    export_lora(adapted(base=base), lora, META)
+    before, mapped = path.read_bytes(), load_transformer(path, dtype=torch.float32)
     weight = mapped.single_blocks[0].linear1.weight
     load_lora(mapped, lora)
     assert not torch.equal(mapped.single_blocks[0].linear1.weight, weight)
@@ -410,13 +496,14 @@ def test_merging_leaves_the_models_file_and_its_map_alone(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_merging_rounds_once_to_the_weights_own_dtype(tmp_path):
+@BOTH
+def test_merging_rounds_once_to_the_weights_own_dtype(base, tmp_path):
     """Also when there are several: one after the other would round as often."""
-    exact, half, twice = (randomize(Flux(DEV)).bfloat16() for _ in range(3))
+    exact, half, twice = (base.model().bfloat16() for _ in range(3))
     exact, loras = exact.float(), []
     for seed in range(2):
         path = tmp_path / f"{seed}.safetensors"
-        export_lora(adapted(seed=seed), path, META)
+        export_lora(adapted(seed=seed, base=base), path, META)
         loras.append((read_lora(path, exact)[0], 0.7 - seed))
         load_lora(twice, path, 0.7 - seed)
     merge_loras(exact, loras)
@@ -461,8 +548,9 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_error(tmp_path):
         load_lora(model, path)
 
 
-def test_meta_file_round_trip(tmp_path):
-    path, model, other = tmp_path / "meta.safetensors", adapted(), adapted(seed=1)
+@BOTH
+def test_meta_file_round_trip(base, tmp_path):
+    path, model, other = tmp_path / "meta.safetensors", adapted(base=base), adapted(seed=1, base=base)
     save_meta(model, path, META)
     prior = load_meta(path)
     assert prior.metadata == {"format": "pt", "r1": "6", "targets": "all"}
@@ -551,40 +639,43 @@ def test_plain_lora_is_up_times_mid():
     torch.testing.assert_close(ours(plain, x, [2, 0]), expected)
 
 
-def test_files_in_slots_do_what_merging_does_and_leave_no_trace(tmp_path):
+@BOTH
+def test_files_in_slots_do_what_merging_does_and_leave_no_trace(base, tmp_path):
     """One picture per LoRA in a batch; the model afterwards is the one before."""
-    paths, merged, given = [], [], inputs(DEV)
+    paths, merged, given = [], [], base.inputs
     for seed, targets in ((1, "all"), (2, "attention")):  # what a file does not name stays as it is
-        export_lora(adapted(seed=seed, targets=targets), tmp_path / f"{seed}.safetensors", META)
+        export_lora(adapted(seed=seed, targets=targets, base=base), tmp_path / f"{seed}.safetensors", META)
         paths.append(tmp_path / f"{seed}.safetensors")
-        model = randomize(Flux(DEV))
+        model = base.model()
         load_lora(model, paths[-1])
         merged.append(model(**given))
-    model = randomize(Flux(DEV))
-    base, modules = model(**given), [type(module) for module in model.modules()]
+    model = base.model()
+    without, modules = model(**given), [type(module) for module in model.modules()]
     inject_loras(model, [[(read_lora(path)[0], 1.0)] for path in paths])
     for slots in ([0, 1], [1, 0]):
         use_slots(model, torch.tensor(slots))
         expected = torch.stack([merged[slot][sample] for sample, slot in enumerate(slots)])
-        assert difference(model(**given), expected) < 1e-5 < difference(model(**given), base)
-    assert torch.equal(eject(model)(**given), base)
+        assert difference(model(**given), expected) < 1e-5 < difference(model(**given), without)
+    assert torch.equal(eject(model)(**given), without)
     assert [type(module) for module in model.modules()] == modules
 
 
-def test_loras_of_several_ranks_and_strengths_add_up_in_a_slot(tmp_path):
+@BOTH
+def test_loras_of_several_ranks_and_strengths_add_up_in_a_slot(base, tmp_path):
     loras = []
     for r2, targets, strength in ((1, "all", 0.7), (3, "attention", -1.5), (2, "no-modulation", 2)):
-        export_lora(adapted(r2, seed=r2, targets=targets), tmp_path / f"{r2}.safetensors", META)
+        model = adapted(r2, seed=r2, targets=targets, base=base)
+        export_lora(model, tmp_path / f"{r2}.safetensors", META)
         loras.append((read_lora(tmp_path / f"{r2}.safetensors")[0], strength))
-    given, model = inputs(DEV), randomize(Flux(DEV))
-    base, expected = model(**given), []
+    given, model = base.inputs, base.model()
+    without, expected = model(**given), []
     for slot in (loras, loras[1:2]):
-        merge_loras(merged := randomize(Flux(DEV)), slot)
+        merge_loras(merged := base.model(), slot)
         expected.append(merged(**given))
     inject_loras(model, [loras, loras[1:2]])
     use_slots(model, torch.tensor([0, 1]))
     both = torch.stack([expected[0][0], expected[1][1]])
-    assert difference(model(**given), both) < 1e-5 < difference(both, base)
+    assert difference(model(**given), both) < 1e-5 < difference(both, without)
 
 
 def test_each_slot_is_clipped_alone():

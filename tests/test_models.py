@@ -12,6 +12,8 @@ from huggingface_hub import constants
 import personalize
 import sample
 import train_meta
+from flux import ModelFiles
+from flux.errors import UserError
 from metaphd import benchmark
 from run import models
 from run.models import add_model_arguments, choose_device, find_model
@@ -23,17 +25,21 @@ def find(model: Path | str, *options: object):
     return find_model(parser.parse_args(["--model", str(model), *map(str, options)]))
 
 
+def places(files: ModelFiles) -> dict[str, Path]:
+    return {x: y for x, y in vars(files).items() if x not in ("base", "encoders")} | files.encoders
+
+
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in ("FLUX_DEV", "FLUX_AE", "FLUX_CLIP_L", "FLUX_T5", "FLUX_TOKENIZERS"):
+    for name in ("FLUX_DEV", "FLUX_AE", "FLUX_CLIP_L", "FLUX_T5", "FLUX_QWEN3", "FLUX_TOKENIZERS"):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_a_folder_a_shipped_model_and_parts_elsewhere(model, other_model, monkeypatch):
     files = find(model)
-    assert files.folder == model and files.t5 == model / "text_encoder_2"
+    assert files.folder == model and files.encoders["t5"] == model / "text_encoder_2"
     monkeypatch.setitem(models.SHIPPED, "small", model)
     assert find("small") == files
     for part, option, place in (
@@ -42,9 +48,28 @@ def test_a_folder_a_shipped_model_and_parts_elsewhere(model, other_model, monkey
         ("t5", "--t5", "text_encoder_2"),
         ("tokenizers", "--tokenizers", ""),
     ):
-        given = find(model, option, other_model / place)
-        assert {x for x in vars(files) if getattr(given, x) != getattr(files, x)} == {part}
-        assert getattr(given, part) == other_model / place
+        given = places(find(model, option, other_model / place))
+        assert given == places(files) | {part: other_model / place}
+
+
+def test_each_base_has_its_options(model, klein):
+    files = find(klein, "--qwen3", klein / "text_encoder", "--tokenizers", klein)
+    assert files == find(klein) and files.encoders == {"qwen3": klein / "text_encoder"}
+    for folder, option, message in (
+        (klein, "--t5", "is FLUX.2, which has no t5 but qwen3"),
+        (klein, "--clip-l", "is FLUX.2, which has no clip but qwen3"),
+        (model, "--qwen3", "is FLUX.1, which has no qwen3 but clip and t5"),
+    ):
+        with pytest.raises(UserError, match=f"^{option} .*text_encoder: .*{folder.name} {message}$"):
+            find(folder, option, model / "text_encoder")
+
+
+def test_the_length_of_the_text_has_two_names():
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    for option in ("--text-length", "--t5-length"):
+        assert parser.parse_args([option, "9"]).t5_length == 9
+    assert parser.parse_args([]).t5_length is None
 
 
 def test_what_is_wrong_is_said(model):
@@ -52,7 +77,11 @@ def test_what_is_wrong_is_said(model):
         find(model, "--ae", "nothing.safetensors")
     with pytest.raises(FileNotFoundError) as error:
         find("flux-dev")
-    for part in ("--model FILE or FOLDER, --ae, --clip-l, --t5, --tokenizers", "--model tiny", "HF_TOKEN"):
+    for part in (
+        "--model FILE or FOLDER, --ae, --clip-l, --t5, --qwen3, --tokenizers",
+        "--model tiny",
+        "HF_TOKEN",
+    ):
         assert part in str(error.value)
 
 

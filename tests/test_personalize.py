@@ -533,7 +533,7 @@ def some_prompt() -> dict[str, torch.Tensor]:
 
 def test_the_loop_equals_autograd_and_adamw_written_out(model, meta):
     crops, prior = some_crops([(16, 24), (24, 16), (16, 16)]), load_meta(meta)
-    load = lambda: flux.load_flux(model / "flux1-random.safetensors", dtype=torch.float32)
+    load = lambda: flux.load_transformer(model / "flux1-random.safetensors", dtype=torch.float32)
     settings, training = personalize.Personalization(steps=3, batch=2), Training(lr=1e-2)
 
     transformer = load()

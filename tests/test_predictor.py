@@ -1,14 +1,19 @@
 """The predictor: its map, its training and its file, and what personalize.py and the benchmark make of it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Killed, assert_same
+from helpers import Killed, assert_same, log_of
 from PIL import Image
+from torch import Tensor
 from torch.func import functional_call
 
 import family.__main__ as family
@@ -17,16 +22,19 @@ import personalize
 import predictor.__main__ as command
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
+from flux.model import Flux
 from flux.sampling import flow_loss
 from lora.reading import read_lora
 from lora.writing import write_tensors
 from metalora import collapse, inject
+from people import grids
 from people.dataset import Batch, BucketData
 from predictor.eyes import MARGIN, Eye, SmallEye, find_eye, square_around
-from predictor.model import Predictor, load_predictor
+from predictor.model import Predictor, find_traits, load_predictor
 from predictor.start import predict
 from run.checkpoints import Checkpoints
 from run.models import SHIPPED
+from run.ranks import Ranks
 from run.seeds import generator_for
 from run.settings import Training
 from vision.detector import find_faces
@@ -75,10 +83,10 @@ def test_a_row_is_the_sum_that_the_docstring_says(hidden):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter)
     network.mean.normal_()
-    network.deviation.uniform_(0.5, 2)
+    network.traits.normal_()
     faces = torch.randn(2, 4, dtype=torch.float64)
     for face, row in zip(faces, network(faces)):
-        e = (face - network.mean) / network.deviation
+        e = (face - network.mean) @ network.traits
         code = network.a.weight @ e
         if hidden:
             inner = network.b.weight @ e + network.b.bias
@@ -89,10 +97,42 @@ def test_a_row_is_the_sum_that_the_docstring_says(hidden):
         assert not torch.allclose(row, expected - code[0] * network.table[1])
 
 
+def people_with_noise(photos: int, people: int, traits: int = 3, width: int = 6) -> tuple[Tensor, Tensor]:
+    """Return embeddings, and whose each is.
+
+    The variance between people is 9, 1 and .04 in three directions, and within one person .25 in all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(people, width, generator=generator) * torch.tensor([3, 1, 0.2] + [0] * (width - traits))
+    owners = torch.arange(people).repeat_interleave(photos)
+    faces = own[owners] + 0.5 * torch.randn(len(owners), width, generator=generator)
+    mixed, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+    return faces @ mixed + 5, owners
+
+
+def test_traits_are_uncorrelated_and_as_large_as_they_are_the_persons():
+    faces, owners = people_with_noise(photos=4, people=3000)
+    e = (faces - faces.mean(dim=0)) @ find_traits(faces, owners)
+    covariance = torch.cov(e.mT)
+    shares = torch.tensor([9 / 9.25, 1 / 1.25, 0.04 / 0.29, 0, 0, 0])
+    torch.testing.assert_close(covariance, shares.diag(), atol=0.03, rtol=0)
+    mixed_up = owners[torch.randperm(len(owners), generator=torch.Generator().manual_seed(1))]
+    assert ((faces - faces.mean(dim=0)) @ find_traits(faces, mixed_up)).var(dim=0).max() < 0.05
+
+
+def test_what_few_photos_do_not_show_is_not_stretched():
+    faces, owners = people_with_noise(photos=2, people=2)  # four points, in three of six directions
+    others, _ = people_with_noise(photos=4, people=3000)
+    e = (others - faces.mean(dim=0)) @ find_traits(faces, owners)
+    assert e.isfinite().all() and e.var(dim=0).max() < 1000
+
+
 def test_the_gradient_is_that_of_the_whole_graph(model):
     """`update` hands the gradient of mid and up on to the map; autograd through everything gives the same."""
     torch.manual_seed(0)
-    transformer = inject(flux.load_flux(model / "flux1-random.safetensors", "cpu", torch.float32), 4, 1, 3)
+    transformer = inject(
+        flux.load_transformer(model / "flux1-random.safetensors", "cpu", torch.float32), 4, 1, 3
+    )
     size = transformer.factors.personal.shape[1]
     network = Predictor(width=5, codes=3, size=size, hidden=4)
     for parameter in network.parameters():
@@ -116,7 +156,7 @@ def test_the_gradient_is_that_of_the_whole_graph(model):
     network.zero_grad()
     given = {**dict(transformer.named_parameters()), "factors.personal": rows}
     whole = lambda *arguments: functional_call(transformer, given, arguments)
-    whole.factors = transformer.factors
+    whole.factors, whole.velocity = transformer.factors, partial(Flux.velocity, whole)
     transformer.factors.batch_slots = slots
     flow_loss(whole, **inputs, guidance=Training().train_guidance).backward()
     for name, parameter in network.named_parameters():
@@ -200,14 +240,76 @@ def test_people_with_a_single_photo_are_refused(train, people, tmp_path):
         train(tmp_path / "out", "--steps", 3, data=tmp_path / "ids")
 
 
+def test_two_ranks_learn_as_one(model):
+    """Each has a part of the batch: two photos, and one. The sum of their gradients is that of all three."""
+    torch.manual_seed(0)
+    transformer = inject(
+        flux.load_transformer(model / "flux1-random.safetensors", "cpu", torch.float32), 4, 1, 3
+    )
+    network = Predictor(5, 3, transformer.factors.personal.shape[1], hidden=4)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    draws = {"latents": (4, 8, 8), "noise": (4, 8, 8), "txt": (6, 32), "pooled": (32,), "faces": (5,)}
+    inputs = {name: torch.randn(3, *shape) for name, shape in draws.items()}
+    inputs, faces = inputs | {"t": torch.tensor([0.3, 0.5, 0.7])}, inputs.pop("faces")
+
+    def gradients(photos: slice, ranks: object) -> tuple[list[Tensor], Tensor]:
+        learner, seen = command.PredictorLearner(transformer, network, 10, Training(), ranks), []
+        learner.step = lambda loss, _: seen.extend((loss.detach(), [p.grad.clone() for p in learner.trained]))
+        part = {name: x[photos] for name, x in inputs.items() if name != "faces"}
+        batch = command.FaceBatch(part, torch.arange(len(part["t"])), [], faces[photos])
+        command.update(transformer, learner, batch, 1e-3, Training())
+        for p in (learner.personal, *learner.trained):
+            p.grad = None
+        return seen
+
+    loss, whole = gradients(slice(3), Ranks())
+    together = SimpleNamespace(sum=lambda photos: 3)
+    parts = [gradients(photos, together) for photos in (slice(2), slice(2, 3))]
+    torch.testing.assert_close(sum(part[0] for part in parts), loss)
+    for alone, *shares in zip(whole, *(part[1] for part in parts), strict=True):
+        torch.testing.assert_close(sum(shares), alone, rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(shares[0], alone, rtol=1e-2)
+
+
+def test_two_processes_write_one_predictor(model, people, eye, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    words += ["predictor", "--data", people, "--model", model, "--out", tmp_path / "out", "--steps", 5]
+    words += ["--eye-weights", eye, *SETTINGS, "--batch", 2]
+    root = Path(command.__file__).parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in log_of(tmp_path / "out")] == [1, 2, 3, 4, 5]
+    assert read_tensors(tmp_path / "out" / "predictor.safetensors")[0].keys() > {"predictor.a.weight"}
+    assert done.stdout.count("next, python personalize.py") == 1  # rank 0 speaks
+
+
+def test_sample_grids_show_predictions(train, tmp_path, monkeypatch):
+    """They change nothing in the training, and show what is predicted from the photo beside them."""
+    monkeypatch.setattr(grids, "generate", partial(grids.generate, steps=2))
+    seen, make = [], grids.sample_grid
+    monkeypatch.setattr(
+        command, "sample_grid", lambda model, *rest: seen.append((model, *rest)) or make(model, *rest)
+    )
+    found = train(tmp_path / "a", "--steps", 3, "--sample-every", 2)
+    assert_same(found, train(tmp_path / "b", "--steps", 3, "--sample-every", 0))
+    (grid,) = (tmp_path / "a" / "samples").iterdir()
+    assert grid.name == "000002.png" and len(seen) == 1
+    width, height = Image.open(grid).size
+    assert width > 5 * 192 and height > 2 * 192
+    _, _, photos, *_ = seen[0]
+    assert all(photo.path.parent.name == name for name, photo in photos.items()) and len(photos) == 2
+
+
 # --- The file ----------------------------------------------------------------------------------------------
 
 
 def test_the_file_names_factors_by_layer(trained, model):
     tensors, metadata = read_tensors(trained)
     assert metadata["eye"] == "small" and metadata["r2"] == "1"
-    loaded = load_predictor(trained, flux.load_flux(model / "flux1-random.safetensors", "meta"))
-    transformer = inject(flux.load_flux(model / "flux1-random.safetensors"), 4, 1, 7, reset=False)
+    loaded = load_predictor(trained, flux.load_transformer(model / "flux1-random.safetensors", "meta"))
+    transformer = inject(flux.load_transformer(model / "flux1-random.safetensors"), 4, 1, 7, reset=False)
     transformer.factors.personal.data.copy_(loaded.predictor.table.data)
     for layer, (_, mid, up) in transformer.factors.by_layer().items():
         assert torch.equal(mid, tensors[f"{layer}.mid"].float())
@@ -216,7 +318,7 @@ def test_the_file_names_factors_by_layer(trained, model):
 
 
 def test_what_is_no_predictor_is_named(trained, world, other_model, tmp_path):
-    empty = lambda folder: flux.load_flux(folder / "flux1-random.safetensors", "meta")
+    empty = lambda folder: flux.load_transformer(folder / "flux1-random.safetensors", "meta")
     with pytest.raises(UserError, match="is no predictor"):
         load_predictor(world / "meta.safetensors", empty(world))
     with pytest.raises(UserError, match="does not fit this model"):
@@ -264,9 +366,9 @@ def run(model, trained, eye):
 
 def test_without_steps_the_prediction_is_written(run, photo, model, trained, eye, monkeypatch):
     """No network but the eye is loaded, and the file is the prediction multiplied out."""
-    load = flux.load_flux
+    load = flux.load_transformer
     with monkeypatch.context() as patch:
-        patch.setattr(flux, "load_flux", lambda path, device: load(path, {"meta": device}[device]))
+        patch.setattr(flux, "load_transformer", lambda path, device: load(path, {"meta": device}[device]))
         for name in ("load_conditioner", "load_autoencoder"):
             patch.delattr(personalize.flux, name)
         run(photo)
@@ -287,7 +389,7 @@ def test_without_steps_the_prediction_is_written(run, photo, model, trained, eye
 
 def test_of_several_photos_the_embeddings_are_averaged(trained, model, people, eye, monkeypatch):
     transformer = model / "flux1-random.safetensors"
-    loaded = load_predictor(trained, flux.load_flux(transformer, "meta"))
+    loaded = load_predictor(trained, flux.load_transformer(transformer, "meta"))
     files = sorted(next(people.glob("*_000")).glob("*.png"))[:3]
     photos, network = {file: Image.open(file) for file in files}, SmallEye(eye)
     mean = torch.stack([network.embed(photo) for photo in photos.values()]).mean(dim=0)
@@ -408,7 +510,7 @@ class Recorder(Eye):
 
 def test_the_face_is_found_or_given(trained, model, portraits, detector):
     transformer = model / "flux1-random.safetensors"
-    loaded = load_predictor(trained, flux.load_flux(transformer, "meta"))
+    loaded = load_predictor(trained, flux.load_transformer(transformer, "meta"))
     path, eye = portraits[0], Recorder(detector)
     photo = Image.open(path)
     predict(loaded, eye, {path: photo}, transformer)

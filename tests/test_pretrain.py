@@ -54,7 +54,7 @@ def test_a_toy_model_of_ones_own(tmp_path, monkeypatch):
     ]
     files = find_files(str(out), {})
     assert files.folder == out
-    model = flux.load_flux(files.transformer, dtype=torch.float32)
+    model = flux.load_transformer(files.transformer, dtype=torch.float32)
     assert model.sizes.theta == pretrain.THETA and model.sizes.guidance
     assert Image.open(out / "samples.png").width == 12 * 64 * 2
 
@@ -78,7 +78,7 @@ def test_the_shipped_model_draws_what_it_is_told():
     error = (ae.decode(ae.encode(pictures)) - pictures).square().mean(dim=(1, 2, 3))
     assert (10 * (4 / error).log10()).mean() > 33  # dB
 
-    model = flux.load_flux(SHIPPED / "flux1-tiny.safetensors", dtype=torch.float32)
+    model = flux.load_transformer(SHIPPED / "flux1-tiny.safetensors", dtype=torch.float32)
     conditioner = flux.load_conditioner(SHIPPED, dtype=torch.float32)
     _, judge = load_judges(SHIPPED / "judges")
     right, wrong, other = [], [], "a sketch of a man in a studio wearing a black shirt"

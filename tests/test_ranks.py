@@ -22,7 +22,7 @@ from helpers import around_updates, assert_same, copy_cache, log_of, state_of
 import train_meta
 from flux.errors import UserError
 from flux.memory import blocks_of
-from people import preparing
+from people import grids, preparing
 from people.dataset import Batch
 from run import files, ranks
 from run.checkpoints import read_state
@@ -127,7 +127,7 @@ def failing(folder: Path) -> None:
 def halved(folder: Path) -> None:
     """Check that a rank has only its part of the weights, before and after each step."""
     record(folder)
-    PATCH.setattr(train_meta, "generate", partial(train_meta.generate, steps=2))
+    PATCH.setattr(grids, "generate", partial(grids.generate, steps=2))
 
     def checked(position, update, model, *rest):
         def share() -> float:

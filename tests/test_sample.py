@@ -37,7 +37,7 @@ def run(model, tmp_path):
 
 def write_lora(model: Path, path: Path, seed: int = 0) -> Path:
     """Write a LoRA with large random factors."""
-    transformer = flux.load_flux(model / "flux1-random.safetensors", dtype=torch.float32)
+    transformer = flux.load_transformer(model / "flux1-random.safetensors", dtype=torch.float32)
     inject(transformer, 4, 2, slots=1)
     generator = torch.Generator().manual_seed(seed)
     for up in factors(transformer, "up"):
@@ -109,7 +109,7 @@ def test_several_loras_each_with_its_strength(run, model, tmp_path):
 def test_kept_apart_and_streamed_as_merged(run, model, tmp_path, monkeypatch):
     """Layers outside the blocks included, which cannot be kept apart; in 8 bits it is nearly the same."""
     paths = [write_lora(model, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate("ab")]
-    width = flux.load_flux(next(model.glob("flux1-*.safetensors")), "meta").img_in.weight
+    width = flux.load_transformer(next(model.glob("flux1-*.safetensors")), "meta").img_in.weight
     outside = {"A.weight": torch.randn(2, width.shape[1]), "B.weight": torch.randn(width.shape[0], 2)}
     tensors = load_file(paths[0]) | {f"transformer.x_embedder.lora_{k}": v for k, v in outside.items()}
     save_file(tensors, paths[0])

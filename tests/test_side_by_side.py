@@ -20,7 +20,7 @@ SHAPES = ((32, 32), (32, 64))  # in pixels, of each person's two crops
 
 @pytest.fixture(scope="module")
 def transformer(model) -> flux.Flux:
-    return flux.load_flux(model / "flux1-random.safetensors", dtype=torch.float32)
+    return flux.load_transformer(model / "flux1-random.safetensors", dtype=torch.float32)
 
 
 def person(model: flux.Flux, seed: int) -> tuple[list[EncodedCrop], dict[str, torch.Tensor]]:

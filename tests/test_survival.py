@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 
 import train_meta
 from flux.errors import UserError
+from people import grids
 from run import checkpoints, files, log
 from run.bucket_run import BucketRun
 from run.checkpoints import BucketStore, Checkpoints, read_state
@@ -551,13 +552,13 @@ def test_the_curve_survives_a_log_of_any_kind(tmp_path):
 
 
 def test_sample_grids_show_the_average(run, tmp_path, monkeypatch):
-    seen, generate = [], train_meta.generate
+    seen, generate = [], grids.generate
 
     def watched(model, *rest):
         seen.append([p.detach().clone() for p in model.factors.meta_down])
         return generate(model, *rest)
 
-    monkeypatch.setattr(train_meta, "generate", watched)
+    monkeypatch.setattr(grids, "generate", watched)
     run(tmp_path, "--ema", 0.9, "--sample-every", 8, steps=8)
     state = read_state(tmp_path / "checkpoints" / "000008.pt")
     assert_same(seen[0], state["shared"]["average"])

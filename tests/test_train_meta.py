@@ -33,7 +33,7 @@ import train_meta
 from flux.checkpoint import read_tensors
 from flux.model import Flux, FluxSizes, pack, position_ids
 from flux.streaming import Stream
-from people import dataset
+from people import dataset, grids
 from people.buckets import deal_batches
 from people.dataset import Batch
 from run.bucket_run import BucketRun
@@ -535,7 +535,7 @@ def test_captions_come_from_text_files(run, people, tmp_path, monkeypatch):
 
 def test_sample_grids(run, tmp_path, monkeypatch):
     """The pictures change nothing in the training; an odd resolution gives the nearest size that works."""
-    monkeypatch.setattr(train_meta, "generate", partial(train_meta.generate, steps=2))
+    monkeypatch.setattr(grids, "generate", partial(grids.generate, steps=2))
     run(tmp_path / "a", "--sample-every", 4, steps=7)
     assert_same(load_file(tmp_path / "a" / "meta.safetensors"), run(tmp_path / "b", steps=7))
     (grid,) = (tmp_path / "a" / "samples").iterdir()

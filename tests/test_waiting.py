@@ -70,7 +70,7 @@ def events(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def transformer(model) -> flux.Flux:
-    return flux.load_flux(model / "flux1-random.safetensors", META, torch.float32)
+    return flux.load_transformer(model / "flux1-random.safetensors", META, torch.float32)
 
 
 def personalize_on_meta(transformer: flux.Flux, steps: int, **settings: object) -> int:
