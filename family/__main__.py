@@ -32,7 +32,7 @@ from flux.sampling import generate
 from lora.reading import read_lora
 from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slots
 from people.crops import crop_boxes, fit_shape
-from people.encoding import encode_prompt
+from people.encoding import encode_prompt, stack_prompts
 from people.faces import known_face, locate_face
 from people.folders import (
     captions_beside,
@@ -49,7 +49,7 @@ from run.arguments import Manual, Parser
 from run.command import run_script
 from run.costs import Plan, Workload
 from run.files import alone, name_of, slug
-from run.models import choose_device, files_to_plan, find_model
+from run.models import choose_device, files_to_plan, find_model, take_defaults
 from run.pictures import contact_sheet, save_picture, save_sheet
 from run.plan import MemoryOptions, plan_one_of, workload_for
 from run.settings import Training
@@ -106,7 +106,7 @@ class Family:
     def __init__(self, args: argparse.Namespace):
         """Check all that can be wrong before anything takes long; find out who is to be learned."""
         self.args, self.people = args, find_people(args)
-        self.settings, self.training = personalize.settings_of(args), Training.of(args)
+        self.settings = personalize.settings_of(args)
         self.device, self.dtype = choose_device(args)
         self.lost: dict[Person, str] = {}  # who cannot be learned, and why
         self.unlearned: list[Person] = []
@@ -114,6 +114,8 @@ class Family:
             read_header(file)  # is it a safetensors file?
         self.crops = self.list_crops()
         self.files = find_model(args)
+        take_defaults(args, self.files)
+        self.training, self.sampler = Training.of(args), flux.default_sampler(self.files)
         self.resolution = args.resolution or native_size(self.files.folder)
         self.settings, self.prior, self.trained = personalize.find_start(args, self.settings, self.files)
         self.at_once, self.plan = 1, None
@@ -253,6 +255,8 @@ class Family:
         texts = dict.fromkeys(text for person in self.living() for text in self.texts(person))
         texts = tqdm(texts, "prompts", disable=len(texts) < 50)
         self.prompts = {text: encode_prompt(text, conditioner) for text in texts}
+        negative = stack_prompts([encode_prompt("", conditioner)]) if self.sampler["cfg"] > 1 else None
+        self.sampler["negative"] = negative
         del conditioner
         release(self.device)
 
@@ -323,12 +327,9 @@ class Family:
             use_slots(self.model, torch.arange(len(group), device=self.device))
             for number in range(self.args.samples):
                 texts = [self.texts(person)[number] for person in group]
-                prompt = {
-                    name: torch.stack([self.prompts[text][name] for text in texts])
-                    for name in self.prompts[texts[0]]
-                }
+                prompt = stack_prompts([self.prompts[text] for text in texts])
                 seeds, size = [self.args.seed] * len(group), fit_shape((side, side), side, self.multiple)
-                pictures = generate(self.model, autoencoder, prompt, seeds, size)
+                pictures = generate(self.model, autoencoder, prompt, seeds, size, **self.sampler)
                 for person, text, picture in zip(group, texts, pictures):
                     path = self.sample(person, number)
                     path.parent.mkdir(parents=True, exist_ok=True)

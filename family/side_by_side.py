@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux.memory import peak_memory
-from flux.model import Flux
 from flux.sampling import flow_loss
+from flux.transformer import Transformer
 from metalora import SlotAdamW, clip_slots, use_slots
 from people.encoding import send
 from run.late import Late
@@ -21,7 +21,7 @@ from run.settings import Training
 
 
 def personalize_together(
-    model: Flux,
+    model: Transformer,
     personal: Tensor,
     batches: Sequence[Iterator[dict[str, Tensor]]],
     steps: Sequence[int],
@@ -73,7 +73,7 @@ def personalize_together(
 
 
 def update(
-    model: Flux,
+    model: Transformer,
     optimizer: SlotAdamW,
     slots: Sequence[int],
     batches: Sequence[dict[str, Tensor]],

@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import family.__main__ as family
 import flux
 import metrics
 import personalize
@@ -718,6 +719,7 @@ def test_strays_in_a_folder_of_weights_are_not_weights(model, tmp_path):
 PARSERS = {
     "train": (train_meta.parse_arguments, ["--data", "ids"]),
     "personalize": (personalize.parse_arguments, ["ref.png"]),
+    "family": (family.parse_arguments, ["ref.png"]),
     "sample": (sample.parse_arguments, ["--prompt", "a"]),
     "benchmark": (benchmark.parse_arguments, ["--people", "ids"]),
     "metrics": (metrics.parse_arguments, ["report", "--images", "a", "--people", "ids"]),
