@@ -239,7 +239,9 @@ def brought(people: int, shapes_differ: bool = False) -> int:
 def test_the_base_is_read_once_for_all():
     """Per person it is 1/K of the bytes; with crops of other shapes more, but less than alone."""
     alone = brought(1)
-    assert alone > SETTINGS.steps * sum(stream_of(arranged(randomize(Flux(SIZES[Flux])), "all", BLOCKS)).sizes)
+    assert alone > SETTINGS.steps * sum(
+        stream_of(arranged(randomize(Flux(SIZES[Flux])), "all", BLOCKS)).sizes
+    )
     for people in (2, 4, 8):
         assert brought(people) / people == alone / people
     assert alone < brought(4, shapes_differ=True) < 2 * alone

@@ -8,6 +8,7 @@ from compare import factors
 
 import flux
 from family.side_by_side import personalize_together
+from flux.transformer import Transformer
 from metalora import clip_slots, eject
 from personalize import EncodedCrop, Personalization, add_adapters, draw_batches, personalize
 from run.settings import Training
@@ -18,33 +19,35 @@ TRAINING = Training(lr=1e-2, clip_grad=0.05)  # which clips
 SHAPES = ((32, 32), (32, 64))  # in pixels, of each person's two crops
 
 
-@pytest.fixture(scope="module")
-def transformer(model) -> flux.Flux:
-    return flux.load_transformer(model / "flux1-random.safetensors", dtype=torch.float32)
+@pytest.fixture(scope="module", params=["model", "klein"])
+def transformer(request) -> Transformer:
+    (file,) = request.getfixturevalue(request.param).glob("flux*.safetensors")
+    return flux.load_transformer(file, dtype=torch.float32)
 
 
-def person(model: flux.Flux, seed: int) -> tuple[list[EncodedCrop], dict[str, torch.Tensor]]:
+def person(model: Transformer, seed: int) -> tuple[list[EncodedCrop], dict[str, torch.Tensor]]:
     """Return random crops of a person and a random prompt."""
     generator = torch.Generator().manual_seed(seed)
-    channels = model.sizes.in_channels // 4
+    # Of FLUX.1 a token is 2 x 2 latents, of FLUX.2 one.
+    pixels, channels = (4, model.sizes.in_channels // 4) if isinstance(model, flux.Flux) else (8, 16)
     crops = []
     for height, width in SHAPES:
-        entries = [torch.randn(channels, height // 4, width // 4, generator=generator) for _ in range(4)]
+        shape = channels, height // pixels, width // pixels
+        entries = [torch.randn(shape, generator=generator) for _ in range(4)]
         mean, std, mirrored, other = entries
         posterior, mirrored = {"mean": mean, "std": std.abs()}, {"mean": mirrored, "std": other.abs()}
         crops.append(EncodedCrop((height, width), posterior, mirrored))
-    prompt = {
-        "txt": torch.randn(16, model.sizes.txt_size, generator=generator),
-        "pooled": torch.randn(model.sizes.pooled_size, generator=generator),
-    }
+    prompt = {"txt": torch.randn(16, model.sizes.txt_size, generator=generator)}
+    if isinstance(model, flux.Flux):
+        prompt["pooled"] = torch.randn(model.sizes.pooled_size, generator=generator)
     return crops, prompt
 
 
-def batches(model: flux.Flux, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(model: Transformer, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     return draw_batches(*person(model, seed), SETTINGS, TRAINING, seed, CPU, torch.float32)
 
 
-def alone(model: flux.Flux, seed: int) -> list[torch.Tensor]:
+def alone(model: Transformer, seed: int) -> list[torch.Tensor]:
     """Return mid and up of every layer."""
     personalize(model, None, *person(model, seed), SETTINGS, TRAINING, seed, CPU, torch.float32)
     trained = factors(model, "mid", "up")
@@ -53,7 +56,7 @@ def alone(model: flux.Flux, seed: int) -> list[torch.Tensor]:
 
 
 def together(
-    model: flux.Flux, seeds: list[int], people=None, steps=range(1, SETTINGS.steps + 1)
+    model: Transformer, seeds: list[int], people=None, steps=range(1, SETTINGS.steps + 1)
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     personal = add_adapters(model, None, SETTINGS.rank, "all", seeds)
     people = people or [batches(model, seed) for seed in seeds]
