@@ -33,14 +33,14 @@ PROMPTS = FOLDER.parent / "claim" / "prompts.txt"
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 500)}  # how many, and their seed
 LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
 RESAMPLES = 1000
-STEPS = {"lora-noaug": (10, 20, 30, 45, 60, 90, 120, 180), "refined-noaug": (10, 30, 60, 90)}
+STEPS = {"lora-noaug": (10, 20, 30, 45, 60, 90, 120, 180), "refined-noaug": (10, 20, 30, 45, 60, 90, 120, 180)}
 RATES = {"lora-noaug": (8e-3, 2e-2), "refined-noaug": (8e-3, 2e-2)}
 KEY = ("people", "predictor", "method", "lr")
 PLACE = ("steps", "person", "seed")
 TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained"}
 
 # Options of `python -m predictor`; "of": how many people it sees. The first ships with the toy model.
-RECIPE = {"of": 1600, "r1": 32, "hidden": 512, "steps": 4500, "bucket-ids": 1600, "seed": 0}
+RECIPE = {"of": 1600, "r1": 32, "hidden": 512, "steps": 11_000, "bucket-ids": 1600, "seed": 0}
 SHORT = RECIPE | {"steps": 2500}
 PREDICTORS = {
     "shipped": RECIPE,
