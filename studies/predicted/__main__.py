@@ -33,7 +33,10 @@ PROMPTS = FOLDER.parent / "claim" / "prompts.txt"
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 500)}  # how many, and their seed
 LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
 RESAMPLES = 1000
-STEPS = {"lora-noaug": (10, 20, 30, 45, 60, 90, 120, 180), "refined-noaug": (10, 20, 30, 45, 60, 90, 120, 180)}
+STEPS = {
+    "lora-noaug": (10, 20, 30, 45, 60, 90, 120, 180),
+    "refined-noaug": (10, 20, 30, 45, 60, 90, 120, 180),
+}
 RATES = {"lora-noaug": (8e-3, 2e-2), "refined-noaug": (8e-3, 2e-2)}
 KEY = ("people", "predictor", "method", "lr")
 PLACE = ("steps", "person", "seed")
