@@ -33,11 +33,8 @@ PROMPTS = FOLDER.parent / "claim" / "prompts.txt"
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 500)}  # how many, and their seed
 LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
 RESAMPLES = 1000
-STEPS = {
-    "lora-noaug": (10, 20, 30, 45, 60, 90, 120, 180),
-    "refined-noaug": (10, 20, 30, 45, 60, 90, 120, 180),
-}
-RATES = {"lora-noaug": (8e-3, 2e-2), "refined-noaug": (8e-3, 2e-2)}
+STEPS = dict.fromkeys(("lora-noaug", "refined-noaug"), (10, 20, 30, 45, 60, 90, 120, 180))
+RATES = (8e-3, 2e-2)
 KEY = ("people", "predictor", "method", "lr")
 PLACE = ("steps", "person", "seed")
 TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained"}
@@ -81,7 +78,7 @@ def measure(out: Path, people: str, name: str) -> Iterator[dict]:
     results = out / people / name.replace(" ", "-").replace(",", "")
     calls = [["--method", "predicted"]]
     if name == "shipped":
-        calls += [["--method", x, "--lr", *RATES[x], "--steps", *STEPS[x]] for x in STEPS]
+        calls += [["--method", x, "--lr", *RATES, "--steps", *STEPS[x]] for x in STEPS]
     for words in calls:
         benchmark.main([str(word) for word in [*shared, *words, "--out", results]])
     for file in sorted((results / "scores").glob("*.json")):
