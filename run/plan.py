@@ -179,7 +179,7 @@ def workload_for(
     if {"transformer", "tokenizers"} <= parts.keys():
         sizes["t5_length"] = text_length(parts["transformer"], parts["tokenizers"], t5_length)
     sizes["fused_norm"] = norm_is_fused(device) or (options.dry and options.vram is not None)
-    return Workload(kind, resolution=resolution or Workload.resolution, **sizes, **settings)
+    return Workload(kind, resolution=resolution or Workload.resolution, **sizes | settings)
 
 
 def plan_one_of(

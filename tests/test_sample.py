@@ -252,17 +252,23 @@ def test_prompts_never_leave_the_folder(run, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--negative", "hat"], "--negative does nothing at --cfg 1.0"),
-        (["--n", "0"], "--n 0"),
-        (["--steps", "0"], "--steps 0"),
-        (["--size", "big"], "'big' is not a size"),
-        (["--size", "-64"], "'-64' is not a size"),
+        (["--negative=hat", "--cfg=1"], "--negative does nothing at --cfg 1"),
+        (["--n=0"], "--n 0"),
+        (["--steps=0"], "--steps 0"),
+        (["--size=big"], "'big' is not a size"),
+        (["--size=-64"], "'-64' is not a size"),
     ],
 )
 def test_impossible_settings(flags, message, capsys):
     with pytest.raises(SystemExit):
-        sample.parse_arguments(["--prompt", PROMPT, *(f"{flags[0]}={flags[1]}",)])
+        sample.parse_arguments(["--prompt", PROMPT, *flags])
     assert message in capsys.readouterr().err
+
+
+def test_a_negative_prompt_needs_cfg_where_the_model_has_none(model, tmp_path):
+    words = ["--prompt", PROMPT, "--negative", "hat", "--model", str(model), "--out", str(tmp_path)]
+    with pytest.raises(UserError, match="--negative does nothing at --cfg 1"):
+        sample.main(words)
 
 
 def test_strengths_must_be_as_many_as_loras(capsys):
