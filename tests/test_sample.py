@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import flux
 import sample
+from flux.errors import UserError
 from flux.streaming import Stream
 from metalora import export_lora, inject
 from scoring.samples import written_prompt
