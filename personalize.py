@@ -39,7 +39,7 @@ from metalora import (
 )
 from people.buckets import deal_batches
 from people.crops import crop_boxes, fit_shape, to_tensor
-from people.encoding import encode_picture, encode_prompt, make_batch, stack_prompts
+from people.encoding import encode_negative, encode_picture, encode_prompt, make_batch, stack_prompts
 from people.faces import clip_face, find_face
 from people.folders import captions_beside, expand_folders
 from people.photos import Box, Size, read_photo
@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     conditioner = flux.load_conditioner(files, device, dtype, args.t5_length, args.vram)
     texts = [args.caption, *(f"a photo of a {args.class_word} {scene}" for scene in SCENES)]
     prompts = {text: encode_prompt(text, conditioner) for text in texts[: max(1, args.samples)]}
-    sampler["negative"] = stack_prompts([encode_prompt("", conditioner)]) if sampler["cfg"] > 1 else None
+    sampler["negative"] = encode_negative(sampler["cfg"], conditioner)
     del conditioner
     release(device)
 

@@ -47,11 +47,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_writable(args.out, "--out")
     files = find_model(args)
+    given = args.guidance
     take_defaults(args, files)
     if args.negative and args.cfg <= 1:
         raise UserError(f"--negative does nothing at --cfg {args.cfg:g}: give --cfg above 1, such as 2")
     # Do they fit? That reads no weights of the model.
     base = flux.load_transformer(files.transformer, "meta")
+    if given is not None and not base.sizes.guidance:
+        raise UserError(f"--guidance {given:g}: {files.transformer} has no guidance input, but --cfg works")
     loras = [(read_lora(path, base)[0], strength) for path, strength in args.lora]
     size = args.size or (native_size(files.folder),) * 2
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
@@ -66,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     release(device)
     model = load_model(files, chosen, loras, args.no_merge, device, dtype)
 
-    sampler = {"steps": args.steps, "guidance": args.guidance, "cfg": args.cfg}
+    sampler = {"steps": args.steps, "cfg": args.cfg}
+    sampler |= {"guidance": args.guidance} if base.sizes.guidance else {}
     settings = {**sampler, "size": f"{size[1]}x{size[0]}", "model": files.transformer.name}
     hashes = [(path.stem, strength, hash_weights(path)) for path, strength in args.lora]
     if args.lora:

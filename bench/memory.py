@@ -36,7 +36,7 @@ from people.dataset import Batch
 from personalize import updates
 from predictor import __main__ as predictor
 from predictor.model import Predictor
-from run.costs import FLUX_DEV, GIB, KLEIN_4B, Plan, Sizes, Workload, base_of, estimate, kinds
+from run.costs import FLUX_DEV, GIB, KLEIN_4B, Plan, Sizes, Workload, costs_of, estimate, kinds
 from run.settings import Training
 from train_meta import MetaLearner, update
 
@@ -122,7 +122,7 @@ class FusedNorm(torch.autograd.Function):
 
 def simulate(work: Workload, plan: Plan) -> int:
     """Return the bytes on the device at the peak of the second training step, or of a step of sampling."""
-    tracker, base = Tracker(), base_of(work.sizes)
+    tracker, base = Tracker(), costs_of(work.sizes)
     rms_norm = (lambda x, *_, **__: FusedNorm.apply(x)) if work.fused_norm else F.rms_norm
     # Fake tensors have no addresses. The device is a CPU, to which streamed weights are copied as to a GPU.
     with (
@@ -175,7 +175,7 @@ def on_device(model: nn.Module) -> list[Tensor]:
 
 def inputs(work: Workload) -> dict[str, Tensor]:
     """Return latents, t and what the prompts are for the model."""
-    sizes, autoencoder = work.sizes, base_of(work.sizes).autoencoder
+    sizes, autoencoder = work.sizes, costs_of(work.sizes).autoencoder
     side = work.resolution // autoencoder.reduction
     txt = torch.empty(work.batch, work.t5_length, sizes.txt_size, dtype=torch.bfloat16)
     given = {"latents": torch.empty(work.batch, autoencoder.latent_channels, side, side)}
@@ -246,7 +246,7 @@ def random_setting(draw: random.Random) -> tuple[Workload, Plan]:
 
 
 def describe(work: Workload, plan: Plan) -> str:
-    name = base_of(work.sizes).model.__name__
+    name = costs_of(work.sizes).model.__name__
     text = f"{name}, {work.kind}, {work.batch} x {work.resolution}px + {work.t5_length}"
     if work.kind != "sample":
         who = f"a predictor of {work.codes} codes" if work.codes else f"{work.identities} people"

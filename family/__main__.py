@@ -3,13 +3,12 @@
     python -m family anna.jpg boris.jpg clara/     # out/family/anna.safetensors, boris.., clara..
     python -m family --people photos               # of every photo and every folder in a folder
 
-Each file is as `personalize.py` makes it of the same photos with the same options. The same command again
-goes on with those who are not done.
+Each file is as `personalize.py` makes it of the same photos with the same options, caption and face. The same
+command again goes on with those who are not done.
 """
 
 import argparse
 import json
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +29,10 @@ from flux.loading import native_size
 from flux.memory import release
 from flux.sampling import generate
 from lora.reading import read_lora
+from lora.writing import format_of
 from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slots
 from people.crops import crop_boxes, fit_shape
-from people.encoding import encode_prompt, stack_prompts
+from people.encoding import encode_negative, encode_prompt, stack_prompts
 from people.faces import known_face, locate_face
 from people.folders import (
     captions_beside,
@@ -109,6 +109,8 @@ class Family:
         self.settings = personalize.settings_of(args)
         self.device, self.dtype = choose_device(args)
         self.lost: dict[Person, str] = {}  # who cannot be learned, and why
+        self.rows: dict[Person, torch.Tensor] = {}  # what a predictor sees
+        self.encoded: dict[Person, list[personalize.EncodedCrop]] = {}
         self.unlearned: list[Person] = []
         for file in filter(None, [args.meta and personalize.existing_prior(args.meta), args.predictor]):
             read_header(file)  # is it a safetensors file?
@@ -159,7 +161,7 @@ class Family:
         tqdm.write(f"{person.name} is left out: {reason}")
 
     def list_crops(self) -> dict[Person, list[tuple[Path, Box]]]:
-        """Read all photos; return the crops of who has no file yet, see `personalize.list_crops`."""
+        """Read all photos; return the crops of those without a file, see `personalize.list_crops`."""
         detector, crops = None, {}
         for person in tqdm(self.people, "photos", disable=len(self.people) < 10):
             photos = {path: read_photo(path) for path in person.photos}
@@ -189,8 +191,9 @@ class Family:
             text = value if isinstance(value, str) else json.dumps(value)
             if found.get(key) != text:
                 changed.append(f"{key}: {found.get(key)}, now {text}")
-        if any(name.startswith("lora_unet") for name in header) != (self.args.format == "kohya"):
-            changed.append(f"--format is not {self.args.format}")
+        form = format_of(header.keys() - {"__metadata__"})
+        if form != self.args.format:
+            changed.append(f"--format: {form}, now {self.args.format}")
         if changed:
             lines = "\n".join(f"  {line[:200]}" for line in changed)
             raise UserError(f"{path} was made with other settings; take another --out, or these:\n{lines}")
@@ -211,7 +214,6 @@ class Family:
 
     def predict(self) -> None:
         """See everybody whose file is missing with the predictor, a row each."""
-        self.rows = {}
         if not (self.trained and self.unlearned):
             return
         args = self.args
@@ -232,12 +234,15 @@ class Family:
         for person, row in self.rows.items():
             transformer, settings = self.files.transformer, self.settings
             path, about = self.lora(person), self.about[person]
-            export_row(transformer, settings.targets, settings.rank, row, path, about, self.args.format)
-            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+            try:
+                export_row(transformer, settings.targets, settings.rank, row, path, about, self.args.format)
+            except UserError as error:  # a number that float16 does not hold
+                self.lose(person, f"{person.photos[0]}: {error}")
+            else:
+                print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
     def encode(self) -> None:
         """Encode photos and prompts; the encoders have left memory when this returns."""
-        self.encoded: dict[Person, list[personalize.EncodedCrop]] = {}
         autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
         self.multiple = autoencoder.sizes.token_pixels
         for person in tqdm([*self.unlearned], "latents", disable=len(self.unlearned) < 10):
@@ -255,13 +260,13 @@ class Family:
         texts = dict.fromkeys(text for person in self.living() for text in self.texts(person))
         texts = tqdm(texts, "prompts", disable=len(texts) < 50)
         self.prompts = {text: encode_prompt(text, conditioner) for text in texts}
-        negative = stack_prompts([encode_prompt("", conditioner)]) if self.sampler["cfg"] > 1 else None
+        negative = encode_negative(self.sampler["cfg"], conditioner)
         self.sampler["negative"] = negative
         del conditioner
         release(self.device)
 
     def groups(self) -> Iterator[list[Person]]:
-        """Deal who is to be learned into groups of one rank; those of the same shapes come together."""
+        """Deal the people to be learned into groups of one rank; those of the same shapes come together."""
         shapes = {person: [crop.shape for crop in self.encoded[person]] for person in self.unlearned}
         for rank in {person.rank for person in shapes}:
             same = sorted((person for person in shapes if person.rank == rank), key=shapes.get)
@@ -306,11 +311,12 @@ class Family:
     def export(self, person: Person, slot: int) -> None:
         """Write a person's file."""
         path = self.lora(person)
-        shutil.rmtree(self.sample(person, 0).parent, ignore_errors=True)  # pictures with an earlier file
         try:
             export_lora(self.model, path, self.about[person], slot, self.args.format)
         except UserError as error:  # a number that float16 does not hold
             return self.lose(person, f"{person.photos[0]}: {error}")
+        for picture in self.sample(person, 0).parent.glob("[0-9]_*.png"):  # made with an earlier file
+            picture.unlink()
         self.unlearned.remove(person)
         print(f"{path}: rank {self.about[person]['rank']}, {path.stat().st_size / 1e6:.1f} MB")
 
@@ -438,4 +444,4 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; files are whole, and the same command goes on with who is left")
+    run_script(main, "stopped; files are whole, and the same command goes on with the others")

@@ -32,7 +32,7 @@ def personalize_together(
     in training.
 
     personal: mid and up of all slots, as `personalize.add_adapters` returns it.
-    batches: for each slot what `personalize.draw_batches` yields. Everybody's come in their order, but only
+    batches: for each slot what `personalize.draw_batches` yields. Each person's come in their order, but only
     people whose next ones have the same shape share a forward pass. So not all are at the same number of
     updates: the next pass is that of the shape whose people have most left to do until all meet at one of
     `steps`.
@@ -81,13 +81,13 @@ def update(
 ) -> Tensor:
     """Update each slot with its batch, all of one shape; return the losses, (slots,)."""
     size = len(batches[0]["latents"])
-    (index,) = send([torch.tensor(slots).repeat_interleave(size)], optimizer.personal.device)
-    use_slots(model, index)
+    (slot,) = send([torch.tensor(slots).repeat_interleave(size)], optimizer.personal.device)
+    use_slots(model, slot)
     inputs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     loss = flow_loss(model, **inputs, guidance=training.train_guidance, reduction="none")
     loss = loss.unflatten(0, (len(slots), size)).flatten(1).mean(dim=1)
     loss.sum().backward()
     clip_slots(optimizer.personal, training.clip_grad)
-    optimizer.step(index[::size])  # a slot's NaN stays in that slot: nothing is computed across slots
+    optimizer.step(slot[::size])  # a slot's NaN stays in that slot: nothing is computed across slots
     optimizer.personal.grad = None
     return loss

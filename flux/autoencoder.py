@@ -210,7 +210,7 @@ class Decoder(nn.Module):
 
 
 class PackedNorm(nn.BatchNorm2d):
-    """Pack 2 x 2 latents into channels, as `flux.sampling.pack` does, and normalise these: FLUX.2's latents.
+    """Pack 2 x 2 latents into channels, as `flux.model.pack` does, and normalise these: FLUX.2's latents.
 
     A batch norm by its names only: it normalises by the stored statistics, always.
     """

@@ -42,7 +42,7 @@ class Base:
     places: dict[str, tuple[str, ...]]
     # The tokenizers' folders and the files in them; of each tuple one is enough.
     tokenizers: dict[str, tuple[tuple[str, ...], ...]]
-    # Free repositories with the same, one per folder, for who has the weights as single files.
+    # Free repositories with the same, one per folder, for those who have the weights as single files.
     free_tokenizers: dict[str, tuple[str, ...]]
     variables: dict[str, str]  # of the environment
     # Repositories on the hub by their names, grouped by the width of the text: those of a group have the same

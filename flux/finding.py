@@ -144,8 +144,8 @@ def local_parts(path: Path) -> dict[str, Path]:
     if path.is_dir():
         folder, transformer = path, part_in(FLUX1, path, "transformer")  # where it lies for every base
         if transformer is None:
-            pattern = FLUX1.places["transformer"][0]
-            raise FileNotFoundError(f"{path} must hold exactly one {pattern}, or a transformer/; found none")
+            patterns = ", ".join(FLUX1.places["transformer"])
+            raise FileNotFoundError(f"{path} holds no transformer, which would be one of {patterns}")
     else:
         folder, transformer = folder_around(path), path
     base = base_of(transformer)
@@ -166,7 +166,7 @@ def part_in(base: Base, folder: Path, part: str) -> Path | None:
         whole = all(any((folder / file).is_file() for file in group) for group in base.tokenizer_files)
         return folder if whole else None
     for pattern in base.places[part]:
-        places = sorted(folder.glob(pattern))
+        places = sorted(place for place in folder.glob(pattern) if fits(part, place.name))
         if len(places) > 1:
             names = listed(place.name for place in places)
             raise FileNotFoundError(f"{folder} must hold exactly one {pattern}; found {names}")
@@ -246,13 +246,18 @@ def download_parts(base: Base, repo: str, wanted: Sequence[str]) -> dict[str, Pa
     return parts
 
 
+def fits(part: str, name: str) -> bool:
+    """Tell whether a file can be the part: flux2-vae.safetensors is no transformer."""
+    return part != "transformer" or "vae" not in name
+
+
 def hub_names(base: Base, repo: str, names: list[str], part: str) -> list[str]:
     """Choose the files of a part from all of a repository's; UserError when it has several transformers."""
     if part == "tokenizers":
         return [name for name in names if any(name in group for group in base.tokenizer_files)]
     for place in base.places[part]:
         if "." in place:
-            chosen = [name for name in names if fnmatch(name, place) and "/" not in name]
+            chosen = [name for name in names if fnmatch(name, place) and "/" not in name and fits(part, name)]
         else:
             chosen = [name for name in names if re.fullmatch(f"{place}/({HUB_WEIGHTS})", name)]
         if "." in place and len(chosen) > 1:

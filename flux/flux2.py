@@ -168,7 +168,7 @@ class Flux2(Transformer):
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
     def velocity(self, latents: Tensor, t: Tensor, guidance: float | Tensor | None, txt: Tensor) -> Tensor:
-        """Do the same with latents (b, c, h, w), each pixel of which is a token; see `Transformer`."""
+        """Return the velocity at latents (b, c, h, w), each pixel of which is a token; see `Transformer`."""
         b, _, h, w = latents.shape
         img_ids, txt_ids = position_ids(b, h, w, txt.shape[1], latents.device)
         guided = None if guidance is None else guidance * torch.ones(b, device=latents.device)

@@ -136,10 +136,10 @@ def is_distilled(files: ModelFiles) -> bool:
     name on the transformer's path that has klein in it counts, be it the file's or the repository's.
     """
     index = files.folder / "model_index.json"
-    told = read_json(index).get("is_distilled") if index.is_file() else None
+    stated = read_json(index).get("is_distilled") if index.is_file() else None
     names = [name for name in files.transformer.absolute().parts if "klein" in name.lower()]
-    by_name = bool(names) and re.search(r"klein-\d+b(?!.*base)", names[-1].lower()) is not None
-    return told if isinstance(told, bool) else by_name
+    by_name = bool(names) and re.search(r"klein[-_. ]?\d+b(?!.*base)", names[-1].lower()) is not None
+    return stated if isinstance(stated, bool) else by_name
 
 
 def native_size(folder: Path) -> int:

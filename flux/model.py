@@ -126,7 +126,7 @@ class Flux(Transformer):
     def velocity(
         self, latents: Tensor, t: Tensor, guidance: float | Tensor | None, txt: Tensor, pooled: Tensor
     ) -> Tensor:
-        """Do the same with latents (b, c, h, w) instead of tokens; see `Transformer`."""
+        """Return the velocity at latents (b, c, h, w), of which 2 x 2 are a token; see `Transformer`."""
         b, _, h, w = latents.shape
         img_ids, txt_ids = position_ids(b, h, w, txt.shape[1], latents.device)
         guided = None if guidance is None else guidance * torch.ones(b, device=latents.device)

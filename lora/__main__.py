@@ -1,7 +1,6 @@
 """Look at LoRA files, convert and merge them: python -m lora info|convert|merge"""
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from lora.finding import find_lora
 from lora.fitting import clean
 from lora.merging import merge_file, pair_strengths
 from lora.names import FORMATS
-from lora.others import base_of, find_base
+from lora.others import find_base, named_base
 from lora.reading import read_lora
-from lora.writing import name_tensors, without_stale, write_tensors
+from lora.writing import format_of, name_tensors, without_stale, write_tensors
 from run.arguments import HelpFormatter, Parser
 from run.command import run_script
 from run.files import check_writable
@@ -99,24 +98,13 @@ def show_lora(
     lora, _ = read_lora(path)
     method = clean(metadata.get("method", "LoRA"))
     kind, _ = find_base({part: (len(b), a.shape[1]) for part, (a, b) in lora.items()}, {})
-    base = clean(base_of(metadata) or (BASES[kind].name if kind else "unknown"))
+    base = clean(named_base(metadata) or (BASES[kind].name if kind else "unknown"))
     size = sum(a.numel() + b.numel() for a, b in lora.values())
     ranks = sorted({len(a) for a, _ in lora.values()})
     form = format_of(tensors)
     print(f"{path}: {method}, {form} format, one adapter of {len(lora)} projections, {size:,} numbers")
     print(f"rank {', '.join(map(str, ranks))}; base {base}")
     return [(part, len(a), update_norm(a, b)) for part, (a, b) in lora.items()]
-
-
-def format_of(tensors: dict[str, Tensor]) -> str:
-    """Return whose names the tensors have: kohya's, diffusers', the base's or another's."""
-    if any(name.startswith("lora_unet_") for name in tensors):
-        return "kohya"
-    if all(re.match(r"transformer\..*\.lora_[AB]\.weight$", name) for name in tensors):
-        return "diffusers"
-    if all(re.match(r"diffusion_model\.(?!.*transformer_).*\.lora_[AB]\.weight$", name) for name in tensors):
-        return "original"
-    return "another"
 
 
 def update_norm(a: Tensor, b: Tensor) -> float:

@@ -32,7 +32,7 @@ BASE = ("base_model", "ss_sd_model_name", "modelspec.architecture", "ss_base_mod
 OTHER_BASE = re.compile(r"(?i)kontext|fill|canny|depth|sdxl|sd-xl|sd[_-]?3|stable-diffusion|chroma")
 
 
-def base_of(metadata: dict[str, str]) -> str | None:
+def named_base(metadata: dict[str, str]) -> str | None:
     """Return what a file's header calls the base model."""
     return next((metadata[key] for key in BASE if key in metadata), None)
 
@@ -59,7 +59,7 @@ def find_base(shapes: Shapes, metadata: dict[str, str]) -> tuple[type[nn.Module]
             ratios = [ratio for end, ratio in BASES[kind].ratios.items() if flatten(module).endswith(end)]
             if wide or rows / max(1, inputs) in ratios:
                 return kind, f"its {module} has {inputs} inputs and {rows} outputs"
-    header = base_of(metadata) or ""
+    header = named_base(metadata) or ""
     for kind, base in BASES.items():
         if base.header.search(header):
             return kind, f"its header names {header}"

@@ -17,7 +17,7 @@ from flux.texts import read_text
 from lora.bases import BASES
 from lora.fitting import Shapes, clean, linear_shapes, misfits, refuse
 from lora.names import NAMES, Lora, find_name, part_sizes, swap_halves
-from lora.others import base_of, find_base, names_another, other_method, other_model
+from lora.others import find_base, named_base, names_another, other_method, other_model
 
 KEY = re.compile(
     r"(?:base_model\.model\.|model[._]|diffusion_model[._]|transformer\.|unet\.|lora_unet_|lora_transformer_|"
@@ -77,7 +77,7 @@ def read_for(
         names = BASES[base].name, BASES[kind].name
         raise UserError(f"{path} is a LoRA for {names[0]}: {clean(sign)}; this model is {names[1]}")
     refuse(path, problems, fault)
-    header = base_of(metadata)
+    header = named_base(metadata)
     if header and names_another(header, kind):
         notes.append(f"its header names another base than {BASES[kind].usual}: {clean(header)}")
     if not any(a.any() and b.any() for a, b in lora.values()):

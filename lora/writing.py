@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,18 @@ def name_tensors(lora: Lora, form: str) -> dict[str, Tensor]:
     """Name a LoRA's tensors in one of the three forms; ComfyUI reads all of them."""
     name = {"diffusers": in_diffusers_names, "kohya": in_kohya_names, "original": in_original_names}[form]
     return name(lora)
+
+
+def format_of(names: Iterable[str]) -> str:
+    """Return whose names a file's tensors have, one of FORMATS or "another"."""
+    names = [*names]
+    if any(name.startswith("lora_unet_") for name in names):
+        return "kohya"
+    if all(re.match(r"transformer\..*\.lora_[AB]\.weight$", name) for name in names):
+        return "diffusers"
+    if all(re.match(r"diffusion_model\.(?!.*transformer_).*\.lora_[AB]\.weight$", name) for name in names):
+        return "original"
+    return "another"
 
 
 def in_diffusers_names(lora: Lora) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from lora.reading import read_lora
 from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slots
 from people.cache import TensorCache
 from people.crops import crop_boxes
-from people.encoding import encode_prompt, stack_prompts
+from people.encoding import encode_negative, encode_prompt, stack_prompts
 from people.faces import known_face, locate_face
 from people.folders import scan_people
 from people.photos import Box, read_photo
@@ -315,7 +315,7 @@ class Benchmark:
         texts = dict.fromkeys(text for s in self.subjects for text in (s.caption, *s.prompts))
         texts = tqdm(texts, "prompts", disable=len(texts) < 50)
         self.texts = {text: encode_prompt(text, conditioner) for text in texts}
-        negative = stack_prompts([encode_prompt("", conditioner)]) if self.args.cfg > 1 else None
+        negative = encode_negative(self.args.cfg, conditioner)
         self.sampler = {name: getattr(self.args, name) for name in ("guidance", "cfg")}
         self.sampler |= {"steps": self.args.sample_steps, "negative": negative}
         del conditioner

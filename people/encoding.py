@@ -28,6 +28,11 @@ def encode_prompt(prompt: str, conditioner: nn.Module) -> Prompt:
     return {name: part[0].cpu() for name, part in conditioner.encode([prompt]).items()}
 
 
+def encode_negative(cfg: float, conditioner: nn.Module) -> Prompt | None:
+    """Encode the empty prompt that classifier-free guidance leads away from, (1, l, d); None without it."""
+    return stack_prompts([encode_prompt("", conditioner)]) if cfg > 1 else None
+
+
 def stack_prompts(prompts: Sequence[Prompt]) -> Prompt:
     """Return encoded prompts as a batch: txt (b, l, d) and so on."""
     return {name: torch.stack([prompt[name] for prompt in prompts]) for name in prompts[0]}

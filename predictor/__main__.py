@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -212,6 +213,14 @@ class Faces:
             raise UserError(f"{self.cache.folder} has lost entries; the same command makes them anew")
         return [entry["face"] if len(entry["face"]) else None for entry in entries]
 
+    def seen(self, people: Iterable[Person]) -> Iterator[tuple[Person, Photo, Tensor]]:
+        """Yield of each person the first photo with a face, and its embedding; nobody without one."""
+        for person in people:
+            for photo, face in zip(person.photos, self.of([person])):
+                if face is not None:
+                    yield person, photo, face
+                    break
+
 
 @dataclass(frozen=True)
 class FacesOfBucket:
@@ -340,13 +349,12 @@ def train(
     def write_samples() -> None:
         """Write pictures of two people of the bucket, predicted from the photos beside them."""
         if ranks.leads:
-            chosen = [dataset.people[pid] for pid in buckets[run.bucket]]
-            seen = [(person, face) for person in chosen if (face := faces.of([person])[0]) is not None]
-            shown = seen[: min(2, args.batch)]
+            chosen = (dataset.people[pid] for pid in buckets[run.bucket])
+            shown = [*islice(faces.seen(chosen), min(2, args.batch))]
             with torch.no_grad():
-                rows = predictor(torch.stack([face for _, face in shown]).to(device))
+                rows = predictor(torch.stack([face for _, _, face in shown]).to(device))
             model.factors.personal.data[: len(rows)] = rows
-            photos = {person.name: person.photos[0] for person, _ in shown}
+            photos = {person.name: photo for person, photo, _ in shown}
             choose, how = partial(use_slots, model), (prompts, sampler, resolution, device, dtype)
             sheet = sample_grid(model, choose, photos, files.autoencoder, *how)
             save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")

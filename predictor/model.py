@@ -57,7 +57,8 @@ def find_traits(faces: Tensor, people: Tensor) -> Tensor:
     within = faces - (means / counts[:, None])[people]
     variances, axes = torch.linalg.eigh(faces.mT @ faces / len(faces))
     white = axes * variances.clamp(min=1e-3 * variances.max()).rsqrt()
-    noise, axes = torch.linalg.eigh(white.mT @ (within.mT @ within / (len(faces) - len(counts))) @ white)
+    inside = within.mT @ within / max(1, len(faces) - len(counts))
+    noise, axes = torch.linalg.eigh(white.mT @ inside @ white)
     return (white @ axes * (1 - noise).clamp(min=0).sqrt()).float()
 
 

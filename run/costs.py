@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
+from flux.finding import HUB_MODELS
 from flux.flux2 import Flux2, Flux2Sizes
 from flux.memory import arrange, recomputed_blocks
 from flux.model import Flux, FluxSizes
@@ -21,9 +22,9 @@ from run.speeds import Speeds, speeds_of
 FLUX_DEV = FluxSizes(64, 64, 768, 4096, 3072, 12288, 24, 19, 38, True, (16, 56, 56), 10_000)
 KLEIN_4B = Flux2Sizes(128, 128, 7680, 3072, 9216, 24, 5, 20, False, (32,) * 4, 2000)
 KLEIN_9B = Flux2Sizes(128, 128, 12288, 4096, 12288, 32, 8, 24, False, (32,) * 4, 2000)
-# By the names of `--model`, for plans without files; all others are taken for FLUX.1-dev.
-KNOWN = {"klein-4b": KLEIN_4B, "klein-4b-distilled": KLEIN_4B}
-KNOWN |= {"klein-9b": KLEIN_9B, "klein-9b-distilled": KLEIN_9B}
+# Of repositories, for plans without files; all others are taken for FLUX.1-dev.
+SIZES = {"klein-4b": KLEIN_4B, "klein-9b": KLEIN_9B}
+KNOWN = {repo: SIZES.get(name.removesuffix("-distilled"), FLUX_DEV) for name, repo in HUB_MODELS.items()}
 GIB = 2**30
 PAPERS_CARD = speeds_of("A6000")
 VISIBLE = 0.2  # fraction of the copying that computing does not hide; a cautious guess
@@ -31,7 +32,7 @@ TILE = 64  # side in latent pixels of the tiles in which a picture is decoded th
 
 
 @dataclass(frozen=True)
-class Base:
+class Costs:
     """What tells the costs of one kind of transformer from those of another, beside the sizes.
 
     Activations are counted with bench/memory.py. Their unit is one hidden state of all tokens, (b, l, d). Of
@@ -61,8 +62,8 @@ class Base:
     work_sample_fp8: float
 
 
-BASES = {
-    FluxSizes: Base(
+COSTS = {
+    FluxSizes: Costs(
         Flux,
         AutoEncoderSizes(),
         layers={
@@ -79,7 +80,7 @@ BASES = {
         work_sample=lambda img: 19.4,
         work_sample_fp8=16.5,
     ),
-    Flux2Sizes: Base(
+    Flux2Sizes: Costs(
         Flux2,
         AutoEncoderSizes(z_channels=32, packed=True),
         layers={
@@ -181,14 +182,14 @@ class Cost:
         return self.peak - self.resident - self.adapters
 
 
-def base_of(sizes: Sizes) -> Base:
-    return BASES[type(sizes)]
+def costs_of(sizes: Sizes) -> Costs:
+    return COSTS[type(sizes)]
 
 
 def linear_sizes(sizes: Sizes, kind: str) -> list[tuple[int, int, int]]:
     """Return (d_in, d_out, number of projections) of a block's linear layers, the image stream's first."""
     streams = 2 if kind == "double" else 1
-    return streams * base_of(sizes).layers[kind](sizes.hidden_size, sizes.mlp_size)
+    return streams * costs_of(sizes).layers[kind](sizes.hidden_size, sizes.mlp_size)
 
 
 @cache
@@ -206,13 +207,13 @@ def parameters(model: type[nn.Module], sizes: Sizes | AutoEncoderSizes) -> int:
 @cache
 def outer_parameters(sizes: Sizes) -> int:
     """Return the number of parameters outside the blocks."""
-    return parameters(base_of(sizes).model, replace(sizes, depth=0, depth_single=0))
+    return parameters(costs_of(sizes).model, replace(sizes, depth=0, depth_single=0))
 
 
 @cache
 def autoencoder_parameters(sizes: Sizes) -> int:
     """Return the number of parameters of the autoencoder that goes with a transformer."""
-    return parameters(AutoEncoder, base_of(sizes).autoencoder)
+    return parameters(AutoEncoder, costs_of(sizes).autoencoder)
 
 
 @cache
@@ -220,7 +221,7 @@ def block_bytes(sizes: Sizes, kind: str, fp8: bool, width: int) -> tuple[int, in
     """Return the bytes of a block's linear weights, which can be streamed, and of everything else in it."""
     layers = linear_sizes(sizes, kind)
     weights = sum(-(-d_in * d_out * (1 if fp8 else width) // LINE) * LINE for d_in, d_out, _ in layers)
-    vectors = sum(d_out for _, d_out, _ in layers) * (base_of(sizes).biases + fp8)  # fp8: scales of rows
+    vectors = sum(d_out for _, d_out, _ in layers) * (costs_of(sizes).biases + fp8)  # fp8: scales of rows
     norms = (4 if kind == "double" else 2) * sizes.head_dim
     return weights, (vectors + norms) * width
 
@@ -307,7 +308,7 @@ def activations(work: Workload, checkpoint: str | int, fp8: bool) -> list[float]
     They are what the blocks up to this one keep, and what it needs itself. A recomputed block keeps its input
     only, and perhaps what attention returned.
     """
-    base, blocks = base_of(work.sizes), kinds(work.sizes)
+    base, blocks = costs_of(work.sizes), kinds(work.sizes)
     count = recomputed_blocks(checkpoint, len(blocks))
     attention = KEPT_ATTENTION if checkpoint == "attention" else 0.0
     before, peaks = 0.0, []
@@ -325,14 +326,14 @@ def activations(work: Workload, checkpoint: str | int, fp8: bool) -> list[float]
 
 def whole_weight(work: Workload, kind: str) -> int:
     """Return the bytes of the weight of a block that is whole at the peak with 8-bit weights."""
-    base, sizes = base_of(work.sizes), work.sizes
+    base, sizes = costs_of(work.sizes), work.sizes
     d_in, d_out, _ = base.layers[kind](sizes.hidden_size, sizes.mlp_size)[base.whole[kind]]
     return d_in * d_out * work.width
 
 
 def sampling_peak(work: Workload, plan: Plan) -> float:
     """Return the largest number of bytes in a step: at a single block's MLP, or while decoding."""
-    base, (img, txt) = base_of(work.sizes), work.tokens
+    base, (img, txt) = costs_of(work.sizes), work.tokens
     forward = base.work_sample(img / (img + txt)) * work.state
     if plan.fp8:
         forward = max(forward, base.work_sample_fp8 * work.state + whole_weight(work, "single"))
@@ -350,7 +351,7 @@ def step_flops(work: Workload, checkpoint: str | int) -> float:
     """
     img, txt = work.tokens
     sizes, blocks = work.sizes, kinds(work.sizes)
-    vectors = [1] * base_of(sizes).modulation  # what modulation layers see instead of tokens
+    vectors = [1] * costs_of(sizes).modulation  # what modulation layers see instead of tokens
     total = 0.0
     attention = 4 * (img + txt) ** 2 * sizes.hidden_size
     for k, kind in enumerate(blocks):

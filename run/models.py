@@ -9,7 +9,6 @@ import torch
 
 from flux.errors import UserError, first_line
 from flux.finding import (
-    BASE_OF_REPO,
     HUB_MODELS,
     NoSuchPart,
     NotOnHub,
@@ -123,7 +122,7 @@ def take_defaults(args: argparse.Namespace, files: ModelFiles) -> None:
 def files_to_plan(args: argparse.Namespace) -> dict[str, Path]:
     """Return the model's files that are on this disk; --plan downloads no model."""
     path, repo = named_model(args.model)
-    if repo and args.model not in KNOWN and repo not in BASE_OF_REPO:
+    if repo and repo not in KNOWN:
         print(f"{args.model} is on the hub: the plan assumes that it has FLUX.1-dev's size")
     return local_parts(path) if path else {}
 

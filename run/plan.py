@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 from flux.errors import UserError
+from flux.finding import HUB_MODELS
 from flux.loading import folder_around, load_autoencoder, load_transformer, native_size, text_length
 from flux.memory import device_memory
 from run.costs import FLUX_DEV, GIB, KNOWN, PAPERS_CARD, TILE, Cost, Plan, Workload, estimate, kinds
@@ -170,7 +171,7 @@ def workload_for(
 ) -> Workload:
     """Return the workload of `make_plan`, which has the same arguments."""
     sizes = {"t5_length": t5_length or Workload.t5_length, "width": dtype.itemsize}
-    sizes["sizes"] = KNOWN.get(options.model, FLUX_DEV)
+    sizes["sizes"] = KNOWN.get(HUB_MODELS.get(options.model, options.model), FLUX_DEV)
     if "transformer" in parts:
         sizes["sizes"] = load_transformer(parts["transformer"], "meta").sizes
         resolution = resolution or native_size(folder_around(parts["transformer"]))

@@ -357,6 +357,19 @@ def test_a_klein(klein, snapshot):
 
 
 @torch.no_grad()
+def test_a_vae_is_no_transformer(klein, tmp_path):
+    folder = tmp_path / "klein"
+    shutil.copytree(klein, folder)
+    (folder / "ae.safetensors").rename(folder / "flux2-vae.safetensors")
+    (folder / "flux-2-klein-base-random.safetensors").rename(folder / "flux2_klein.safetensors")
+    files = find(folder)
+    assert files.transformer.name == "flux2_klein.safetensors"
+    assert files.autoencoder.name == "flux2-vae.safetensors"
+    files.transformer.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no transformer, which would be one of flux1-"):
+        find(folder)
+
+
 def test_a_klein_of_diffusers_and_transformers(klein, snapshot, tmp_path):
     """The same tensors, whoever named them, and the text that diffusers' pipeline makes."""
     files = find(klein)
@@ -539,6 +552,8 @@ def test_the_files_of_a_repository():
     "place, index, distilled",
     [
         ("flux-2-klein-4b.safetensors", None, True),
+        ("flux2_klein_4b.safetensors", None, True),
+        ("flux2_klein_base_4b.safetensors", None, False),
         ("flux-2-klein-9b-fp8.safetensors", None, True),
         ("flux-2-klein-base-4b.safetensors", None, False),
         ("klein-4b/flux-2-klein-base-4b.safetensors", None, False),

@@ -52,6 +52,23 @@ def test_a_folder_a_shipped_model_and_parts_elsewhere(model, other_model, monkey
         assert given == places(files) | {part: other_model / place}
 
 
+@pytest.mark.parametrize(
+    "name, blocks, said",
+    [
+        ("flux-dev", 57, False),
+        ("klein-4b", 25, False),
+        ("black-forest-labs/FLUX.2-klein-base-4B", 25, False),
+        ("klein-9b-distilled", 32, False),
+        ("somebody/else", 57, True),
+    ],
+)
+def test_a_plan_without_files_knows_the_sizes(name, blocks, said, capsys):
+    sample.main(["--prompt", "a", "--model", name, "--plan", "--vram", "80"])
+    out = capsys.readouterr().out
+    assert f"of {blocks} blocks" in out
+    assert ("the plan assumes that it has FLUX.1-dev's size" in out) == said
+
+
 def test_each_base_has_its_options(model, klein):
     files = find(klein, "--qwen3", klein / "text_encoder", "--tokenizers", klein)
     assert files == find(klein) and files.encoders == {"qwen3": klein / "text_encoder"}

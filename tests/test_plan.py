@@ -24,8 +24,8 @@ from run.costs import (
     Plan,
     Workload,
     adapter_bytes,
-    base_of,
     block_bytes,
+    costs_of,
     estimate,
     kinds,
     linear_sizes,
@@ -48,7 +48,7 @@ SAMPLE = Workload("sample")
 @pytest.mark.parametrize("short", [SHORT, SHORT_KLEIN])
 def test_sizes_are_those_of_the_model(short):
     with torch.device("meta"):
-        model = inject(base_of(short).model(short), 128, 2, 5, reset=False)
+        model = inject(costs_of(short).model(short), 128, 2, 5, reset=False)
     for kind, block in (("double", model.double_blocks[0]), ("single", model.single_blocks[0])):
         own = list(block.parameters())
         assert sum(block_bytes(short, kind, fp8=False, width=2)) == 2 * sum(p.numel() for p in own)
@@ -71,7 +71,7 @@ def test_the_models_have_their_published_sizes(sizes, published):
 
 @pytest.mark.parametrize("tiny", [TINY, TINY_KLEIN])
 def test_8_bits_take_the_bytes_that_are_planned(tiny):
-    model = arrange(base_of(tiny).model(tiny).bfloat16().requires_grad_(False), "cpu", fp8=True)
+    model = arrange(costs_of(tiny).model(tiny).bfloat16().requires_grad_(False), "cpu", fp8=True)
     for kind, block in zip(kinds(tiny), blocks_of(model)):
         layers = [layer for layer in block.modules() if isinstance(layer, FrozenLinear)]
         weights = sum(layer.stored.nbytes for layer in layers)
@@ -134,14 +134,14 @@ def inputs(sizes, batch: int, tokens: int, grad: bool = False) -> dict[str, torc
         "txt": torch.zeros(batch, 16, sizes.txt_size, requires_grad=grad),
     }
     given |= {"img_ids": ids, "txt_ids": ids[:, :16], "t": torch.zeros(batch), "guidance": torch.zeros(batch)}
-    return given | ({"pooled": torch.zeros(batch, 768)} if base_of(sizes).model is Flux else {})
+    return given | ({"pooled": torch.zeros(batch, 768)} if costs_of(sizes).model is Flux else {})
 
 
 @pytest.mark.parametrize("sizes", [TINY, TINY_KLEIN])
 def test_flops_of_a_forward_pass_are_those_counted(sizes):
     work = Workload("sample", sizes, batch=2, resolution=128, t5_length=16)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model = base_of(sizes).model(sizes)
+        model = costs_of(sizes).model(sizes)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             model(**inputs(sizes, 2, 64))
     counts = counter.get_flop_counts()
@@ -164,7 +164,7 @@ def test_flops_of_a_training_step_of_any_shape_are_those_counted(sizes, vectors,
     """Input gradients alone, which is what a frozen base costs; without adapters, which are not planned."""
     work = Workload("stage2", sizes, shape=(64, 144), t5_length=16)
     tokens, width = 4 * 9, sizes.hidden_size
-    model = base_of(sizes).model(sizes).requires_grad_(False)
+    model = costs_of(sizes).model(sizes).requires_grad_(False)
     checkpoint_blocks(model, what)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     count = lambda q, k, *_, **__: 2 * 2 * q[1] * q[2] * k[2] * q[3]  # a head's two products
@@ -184,7 +184,7 @@ def test_flops_of_a_training_step_of_any_shape_are_those_counted(sizes, vectors,
 
 def modulations(sizes):
     """The modulation layers of all blocks."""
-    if base_of(sizes).modulation == 0:
+    if costs_of(sizes).modulation == 0:
         return []
     double, single = linear_sizes(sizes, "double"), linear_sizes(sizes, "single")
     return sizes.depth * [double[0], double[5]] + sizes.depth_single * [single[0]]
@@ -314,7 +314,7 @@ def test_a_file_tells_which_base_is_planned(tmp_path, monkeypatch):
     works = []
     monkeypatch.setattr("run.plan.choose", lambda work, *rest: works.append(work) or choose(work, *rest))
     for sizes in (TINY, TINY_KLEIN):
-        save_file(base_of(sizes).model(sizes).state_dict(), file := tmp_path / "model.safetensors")
+        save_file(costs_of(sizes).model(sizes).state_dict(), file := tmp_path / "model.safetensors")
         options = MemoryOptions.of(parse("--plan", "--vram", "8"))
         make_plan("stage2", {"transformer": file}, options, torch.device("cpu"), torch.bfloat16)
     assert [work.sizes for work in works] == [TINY, TINY_KLEIN]

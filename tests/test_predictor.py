@@ -125,6 +125,7 @@ def test_what_few_photos_do_not_show_is_not_stretched():
     others, _ = people_with_noise(photos=4, people=3000)
     e = (others - faces.mean(dim=0)) @ find_traits(faces, owners)
     assert e.isfinite().all() and e.var(dim=0).max() < 1000
+    assert find_traits(faces, torch.arange(len(faces))).isfinite().all()  # nobody has two
 
 
 def test_the_gradient_is_that_of_the_whole_graph(model):

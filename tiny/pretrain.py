@@ -1,10 +1,10 @@
-"""Train a whole FLUX.1 at toy scale, from nothing, on a CPU: tokenizers, autoencoder, encoders, transformer.
+"""Train a whole FLUX.1 or FLUX.2 klein at toy scale, from nothing: tokenizers, autoencoder, transformer.
 
     python tiny/pretrain.py --out tiny/weights --work /tmp/tiny
 
 With `--family flux2` it is a FLUX.2 klein base; `tiny/families.py` has what differs. The pictures are of
 synthetic people (`tiny/people.py`) or read from a folder (`--data`). The result has the names, the formats
-and the folder layout of FLUX.1-dev, in 16 bit, so everything else reads it like the real one. A stage whose
+and the folder layout of the real model, in 16 bit, so everything else reads it like that. A stage whose
 result exists is skipped; one that was interrupted continues from its last save.
 """
 
