@@ -206,7 +206,7 @@ def linear_names(model: Transformer, targets: str = "all") -> Iterator[tuple[str
     """Yield each adapted linear layer's name and the diffusers names of its parts."""
     for kind in ("double_blocks", "single_blocks"):
         for i in range(len(getattr(model, kind))):
-            for layer, parts in PARTS[type(model)].items():
+            for layer, parts in PARTS[model.kind].items():
                 if layer.startswith(kind) and TARGETS[targets](layer):
                     yield layer.replace("#", f"{i}"), [part.replace("#", f"{i}") for part in parts]
 

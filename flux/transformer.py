@@ -18,6 +18,11 @@ class Transformer(nn.Module):
     SAMPLER: dict[str, float]  # defaults of `flux.sampling.denoise`
     T_MEAN = 0.0  # of the logit-normal times of training, by default
 
+    @property
+    def kind(self) -> type["Transformer"]:
+        """Return the base's class, also where FSDP2 has put a subclass in its place."""
+        return next(kind for kind in type(self).__mro__ if "SAMPLER" in vars(kind))
+
     def velocity(
         self, latents: Tensor, t: Tensor, guidance: float | Tensor | None, **prompt: Tensor
     ) -> Tensor:

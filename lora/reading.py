@@ -14,6 +14,7 @@ from flux.checkpoint import read_header, read_tensors
 from flux.errors import UserError
 from flux.formats import SWAPPED
 from flux.texts import read_text
+from flux.transformer import Transformer
 from lora.bases import BASES
 from lora.fitting import Shapes, clean, linear_shapes, misfits, refuse
 from lora.names import NAMES, Lora, find_name, part_sizes, swap_halves
@@ -36,7 +37,7 @@ Matches = dict[str, re.Match | None]  # what KEY finds in the name of each tenso
 Entries = dict[str, dict[str, Tensor]]  # the tensors called A, B and alpha of each layer in a file
 
 
-def read_lora(path: Path, model: nn.Module | None = None) -> tuple[Lora, dict[str, str]]:
+def read_lora(path: Path, model: Transformer | None = None) -> tuple[Lora, dict[str, str]]:
     """Read a LoRA of any program, alpha multiplied in; and its metadata. docs/formats.md lists what is read.
 
     Without a model the file alone has to show which base it is for. Raises UserError listing all that is
@@ -44,7 +45,7 @@ def read_lora(path: Path, model: nn.Module | None = None) -> tuple[Lora, dict[st
     there is a model, what does not fit it. Warns about a LoRA that does nothing, about a header that names
     another base, and about tensors that are left out.
     """
-    return read_for(path) if model is None else read_for(path, type(model), linear_shapes(model))
+    return read_for(path) if model is None else read_for(path, model.kind, linear_shapes(model))
 
 
 def read_for(

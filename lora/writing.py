@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux.errors import UserError
 from flux.formats import SWAPPED
+from flux.transformer import Transformer
 from lora.bases import BASES
 from lora.names import Lora, layer_of, swap_halves
 from run.files import atomic, sort_header
@@ -98,14 +99,14 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict) -> Non
         sort_header(temporary)
 
 
-def model_spec(about: dict, model: nn.Module) -> dict[str, str]:
+def model_spec(about: dict, model: Transformer) -> dict[str, str]:
     """Return the header's entries that other programs show: Stability AI's ModelSpec 1.0.0, kohya's base.
 
     Its date is left out, so that the same command writes the same bytes.
 
     about: the file's own entries; `resolution` is the side of the training pictures in pixels, or missing.
     """
-    base = BASES[type(model)]
+    base = BASES[model.kind]
     architecture, version = base.version(model.sizes)
     caption = about.get("caption", "")
     spec = {

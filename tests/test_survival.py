@@ -554,9 +554,9 @@ def test_the_curve_survives_a_log_of_any_kind(tmp_path):
 def test_sample_grids_show_the_average(run, tmp_path, monkeypatch):
     seen, generate = [], grids.generate
 
-    def watched(model, *rest):
+    def watched(model, *rest, **settings):
         seen.append([p.detach().clone() for p in model.factors.meta_down])
-        return generate(model, *rest)
+        return generate(model, *rest, **settings)
 
     monkeypatch.setattr(grids, "generate", watched)
     run(tmp_path, "--ema", 0.9, "--sample-every", 8, steps=8)
