@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     release(device)
     model = load_model(files, chosen, loras, args.no_merge, device, dtype)
 
-    sampler = {"steps": args.steps, "cfg": args.cfg}
-    sampler |= {"guidance": args.guidance} if base.sizes.guidance else {}
+    names = ("steps", "guidance", "cfg") if base.sizes.guidance else ("steps", "cfg")
+    sampler = {name: getattr(args, name) for name in names}
     settings = {**sampler, "size": f"{size[1]}x{size[0]}", "model": files.transformer.name}
     hashes = [(path.stem, strength, hash_weights(path)) for path, strength in args.lora]
     if args.lora:

@@ -92,7 +92,7 @@ def parameters(prompt: str, seed: int, settings: dict, loras: list[tuple[str, fl
         "Steps": settings["steps"],
         "Sampler": "Euler",
         "CFG scale": f"{settings['cfg']:g}",
-        "Distilled CFG Scale": f"{settings['guidance']:g}",
+        **({"Distilled CFG Scale": f"{settings['guidance']:g}"} if "guidance" in settings else {}),
         "Seed": seed,
         "Size": settings["size"],
         "Model": Path(settings["model"]).stem,
