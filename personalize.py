@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     del conditioner
     release(device)
 
-    model = flux.load_transformer(files.transformer, device if chosen.resident else "cpu", dtype)
+    model = flux.load_transformer(files.transformer, chosen.place(device), dtype)
     chosen.apply(model, device)
     prompt = prompts[args.caption]
     personalize(model, prior, encoded, prompt, settings, training, args.seed, device, dtype, start)

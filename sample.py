@@ -47,14 +47,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_writable(args.out, "--out")
     files = find_model(args)
-    given = args.guidance
     take_defaults(args, files)
     if args.negative and args.cfg <= 1:
         raise UserError(f"--negative does nothing at --cfg {args.cfg:g}: give --cfg above 1, such as 2")
     # Do they fit? That reads no weights of the model.
     base = flux.load_transformer(files.transformer, "meta")
-    if given is not None and not base.sizes.guidance:
-        raise UserError(f"--guidance {given:g}: {files.transformer} has no guidance input, but --cfg works")
     loras = [(read_lora(path, base)[0], strength) for path, strength in args.lora]
     size = args.size or (native_size(files.folder),) * 2
     autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
@@ -114,7 +111,7 @@ def load_model(
 
     Merged weights could not stay mapped to their file, and a LoRA may drown in the rounding to 8 bits.
     """
-    model = flux.load_transformer(files.transformer, device if chosen.resident else "cpu", dtype)
+    model = flux.load_transformer(files.transformer, chosen.place(device), dtype)
     apart = no_merge or not chosen.resident
     inside, outside = split_loras(model, loras) if apart else ([], loras)
     if inside:

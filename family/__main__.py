@@ -274,7 +274,7 @@ class Family:
                 yield same[start : start + self.at_once]
 
     def load(self) -> None:
-        place = self.device if self.plan.resident else "cpu"
+        place = self.plan.place(self.device)
         self.model = flux.load_transformer(self.files.transformer, place, self.dtype)
         self.plan.apply(self.model, self.device)
 

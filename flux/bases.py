@@ -1,6 +1,6 @@
 """The base models, as files: which parts each has, where they lie, and which repositories have them.
 
-What is above `flux/` takes a base as its files tell and does not ask which one it is.
+Code above `flux/` takes the base that a model's files show, and never asks which one it is.
 """
 
 from collections.abc import Callable

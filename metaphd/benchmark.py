@@ -324,7 +324,7 @@ class Benchmark:
     def load(self) -> None:
         """Load the autoencoder and the transformer, which stay until `unload`."""
         self.autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
-        place = self.device if self.plan.resident else "cpu"
+        place = self.plan.place(self.device)
         self.model = flux.load_transformer(self.files.transformer, place, self.dtype)
         self.plan.apply(self.model, self.device)
 

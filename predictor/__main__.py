@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
@@ -253,19 +254,8 @@ def list_others(slots: Sequence[int], visible: Sequence[bool]) -> list[list[int]
 # --- The command -------------------------------------------------------------------------------------------
 
 # All other settings must stay as they are when a run goes on.
-MAY_CHANGE = (
-    "data",
-    "out",
-    "save_every",
-    "sample_every",
-    "strict",
-    "device",
-    "vram",
-    "stream",
-    "checkpoint",
-    "base_dtype",
-)
-MAY_CHANGE += ("compile", "plan", "world", "deterministic", "eye", "eye_weights", "meta")
+MAY_CHANGE = ("data", "out", "save_every", "sample_every", "strict", "device", "vram", "stream", "checkpoint")
+MAY_CHANGE += ("base_dtype", "compile", "plan", "world", "deterministic", "eye", "eye_weights", "meta")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -326,15 +316,7 @@ def train(
         data, embedded = dataset.load(bucket), faces.of(dataset.people[pid] for pid in bucket)
         return FacesOfBucket(data, embedded, list_others(data.slots, [face is not None for face in embedded]))
 
-    pids = range(len(dataset.people))
-    buckets = deal_buckets(pids, args.bucket_ids, generator_for("buckets", args.seed))
-    steps = [[count_steps(dataset, faces, args.batch, part) for part in ranks.parts(b)] for b in buckets]
-    if not all(map(all, steps)):
-        raise UserError(
-            f"{args.data}: of the people of a bucket, or of a rank's part of it, nobody has a photo and "
-            "another one in which the eye finds a face"
-        )
-
+    buckets, q_buckets = deal_people(args, dataset, faces, ranks)
     model = load_model(args, files, chosen, prior, device, dtype)
     predictor = start_predictor(model, dataset.people, everyone, args.codes, args.hidden, args.seed).to(
         device
@@ -347,22 +329,17 @@ def train(
     prompts, sampler = dataset.load_sample_prompts()
 
     def write_samples() -> None:
-        """Write pictures of two people of the bucket, predicted from the photos beside them."""
         if ranks.leads:
-            chosen = (dataset.people[pid] for pid in buckets[run.bucket])
-            shown = [*islice(faces.seen(chosen), min(2, args.batch))]
-            with torch.no_grad():
-                rows = predictor(torch.stack([face for _, _, face in shown]).to(device))
-            model.factors.personal.data[: len(rows)] = rows
-            photos = {person.name: photo for person, photo, _ in shown}
-            choose, how = partial(use_slots, model), (prompts, sampler, resolution, device, dtype)
-            sheet = sample_grid(model, choose, photos, files.autoencoder, *how)
+            people = [dataset.people[pid] for pid in buckets[run.bucket]]
+            shown = [*islice(faces.seen(people), min(2, args.batch))]
+            how = files.autoencoder, prompts, sampler, resolution, device, dtype
+            sheet = predicted_grid(model, predictor, shown, *how)
             save_sheet(sheet, args.out / "samples" / f"{run.step:06d}.png")
 
     run = BucketRun(
         args.out,
         learner,
-        q_buckets=[max(parts) for parts in steps],
+        q_buckets=q_buckets,
         q_total=args.steps,
         bucket_warmup=0.0,
         seed=args.seed,
@@ -389,6 +366,31 @@ def train(
     if ranks.leads:
         save_predictor(model, predictor, result, about)
     return result
+
+
+def deal_people(
+    args: argparse.Namespace, dataset: LatentDataset, faces: Faces, ranks: Ranks
+) -> tuple[list[list[int]], list[int]]:
+    """Return the buckets, and the steps of each one's turn; UserError when nobody in one can be predicted."""
+    buckets = deal_buckets(range(len(dataset.people)), args.bucket_ids, generator_for("buckets", args.seed))
+    steps = [[count_steps(dataset, faces, args.batch, part) for part in ranks.parts(b)] for b in buckets]
+    if not all(map(all, steps)):
+        raise UserError(
+            f"{args.data}: of the people of a bucket, or of a rank's part of it, nobody has a photo and "
+            "another one in which the eye finds a face"
+        )
+    return buckets, [max(parts) for parts in steps]
+
+
+@torch.no_grad()
+def predicted_grid(
+    model: Transformer, predictor: Predictor, shown: Sequence[tuple[Person, Photo, Tensor]], *how: object
+) -> Image.Image:
+    """Make a sheet of people who are predicted from the photos beside them; how: as for `sample_grid`."""
+    rows = predictor(torch.stack([face for _, _, face in shown]).to(predictor.mean.device))
+    model.factors.personal.data[: len(rows)] = rows
+    photos = {person.name: photo for person, photo, _ in shown}
+    return sample_grid(model, partial(use_slots, model), photos, *how)
 
 
 def load_prior(args: argparse.Namespace, transformer: Path) -> Prior:
@@ -443,7 +445,7 @@ def load_model(
     dtype: torch.dtype,
 ) -> Transformer:
     """Load the transformer as planned, with a slot for each photo of a batch."""
-    model = flux.load_transformer(files.transformer, device if chosen.resident else "cpu", dtype)
+    model = flux.load_transformer(files.transformer, chosen.place(device), dtype)
     r1, targets = shape_of(args, prior)
     inject(model, r1, args.r2, args.batch, targets, generator_for("meta_down", args.seed))
     if prior:

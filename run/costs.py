@@ -158,10 +158,14 @@ class Plan:
         """Whether all weights stay on the device as they are, so that they can be loaded straight to it."""
         return not (self.stream or self.fp8)
 
+    def place(self, device: torch.device | str) -> torch.device | str:
+        """Return where to load a model before `apply`: on the device, or mapped to its file."""
+        return device if self.resident else "cpu"
+
     def apply(self, model: Transformer, device: torch.device | str) -> Transformer:
         """Move a model to the device as planned, in place, and return it.
 
-        Load it to the CPU, mapped to its file, or straight to the device if the plan is `resident`.
+        Load it to the plan's `place` before.
         """
         return arrange(model, device, self.checkpoint, self.stream, self.fp8, self.compiled)
 

@@ -17,8 +17,9 @@ from flux.finding import (
     find_named,
     local_parts,
 )
-from flux.loading import ModelFiles, default_sampler
+from flux.loading import ModelFiles, default_sampler, load_transformer
 from run.costs import KNOWN
+from run.settings import Training
 
 SHIPPED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 OPTIONS = {
@@ -111,9 +112,20 @@ def find_model(args: argparse.Namespace) -> ModelFiles:
 
 
 def take_defaults(args: argparse.Namespace, files: ModelFiles) -> None:
-    """Set the options that were left to the model: how it is sampled, and the times of training."""
+    """Set the options that were left to the model: how it is sampled, and some of training.
+
+    Raises UserError when --guidance or --train-guidance is given for a model without that input.
+    """
+    sizes = load_transformer(files.transformer, "meta").sizes
+    for name in () if sizes.guidance else ("guidance", "train_guidance"):
+        value = getattr(args, name, None)
+        if value is not None:
+            hint = ", but --cfg works" if name == "guidance" else ""
+            option = f"--{name.replace('_', '-')} {value:g}"
+            raise UserError(f"{option}: {files.transformer} has no guidance input{hint}")
     sampler = default_sampler(files)
     left = {**sampler, "sample_steps": sampler["steps"], "t_mean": files.base.kind.T_MEAN}
+    left |= {"train_guidance": Training.train_guidance}
     for name, value in left.items():
         if getattr(args, name, value) is None:
             setattr(args, name, value)

@@ -26,7 +26,7 @@ class Training:
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `Training`, except --lr, which the benchmark needs as a list.
 
-    `run.models.take_defaults` sets --t-mean.
+    `run.models.take_defaults` sets --t-mean and --train-guidance.
     """
     group = parser.add_argument_group("choices where the paper is silent")
     group.add_argument("--weight-decay", type=float, default=Training.weight_decay, help="AdamW's")
@@ -40,9 +40,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--t-mean", type=float, help="times are logit-normal with this mean; default: 0, 1.1 for FLUX.2"
     )
     group.add_argument("--t-std", type=float, default=Training.t_std, help="and this standard deviation")
-    group.add_argument(
-        "--train-guidance", type=float, default=Training.train_guidance, help="guidance input while training"
-    )
+    group.add_argument("--train-guidance", type=float, help="guidance input while training; default: 1")
     group.add_argument(
         "--latents",
         choices=["sample", "mean"],

@@ -92,10 +92,12 @@ def test_pictures_are_what_the_parts_make(lora, klein, tmp_path):
     assert abs(seen - make(2.0, cfg=1.0)).max() > 1
 
 
-def test_a_guidance_that_klein_does_not_have_is_refused(klein, tmp_path):
+def test_a_guidance_that_klein_does_not_have_is_refused(klein, train_klein, tmp_path):
     words = ["--prompt", "a", "--model", str(klein), "--out", str(tmp_path), "--guidance", "2"]
     with pytest.raises(UserError, match="--guidance 2: .* has no guidance input, but --cfg works"):
         sample.main(words)
+    with pytest.raises(UserError, match="--train-guidance 3: .* has no guidance input$"):
+        train_klein(tmp_path / "out", "--train-guidance", 3)
 
 
 def test_files_of_the_other_base_are_refused(lora, klein, model, meta, people, tmp_path):

@@ -194,6 +194,15 @@ def test_a_batch_has_the_faces_of_other_photos():
         assert one.t.sort().values.diff().min() > 0.05  # spread over their distribution
 
 
+def test_the_sheet_shows_photos_with_a_face():
+    """Of each person the first one in which the eye has found a face; nobody without any."""
+    faces = SimpleNamespace(of=lambda people: people[0].faces)
+    some = [SimpleNamespace(photos="abc", faces=[None, 1, 2]), SimpleNamespace(photos="d", faces=[None])]
+    some += [SimpleNamespace(photos="ef", faces=[3, None])]
+    seen = [(photo, face) for _, photo, face in command.Faces.seen(faces, some)]
+    assert seen == [("b", 1), ("e", 3)]
+
+
 def test_the_rate_rises_and_falls():
     learner = SimpleNamespace(training=Training(lr=1.0), steps=1000)
     rates = [command.PredictorLearner.rate(learner, step) for step in (0, 24, 49, 500, 750, 999)]
