@@ -298,14 +298,17 @@ def test_two_processes_write_one_predictor(model, people, eye, tmp_path):
 def test_sample_grids_show_predictions(train, tmp_path, monkeypatch):
     """They change nothing in the training, and show what is predicted from the photo beside them."""
     monkeypatch.setattr(grids, "generate", partial(grids.generate, steps=2))
-    seen, make = [], grids.sample_grid
-    monkeypatch.setattr(
-        command, "sample_grid", lambda model, *rest: seen.append((model, *rest)) or make(model, *rest)
-    )
+    seen, slots, make = [], [], grids.sample_grid
+
+    def watched(model, choose, *rest):
+        seen.append((model, choose, *rest))
+        return make(model, lambda slot: slots.append(slot) or choose(slot), *rest)
+
+    monkeypatch.setattr(command, "sample_grid", watched)
     found = train(tmp_path / "a", "--steps", 3, "--sample-every", 2)
     assert_same(found, train(tmp_path / "b", "--steps", 3, "--sample-every", 0))
     (grid,) = (tmp_path / "a" / "samples").iterdir()
-    assert grid.name == "000002.png" and len(seen) == 1
+    assert grid.name == "000002.png" and len(seen) == 1 and slots == [0, 1]
     width, height = Image.open(grid).size
     assert width > 5 * 192 and height > 2 * 192
     _, _, photos, *_ = seen[0]
