@@ -1,0 +1,1 @@
+"""Can a rule that sees no judge say when a person is learned?"""
