@@ -8,7 +8,7 @@ writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_sam
 import argparse
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, count
 from pathlib import Path
@@ -57,6 +57,8 @@ from run.seeds import generator_for
 from run.settings import Training, add_training_arguments
 from run.terminal import printable
 from vision.detector import load_detector
+from watching.judge import Judge
+from watching.watch import Watch, list_files, watched_steps
 
 STEPS = {"meta-lora": 375, "lora": 625}  # paper, section 4.2
 LIMITS = {"steps": (0, MOST)}
@@ -89,6 +91,7 @@ def personalize(
     device: torch.device,
     dtype: torch.dtype,
     start: Tensor | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """Run Algorithm 2: fit mid and up to the crops of one person's photo; meta_down is frozen.
 
@@ -96,6 +99,7 @@ def personalize(
     photo (augment-and-create-data). The model then holds the adapter. Algorithm 2 as printed multiplies q_st2
     by the number of crops; by appendix B.1, 375 iterations of 2.8 s in 18 minutes, it is the total.
     start: what to begin with instead of the paper's, a row of `Factors.personal`; ours, see predictor/.
+    watch: called before the first update and after each, with the number of updates so far; see watching/.
     Raises UserError when a loss is infinite or NaN.
     """
     # initialize, load-down-weights
@@ -104,7 +108,7 @@ def personalize(
         personal.data.copy_(start)
     batches = draw_batches(crops, prompt, settings, training, seed, device, dtype)
     # The loop is in `updates`. Its losses arrive a step late, so that no step waits for the host.
-    losses = read_late(updates(model, personal, batches, training))
+    losses = read_late(updates(model, personal, batches, training), watch)
     bar = tqdm(losses, "personalizing", settings.steps, mininterval=1, dynamic_ncols=True)
     for step, loss in enumerate(bar, 1):
         if not math.isfinite(loss):
@@ -315,13 +319,18 @@ def main(argv: list[str] | None = None) -> None:
     photos = {path: read_photo(path) for path in args.photos}
     check_writable(args.out.parent, "--out")
     if not args.show_crops:
-        for path in [args.out, *([beside(args.out, "_samples.png")] if args.samples else [])]:
+        written = [args.out, *([beside(args.out, "_samples.png")] if args.samples else [])]
+        written += list_files(args.out, args.watch, args.steps, args.keep) if args.watch else []
+        for path in written:
             check_new(path, args.force)
     for file in filter(None, [args.meta and existing_prior(args.meta), args.predictor]):
         read_header(file)  # is it a safetensors file?
     crops = list_crops(photos, settings.augment, args.face, args.detector)
     if args.show_crops:
         return show_crops(photos, crops, beside(args.out, "_crops.png"))
+    texts = [args.caption, *(f"a photo of a {args.class_word} {scene}" for scene in SCENES)]
+    texts = [*dict.fromkeys(texts[: max(1, args.samples)])]
+    judge = Judge(args.model, args.photos[0], args.face, texts, args.detector) if args.watch else None
     files = find_model(args)
     take_defaults(args, files)
     training, sampler = Training.of(args), flux.default_sampler(files)
@@ -353,16 +362,30 @@ def main(argv: list[str] | None = None) -> None:
     del autoencoder
     release(device)
     conditioner = flux.load_conditioner(files, device, dtype, args.t5_length, args.vram)
-    texts = [args.caption, *(f"a photo of a {args.class_word} {scene}" for scene in SCENES)]
-    prompts = {text: encode_prompt(text, conditioner) for text in texts[: max(1, args.samples)]}
+    prompts = {text: encode_prompt(text, conditioner) for text in texts}
     sampler["negative"] = encode_negative(sampler["cfg"], conditioner)
     del conditioner
     release(device)
 
     model = flux.load_transformer(files.transformer, chosen.place(device), dtype)
     chosen.apply(model, device)
-    prompt = prompts[args.caption]
-    personalize(model, prior, encoded, prompt, settings, training, args.seed, device, dtype, start)
+    prompt, watch = prompts[args.caption], None
+    if judge:
+        watch = Watch(
+            model=model,
+            out=args.out,
+            steps=watched_steps(args.watch, settings.steps),
+            judge=judge,
+            photo=photos[args.photos[0]],
+            prompts=prompts,
+            autoencoder=files.autoencoder,
+            resolution=resolution,
+            seed=args.seed,
+            sampler=sampler,
+            about=about if args.keep else None,
+            form=args.format,
+        )
+    personalize(model, prior, encoded, prompt, settings, training, args.seed, device, dtype, start, watch)
 
     export_lora(model, args.out, about, form=args.format)
     print(f"{args.out}: rank {settings.rank}, {args.out.stat().st_size / 1e6:.1f} MB")
@@ -421,10 +444,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--show-crops", action="store_true", help="write the crops as <out>_crops.png and stop"
     )
+    group = parser.add_argument_group("watching, which changes nothing of the training")
+    group.add_argument(
+        "--watch",
+        type=int,
+        metavar="N",
+        help="every N updates make small pictures of the prompts of --samples, of the caption at least, and "
+        "score them if the evaluators are on this disk: <out>_watch.png and <out>_watch.csv",
+    )
+    group.add_argument(
+        "--keep",
+        action="store_true",
+        help="with --watch: write the LoRA as it is then as well, <out>_<step>.safetensors",
+    )
     args = parser.parse_args(argv)
     args.out = args.out or Path(f"{name_of(args.photos[0])}.safetensors")
     args.photos = expand_folders(args.photos)
     settle(parser, args)
+    if args.watch and not args.steps:
+        parser.error("--watch looks at a training, and --steps 0, the default of --start predicted, has none")
+    if args.keep and not args.watch:
+        parser.error("--keep belongs to --watch N")
     unused = captions_beside(args.photos) if args.steps and not args.caption else []
     if unused:
         warnings.warn(f"captions such as {unused[0]} are not used: --caption gives one", stacklevel=2)

@@ -11,7 +11,7 @@ MOST = 10**7
 # The smallest and the largest value of each option, by its name.
 LIMITS = {
     **dict.fromkeys(("steps", "sample_steps", "batch", "save_every", "uses_per_image"), (1, MOST)),
-    **dict.fromkeys(("bucket_ids", "min_photos", "max_people", "max_photos", "at_once"), (1, MOST)),
+    **dict.fromkeys(("bucket_ids", "min_photos", "max_people", "max_photos", "at_once", "watch"), (1, MOST)),
     **dict.fromkeys(("r1", "r2", "rank", "ranks", "n", "seeds"), (1, 2**14)),
     **dict.fromkeys(("sample_every", "min_side"), (0, MOST)),
     "seed": (0, 2**32 - 1),

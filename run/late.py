@@ -1,6 +1,6 @@
 """The loss of a training step, read while the next step is computed, so that no step waits for the host."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, pairwise
 
 import torch
@@ -25,7 +25,21 @@ class Late:
         return self.numbers.tolist()
 
 
-def read_late(steps: Iterable[Tensor]) -> Iterator[float | list[float]]:
-    """Yield the numbers of each step when the next one is queued."""
-    for late, _ in pairwise(chain(map(Late, steps), [None])):
+def read_late(
+    steps: Iterable[Tensor], between: Callable[[int], None] | None = None
+) -> Iterator[float | list[float]]:
+    """Yield the numbers of each step when the next one is queued.
+
+    between: called before the first step and after each, with the number of steps so far.
+    """
+
+    def queue() -> Iterator[Late]:
+        if between:
+            between(0)
+        for done, numbers in enumerate(steps, 1):
+            yield Late(numbers)
+            if between:
+                between(done)
+
+    for late, _ in pairwise(chain(queue(), [None])):
         yield late.read()

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from run.files import atomic
 from run.terminal import printable
 
+GAP = 4  # pixels between the cells of a contact sheet
 # Some write the name with its folder or with its suffix.
 TAG = re.compile(
     r"\s*<(?:lora|lyco):(?:[^<>]*[\\/])?([^<>]+?)(?:\.safetensors)?(?::(-?[0-9]*\.?[0-9]+(?:e-?[0-9]+)?))?>"
@@ -31,7 +32,7 @@ def contact_sheet(
     cut after five lines.
     """
     height, width = cell
-    gap, font = 4, ImageFont.load_default(size=max(10, min(cell) // 16))
+    gap, font = GAP, ImageFont.load_default(size=max(10, min(cell) // 16))
     letters = max(1, int(width / font.getlength("n")))
     line = math.ceil(sum(font.getmetrics()) * 1.1)
 

@@ -21,10 +21,10 @@ from flux.errors import UserError
 from flux.hashes import fingerprint
 from flux.loading import folder_around
 from people.cache import TensorCache, content_key
-from people.photos import READING, read_photo
+from people.photos import READING, Box, read_photo
 from run.models import named_model
+from vision import clip_vit, inception_resnet, small
 from vision import detector as yunet
-from vision import inception_resnet, small
 from vision.clip_vit import CLIPViT, find_clip_vit, load_clip_vit
 
 if TYPE_CHECKING:
@@ -69,6 +69,15 @@ class Evaluators:
     def embed_faces(self, paths: Sequence[Path]) -> tuple[Tensor, list[int]]:
         """Embed each picture's largest face, (n, d), and count its faces; without one the row is zero."""
         raise NotImplementedError
+
+    def at_hand(self) -> dict[str, bool]:
+        """Tell of FaceSim and CLIP-T whether their networks are on this disk already."""
+        return {"facesim": True, "clip-t": True}
+
+    def embed_reference(self, path: Path, face: Box | None = None) -> Tensor | None:
+        """Embed the face in the box, without one the photo's largest, (d,); None if there is no face."""
+        (embedding,), (count,) = self.embed_faces([path])
+        return embedding if count else None
 
     def read(self, path: Path) -> Image.Image:
         return read_photo(path)
@@ -155,6 +164,15 @@ class PaperEvaluators(Evaluators):
         width = next((len(entry["face"]) for entry in entries if "face" in entry), 1)
         faces = torch.stack([entry.get("face", torch.zeros(width)) for entry in entries])
         return faces, [int(entry["count"]) for entry in entries]
+
+    def at_hand(self) -> dict[str, bool]:
+        recognizer = self.recognizer_path or inception_resnet.place().is_file()
+        return {"facesim": bool(recognizer), "clip-t": bool(self.clip_path) or clip_vit.is_cached()}
+
+    def embed_reference(self, path: Path, face: Box | None = None) -> Tensor | None:
+        if face is None:
+            return super().embed_reference(path)
+        return self.recognizer.embed_faces([self.read(path)], [face])[0].cpu()
 
     def _embed_with_clip(self, images: list[Image.Image]) -> list[Entry]:
         return [{"image": embedding} for embedding in self.clip.embed_images(images).cpu()]

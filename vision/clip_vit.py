@@ -172,14 +172,24 @@ def find_clip_vit(path: Path | None = None) -> Path:
     raise FileNotFoundError(f"--clip {path}: no such file, and no folder with {' or '.join(WEIGHTS)}")
 
 
+def is_cached() -> bool:
+    """Tell whether ViT-B/32 is in the hub's cache, with what it needs, so that nothing is downloaded."""
+    name = _cached_weights()
+    return bool(name) and all(_in_cache(part, WEIGHTS[name][0]) for part in BESIDE)
+
+
+def _in_cache(file: str, revision: str) -> bool:
+    return isinstance(try_to_load_from_cache(REPOSITORY, file, revision=revision), str)
+
+
+def _cached_weights() -> str | None:
+    """Return the name of the weights file that is in the hub's cache."""
+    return next((name for name, (revision, _) in WEIGHTS.items() if _in_cache(name, revision)), None)
+
+
 def _from_hub() -> Path:
     """Return the weights file that is in the hub's cache already, else download one, with what it needs."""
-    cached = [
-        name
-        for name, (revision, _) in WEIGHTS.items()
-        if isinstance(try_to_load_from_cache(REPOSITORY, name, revision=revision), str)
-    ]
-    name = (cached or list(WEIGHTS))[0]
+    name = _cached_weights() or next(iter(WEIGHTS))
     revision, sha256 = WEIGHTS[name]
     try:
         file, *_ = [hub_file(REPOSITORY, part, revision) for part in (name, *BESIDE)]

@@ -218,9 +218,14 @@ def load_recognizer(
     return load(InceptionResnet, InceptionResnetSizes, path or _download(), device, dtype)
 
 
+def place() -> Path:
+    """Return where VGGFace2's weights are, once downloaded: in torch's cache, as facenet-pytorch's."""
+    return Path(torch.hub.get_dir()).with_name("checkpoints") / FILE
+
+
 def _download() -> Path:
-    """Return VGGFace2's weights from torch's cache, where facenet-pytorch keeps them, or download them."""
-    file = Path(torch.hub.get_dir()).with_name("checkpoints") / FILE
+    """Return VGGFace2's weights, downloaded if they are not there."""
+    file = place()
     if not file.is_file():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

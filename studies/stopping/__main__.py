@@ -4,7 +4,7 @@
     python -m studies.stopping --table    # the table in docs/findings.md again, from the committed files
 
 Thresholds are chosen on 12 synthetic people and measured on 30 others. scores.csv has a line per person and
-state, averaged over prompts; signals.csv a line per person and look.
+state, averaged over prompts, signals.csv one with what is seen without a judge.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from metaphd import benchmark
 from run.command import run_script
 from run.files import atomic
 from studies.stopping.rules import Course, tabulate
-from studies.stopping.signals import SIGNALS, watch
+from studies.stopping.signals import SIGNALS, look
 from tiny.people import write_people
 
 FOLDER = Path(__file__).parent
@@ -34,7 +34,7 @@ KEY = ("people", "method", "steps", "person")
 
 
 def measure(out: Path, people: str) -> tuple[list[dict], list[dict]]:
-    """Train, generate and score everyone with the benchmark, and train once more for the signals."""
+    """Train, generate and score everyone with the benchmark; return rows of scores and of signals."""
     count, seed = PEOPLE[people]
     folder = out / "people" / people
     write_people(folder, people=count, photos=8, seed=seed, photo_share=1)
@@ -55,7 +55,7 @@ def measure(out: Path, people: str) -> tuple[list[dict], list[dict]]:
     again.check()
     again.encode()
     again.load()
-    return scores, [{"people": people} | row for run in again.runs for row in watch(again, run)]
+    return scores, [{"people": people} | row for run in again.runs for row in look(again, run)]
 
 
 def read(path: Path) -> list[dict]:
@@ -80,14 +80,13 @@ def courses(people: str) -> dict[str, Course]:
     found = {}
     for method in METHODS:
         names = sorted({person for _, _, person in signals})
-        looks = sorted({int(step) for which, step, _ in signals if which == method})
         place = lambda steps, person: (method if steps else "base", str(steps), person)
         values = [[[float(scores[place(n, x)][m]) for m in METRICS] for n in (0, *STEPS)] for x in names]
         seen = {
-            name: np.array([[float(signals[method, str(n), x][name]) for n in looks] for x in names])
+            name: np.array([[float(signals[method, str(n), x][name]) for n in (0, *STEPS)] for x in names])
             for name in SIGNALS
         }
-        found[method] = Course(np.array((0, *STEPS)), np.array(values), np.array(looks), seen)
+        found[method] = Course(np.array((0, *STEPS)), np.array(values), seen)
     return found
 
 
