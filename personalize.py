@@ -342,6 +342,8 @@ def main(argv: list[str] | None = None) -> None:
         start = predict(trained, eye, photos, files.transformer, args.face)
         del eye
         release(device)
+        if judge:
+            judge.warn_of_eye(trained.prior.metadata["eye_weights"])
     about = {"resolution": resolution, "caption": args.caption, "seed": args.seed}
     about |= describe(settings, training, files.transformer, prior, args.photos, trained)
     if not settings.steps:

@@ -172,6 +172,7 @@ class PaperEvaluators(Evaluators):
     def embed_reference(self, path: Path, face: Box | None = None) -> Tensor | None:
         if face is None:
             return super().embed_reference(path)
+        self.used["recognizer"] = _identify(self.recognizer_path, inception_resnet.SHA256)
         return self.recognizer.embed_faces([self.read(path)], [face])[0].cpu()
 
     def _embed_with_clip(self, images: list[Image.Image]) -> list[Entry]:

@@ -10,6 +10,7 @@ from PIL import Image
 
 import personalize
 import watching.watch
+from flux.hashes import fingerprint
 from flux.streaming import Stream
 from run.late import read_late
 from scoring import evaluators
@@ -290,9 +291,17 @@ def test_many_states_share_the_columns_and_the_last_is_shown():
 
 
 def test_a_point_stands_over_its_column():
-    """The mean's marker is the darkest blue in the column's middle; without it there is only the grid."""
+    """The line begins and ends with a marker in the middle of the first and of the last column."""
     states, middles = some_states(3), np.array([300.0, 400.0, 500.0])
     picture = np.asarray(plot_curves(states, [0, 10, 20], middles, 250, 550)).astype(int)
     blue = (picture[:, :, 2] - picture[:, :, 0] > 150).any(axis=0)
-    assert blue[295:305].all() and blue[495:505].all()
-    assert not blue[:290].any() and not blue[510:].any()
+    assert blue[298:303].all() and blue[498:503].all()
+    assert not blue[:294].any() and not blue[507:].any()
+
+
+def test_an_eye_that_also_scores_is_noticed(world, run, recwarn):
+    judge = Judge(str(world), Path("ref.png"), None, ["a photo"])
+    judge.warn_of_eye("another")
+    assert not [warning for warning in recwarn if "flatters" in str(warning.message)]
+    with pytest.warns(UserWarning, match="the predictor sees with the network that scores FaceSim"):
+        judge.warn_of_eye(fingerprint(world / "judges" / "identity.safetensors"))

@@ -1,6 +1,7 @@
 """FaceSim and CLIP-T of a few pictures of one person, by the evaluators that need no download."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,6 +67,14 @@ class Judge:
             except UserError as error:
                 remarks.append(f"no {TITLES['clip-t']}: {error}")
         return remarks
+
+    def warn_of_eye(self, weights: str) -> None:
+        """Warn when a predictor, whose eye has these weights, sees with the network of FaceSim."""
+        if weights in self.evaluators.used.values():
+            warnings.warn(
+                "--watch: the predictor sees with the network that scores FaceSim, which flatters its LoRA",
+                stacklevel=2,
+            )
 
     def score(self, pictures: Sequence[Image.Image]) -> dict[str, list[float]]:
         """Return the scores of the pictures, one of each prompt, by metric.

@@ -1,4 +1,4 @@
-"""Rules that end a training by its signals, and how each does beside a fixed number of steps."""
+"""Rules that end a training by what it shows without a judge, beside a fixed number of steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from scoring.tables import markdown
-from studies.claim.scores import draw_people, estimate
+from studies.claim.scores import TINY, draw_people, estimate
 from studies.claim.words import number, tell_points
 
 RESAMPLES = 10_000
@@ -16,13 +16,128 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Course:
-    """The trainings of some people by one method."""
+    """What is known of some people at each state of their trainings by one method, 0 steps first."""
 
-    steps: np.ndarray  # (states,) at which pictures were scored, from 0 on
+    steps: np.ndarray  # (states,)
     scores: np.ndarray  # (people, states, 2): R-FaceSim and adherence
-    looks: np.ndarray  # (looks,) steps of the signals, from 0 on
-    signals: dict[str, np.ndarray]  # (people, looks)
+    signals: dict[str, np.ndarray]  # (people, states)
+
+    def at(self, stops: np.ndarray) -> np.ndarray:
+        """Return everyone's scores (people, 2) at their own state, a number for each."""
+        return self.scores[np.arange(len(stops)), stops]
+
+    def fixed(self, state: int) -> np.ndarray:
+        return np.full(len(self.scores), state)
 
 
-def tabulate(choosing, fresh):
-    return ""
+# --- Rules: the state, (people,), at which each training ends ----------------------------------------------
+
+Rule = Callable[[Course], np.ndarray]
+
+
+def first(ended: np.ndarray) -> np.ndarray:
+    """Return everyone's first state at which the rule says so (people, states), else the last."""
+    ended = ended.copy()
+    ended[:, 0], ended[:, -1] = False, True
+    return ended.argmax(axis=1)
+
+
+def no_better(name: str, by: float, states: int, course: Course) -> np.ndarray:
+    """End when for so many states the loss has not fallen by a fraction of what was the lowest before."""
+    ended = np.zeros(course.signals[name].shape, bool)
+    for own, end in zip(course.signals[name], ended):
+        lowest, waited = own[0], 0
+        for k, loss in enumerate(own[1:], 1):
+            lowest, waited = (loss, 0) if loss < lowest * (1 - by) else (lowest, waited + 1)
+            end[k] = waited >= states
+    return first(ended)
+
+
+def slow_growth(below: float, course: Course) -> np.ndarray:
+    """End when the norm grows by less than a fraction of itself a step."""
+    norm = course.signals["norm"]
+    grown = np.diff(norm, axis=1, prepend=0) / np.maximum(norm, TINY)
+    return first(grown / np.diff(course.steps, prepend=-1) < below)
+
+
+def small_change(below: float, course: Course) -> np.ndarray:
+    """End when the change, relative to the norm, is less than a number a step."""
+    return first(course.signals["change"] / np.diff(course.steps, prepend=-1) < below)
+
+
+def large_update(above: float, course: Course) -> np.ndarray:
+    """End when the update's norm is more than a fraction of the weight's, on average over layers."""
+    return first(course.signals["ratio"] > above)
+
+
+def list_rules() -> dict[str, dict[str, Rule]]:
+    """Return the rules of each kind by their thresholds."""
+    patience = [*product((0, 0.01, 0.02, 0.05, 0.1), (1, 2))]
+    rates = (0.02, 0.015, 0.01, 0.008, 0.006, 0.005, 0.004, 0.003, 0.002, 0.0015, 0.001)
+    above = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.12, 0.15, 0.2)
+    rules: dict[str, dict[str, Rule]] = {
+        f"loss of the {what} no longer falls": {
+            f"by {by:.0%} in {states} state{'s' * (states > 1)}": partial(no_better, name, by, states)
+            for by, states in patience
+        }
+        for name, what in {"mirror": "mirror image", "photo": "photo"}.items()
+    }
+    rules["norm grows slowly"] = {f"below {x:.2%} a step": partial(slow_growth, x) for x in rates}
+    rules["update changes little"] = {f"below {x:.2%} a step": partial(small_change, x) for x in rates}
+    rules["update is large"] = {f"above {x:.0%} of the weight": partial(large_update, x) for x in above}
+    return rules
+
+
+# --- Choosing and measuring --------------------------------------------------------------------------------
+
+
+def worth(course: Course, stops: np.ndarray) -> float:
+    """Return what is to be high: R-FaceSim + adherence, the mean over people."""
+    return course.at(stops).sum(axis=1).mean()
+
+
+def choose_fixed(course: Course) -> int:
+    """Return the best state for all."""
+    return max(range(len(course.steps)), key=lambda state: worth(course, course.fixed(state)))
+
+
+def choose(rules: dict[str, Rule], course: Course) -> str:
+    """Return the threshold that needs the fewest steps of those worth as much as the best fixed number.
+
+    If none is, the one that is worth most.
+    """
+    least = worth(course, course.fixed(choose_fixed(course))) - TINY
+    stops = {name: rule(course) for name, rule in rules.items()}
+    good = [name for name in rules if worth(course, stops[name]) >= least]
+    if good:
+        return min(good, key=lambda name: course.steps[stops[name]].mean())
+    return max(rules, key=lambda name: worth(course, stops[name]))
+
+
+def best_of_each(course: Course) -> np.ndarray:
+    """Return everyone's own best state, which only a judge knows: what could be gained at most."""
+    return course.scores.sum(axis=2).argmax(axis=1)
+
+
+def tabulate(choosing: dict[str, Course], fresh: dict[str, Course]) -> str:
+    """Lay out, by method, each kind of rule as chosen on some people and measured on others.
+
+    Differences are to the best fixed number of steps, also chosen on the former, with paired 95 % intervals.
+    """
+    head = ["rule", "threshold, chosen", "steps", "R-FaceSim, minus that after the fixed number"]
+    lines = [["method", *head, "adherence, likewise"]]
+    for method, course in fresh.items():
+        fixed = choose_fixed(choosing[method])
+        weights = draw_people(len(course.scores), 1, RESAMPLES)[..., 0]
+        base = course.at(course.fixed(fixed))
+        scores = " and ".join(number(100 * score) for score in base.mean(axis=0))
+        lines.append([method, "fixed", "", str(course.steps[fixed]), f"({scores})", ""])
+        rows = {kind: choose(rules, choosing[method]) for kind, rules in list_rules().items()}
+        stops = {kind: list_rules()[kind][name](course) for kind, name in rows.items()}
+        stops["everyone's best, by a judge"] = best_of_each(course)
+        for kind, own in stops.items():
+            gains = weights @ (course.at(own) - base)
+            steps = number(course.steps[own].mean(), 0)
+            told = [tell_points(estimate(gain)) for gain in gains.T]
+            lines.append([method, kind, rows.get(kind, ""), steps, *told])
+    return markdown(lines)

@@ -1,4 +1,4 @@
-"""What can be seen of a training without a judge: losses at fixed times and noises, and the size of the update.
+"""What can be seen of a training without a judge: losses at fixed times and noises, the size of the update.
 
 They are taken of the LoRA files that the benchmark wrote at several steps, so nothing is trained for them.
 """
