@@ -49,8 +49,14 @@ def read_table() -> list[dict]:
 def test_the_training_is_bit_for_bit_the_same(run, monkeypatch, words):
     monkeypatch.setattr(Stream, "COPY", True)
     run("--out", "without.safetensors", *words.split())
-    run("--watch", 1, *words.split())
+    run("--watch", 2, *words.split())
     assert Path("ref.safetensors").read_bytes() == Path("without.safetensors").read_bytes()
+
+
+def test_flux2_is_watched_with_its_negative_prompt(run, world_of_klein):
+    run("--model", world_of_klein, "--watch", 4, "--samples", 0)
+    assert [row["step"] for row in read_table()] == ["0", "4"]
+    assert Image.open("ref_watch.png").width > 3 * CELL
 
 
 def test_a_watch_that_disturbs_the_training_is_noticed(run, monkeypatch):
