@@ -130,7 +130,7 @@ def test_nothing_is_downloaded(run, world, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(judging, "load_evaluators", lambda _, cache, **__: PaperEvaluators(cache))
     run("--watch", 4)
     said = capsys.readouterr().out
-    assert "--watch: pictures\n" in said
+    assert "--watch: pictures only\n" in said
     assert "no FaceSim: the face recogniser is not on this disk (python metrics.py facesim downloads" in said
     assert "no CLIP-T: CLIP ViT-B/32 is not on this disk" in said
     assert read_table() == [{"step": step, "facesim": "", "clip-t": ""} for step in ("0", "4")]

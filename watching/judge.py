@@ -52,11 +52,8 @@ class Judge:
                 remarks += self._embed_texts(prompts)
         scored = {"facesim": self.reference is not None, "clip-t": bool(self.texts)}
         names = " and ".join(TITLES[metric] for metric, there in scored.items() if there)
-        print(
-            "\n  ".join(
-                [f"--watch: {f'{names} by {self.evaluators.name}' if names else 'pictures'}", *remarks]
-            )
-        )
+        said = f"{names} by {self.evaluators.name}" if names else "pictures only"
+        print("\n  ".join([f"--watch: {said}", *remarks]))
 
     def _embed_texts(self, prompts: Sequence[str]) -> list[str]:
         """Embed the prompts that the evaluators know; return a remark on each of the others."""
