@@ -3,8 +3,8 @@
     python -m studies.enough            # trains and scores what is missing; about three hours of one core
     python -m studies.enough --figures  # the tables in docs/findings.md again, from the committed scores
 
-Everybody is learned by Meta-LoRA on each of the priors, at one learning rate. scores.csv has a line per
-prior, number of steps in stage 2, and person.
+Everybody is learned by Meta-LoRA on each of the priors, at one learning rate. scores.csv has a line for
+each prior and person.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from metaphd import benchmark
 from run.command import run_script
 from run.files import atomic
 from scoring.tables import markdown
-from studies.claim.scores import SIMILAR, estimate
+from studies.claim.scores import SIMILAR, Estimate, estimate
 from studies.claim.words import number, tell_points
 from studies.rows import mean_scores, put_rows, read_results
 from tiny.people import write_people
@@ -32,7 +32,7 @@ SCORES = Path(__file__).with_name("scores.csv")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "findings.md"
 PROMPTS = Path(__file__).parents[1] / "claim" / "prompts.txt"
 PEOPLE = {"count": 30, "seed": 600}  # who are learned; nothing was chosen on them
-LR, STEPS = 8e-3, (30, 60)  # of stage 2
+LR, STEPS = 8e-3, 30  # of stage 2: early, when the prior matters most
 
 # Stage 1: people, photos of each, and options of train_meta.py. A bucket has 20 people and always 100 steps.
 USUAL = {"people": 200, "photos": 20, "steps": 1000, "r1": 32, "resolution": 64, "seed": 0}
@@ -53,6 +53,14 @@ GROUPS = {
     "r1, at 1,000 steps": ["r1 16", "1000 steps", "r1 64", "r1 128"],
     "seed, at 1,000 steps": ["another seed", "1000 steps"],
 }
+QUESTIONS = {
+    "steps, of 200 people": "How many steps of stage 1 are enough?",
+    "people, at 4,000 steps": "How many people?",
+    "photos of each, at 1,000 steps": "How many photos of each?",
+    "resolution, at 1,000 steps": "Is half the resolution enough in stage 1?",
+    "r1, at 1,000 steps": "Which r1?",
+}
+Means = dict[tuple, np.ndarray]  # of `mean_scores`, by (prior,)
 LORAS = {f"LoRA, rate {lr:g}": lr for lr in (8e-3, 2e-2)}  # no prior at all
 
 
@@ -86,7 +94,7 @@ def measure(out: Path, name: str) -> Iterator[dict]:
     folder = out / "people"
     write_people(folder, people=PEOPLE["count"], photos=8, seed=PEOPLE["seed"], photo_share=1)
     words = ["--people", folder, "--model", "tiny", "--prompts", PROMPTS, "--seeds", 1, "--sample-steps", 8]
-    words += ["--at-once", PEOPLE["count"], "--draws", "spread", "--steps", *STEPS]
+    words += ["--at-once", PEOPLE["count"], "--draws", "spread", "--steps", STEPS]
     if name in LORAS:
         words += ["--method", "lora-noaug", "--lr", LORAS[name]]
     else:
@@ -95,62 +103,40 @@ def measure(out: Path, name: str) -> Iterator[dict]:
     benchmark.main([str(word) for word in [*words, "--out", results]])
     for system, person, scores in read_results(results):
         if system:  # not the base model
-            yield {"prior": name, "steps": system["steps"], "person": person, **scores}
+            yield {"prior": name, "person": person, **scores}
 
 
 # --- What the scores say -----------------------------------------------------------------------------------
 
 
-class Scores:
-    """Mean scores of every prior, see `mean_scores`."""
-
-    def __init__(self, file: Path = SCORES):
-        means = mean_scores(file, ("prior", "steps"))
-        self.names = {name for name, _ in means}
-        self.means = {(name, int(steps)): values for (name, steps), values in means.items()}
-
-    def difference(self, name: str, other: str, steps: int) -> np.ndarray:
-        """Return a prior's R-FaceSim minus another's, person by person: (1 + resamples,)."""
-        return (self.means[name, steps] - self.means[other, steps])[:, SIMILAR]
+def less(means: Means, name: str, most: str) -> Estimate:
+    """Return a prior's R-FaceSim minus another's, person by person."""
+    return estimate((means[name,] - means[most,])[:, SIMILAR])
 
 
-def enough(scores: Scores) -> str:
-    """Lay out what everybody reaches with each prior, and the difference to the most of its group."""
-    lines = [["", "", *(f"at {n}" for n in STEPS), *(f"less than the last, at {n}" for n in STEPS)]]
-    for title, names in (GROUPS | {"no stage 1": [*LORAS]}).items():
-        for name in [name for name in names if name in scores.names]:
-            cells = []
-            for steps in STEPS:
-                similar, _, adherent = 100 * scores.means[name, steps][0]
-                cells.append(f"{number(similar)} / {number(adherent)}")
-            if names[-1] not in (name, *LORAS):
-                cells += [tell_points(estimate(scores.difference(name, names[-1], n))) for n in STEPS]
-            lines.append([title, name, *cells, *[""] * (2 + 2 * len(STEPS) - 2 - len(cells))])
-            title = ""
+def enough(means: Means) -> str:
+    """Lay out what everybody reaches with each prior, and the difference to the last of its group."""
+    lines = [["", "stage 1", "R-FaceSim", "adherence", "R-FaceSim, less the last's"]]
+    for title, names in (GROUPS | {"none": [*LORAS]}).items():
+        for name in names:
+            if (name,) in means:
+                similar, _, adherent = 100 * means[name,][0]
+                difference = "" if name in (names[-1], *LORAS) else tell_points(less(means, name, names[-1]))
+                lines.append([title, name, number(similar), number(adherent), difference])
+                title = ""
     return markdown(lines)
 
 
-def answers(scores: Scores) -> str:
+def answers(means: Means) -> str:
     """Answer each question by the least of its group that is not clearly worse than the most."""
     lines = [["question", "answer", "figure [95 % interval]", "command"]]
-    questions = {
-        "How many steps of stage 1 are enough?": "steps, of 200 people",
-        "How many people?": "people, at 4,000 steps",
-        "How many photos of each?": "photos of each, at 1,000 steps",
-        "Is half the resolution enough in stage 1?": "resolution, at 1,000 steps",
-        "Which r1?": "r1, at 1,000 steps",
-    }
-    for question, title in questions.items():
-        names, told = GROUPS[title], []
-        if not {*names} <= scores.names:
-            continue
-        worse = {name: estimate(scores.difference(name, names[-1], STEPS[0])) for name in names[:-1]}
-        least = next((name for name, found in worse.items() if found.high >= 0), names[-1])
-        told = [f"{name}: {tell_points(found)}" for name, found in worse.items()]
-        figure = (
-            f"R-FaceSim after {STEPS[0]} steps of stage 2, relative to {names[-1]}: {'; '.join(told)} points"
-        )
-        lines.append([question, f"{least}, as far as 30 people tell", figure, "`python -m studies.enough`"])
+    for title, question in QUESTIONS.items():
+        *lesser, most = GROUPS[title]
+        found = {name: less(means, name, most) for name in lesser}
+        answer = next((name for name in lesser if found[name].high >= 0), most)
+        figure = "; ".join(f"{name} {tell_points(difference)}" for name, difference in found.items())
+        figure = f"R-FaceSim after {STEPS} steps of stage 2, less that of {most}: {figure} points"
+        lines.append([question, answer, figure, "`python -m studies.enough`"])
     return markdown(lines)
 
 
@@ -168,9 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.figures:
         for name in args.priors:
             put_rows(SCORES, [*measure(args.out, name)], ["prior"])
-    scores = Scores()
-    write(DOCUMENT, {name: partial(block, scores) for name, block in BLOCKS.items()})
-    print(*(block(scores) for block in BLOCKS.values()), sep="\n\n")
+    means = mean_scores(SCORES, ["prior"])
+    write(DOCUMENT, {name: partial(block, means) for name, block in BLOCKS.items()})
+    print(*(block(means) for block in BLOCKS.values()), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m studies.photos            # trains and scores what is missing; about two hours of one core
     python -m studies.photos --figures  # the tables in docs/findings.md again, from the committed scores
 
-People are learned from 1, 2, 4 or 8 photos and compared with the rest of their 16. The caption is the same for
-all, as in personalize.py. The learning rate of each rank was chosen on other people. scores.csv has a line per
+People are learned from 1, 2, 4 or 8 photos and compared with the rest of their 16. The caption is the same
+for all, as in personalize.py. The rate of each rank was chosen on other people. scores.csv has a line for each
 system and person.
 """
 
@@ -29,8 +29,8 @@ SCORES = Path(__file__).with_name("scores.csv")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "findings.md"
 PROMPTS = Path(__file__).parents[1] / "claim" / "prompts.txt"
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 600)}  # how many, and their seed
-PHOTOS, RANKS, RATES, STEPS = (1, 2, 4, 8), (1, 2, 4), (4e-3, 8e-3), (60, 120)
-KEY = ("people", "photos", "rank", "lr", "steps")
+PHOTOS, RANKS, RATES, STEPS = (1, 2, 4, 8), (1, 2, 4), (4e-3, 8e-3), 90
+KEY = ("people", "photos", "rank", "lr")
 
 
 def measure(out: Path, people: str, photos: int, rates: dict[int, Sequence[float]]) -> list[dict]:
@@ -42,14 +42,14 @@ def measure(out: Path, people: str, photos: int, rates: dict[int, Sequence[float
         caption.unlink()
     results = out / people / f"{photos}_photos"
     words = ["--people", folder, "--model", "tiny", "--prompts", PROMPTS, "--seeds", 1, "--sample-steps", 8]
-    words += ["--at-once", count, "--draws", "spread", "--steps", *STEPS, "--photos", photos]
+    words += ["--at-once", count, "--draws", "spread", "--steps", STEPS, "--photos", photos]
     words += ["--method", "meta-lora-noaug", "--out", results]
     for rank, of_rank in rates.items():
         benchmark.main([str(word) for word in [*words, "--ranks", rank, "--lr", *of_rank]])
     rows = []
     for system, person, scores in read_results(results):
         if system:  # not the base model
-            place = {"rank": system["rank"], "lr": f"{system['lr']:g}", "steps": system["steps"]}
+            place = {"rank": system["rank"], "lr": f"{system['lr']:g}"}
             rows.append({"people": people, "photos": photos, **place, "person": person, **scores})
     return rows
 
@@ -62,67 +62,50 @@ class Scores:
 
     def rate(self, rank: int) -> str:
         """Return a rank's rate: that of most R-FaceSim and adherence together, on the people for choosing."""
-        last = str(STEPS[-1])
-        found = {key[3]: x for key, x in self.means.items() if key[0] == "choosing" and key[2] == str(rank)}
-        found = {lr: self.means["choosing", "4", str(rank), lr, last][0] for lr in found}
-        return max(found, key=lambda lr: found[lr][SIMILAR] + found[lr][ADHERENT])
+        found = {key: x[0] for key, x in self.means.items() if key[0] == "choosing" and key[2] == str(rank)}
+        return max(found, key=lambda key: found[key][SIMILAR] + found[key][ADHERENT])[3]
 
-    def fresh(self, photos: int, rank: int, steps: int) -> np.ndarray:
-        return self.means["fresh", str(photos), str(rank), self.rate(rank), str(steps)]
+    def fresh(self, photos: int, rank: int) -> np.ndarray:
+        return self.means["fresh", str(photos), str(rank), self.rate(rank)]
 
 
 def several(scores: Scores) -> str:
-    """Lay out R-FaceSim, the copying of what was learned and adherence, by photos and rank."""
-    lines = [["photos", "r2", "rate", *(f"after {n} steps" for n in STEPS), f"one photo, at {STEPS[-1]}"]]
+    """Lay out R-FaceSim, the copying of the first photo and adherence, by photos and rank."""
+    names = ["R-FaceSim", "FaceSim - R-FaceSim", "adherence", "R-FaceSim, less one photo's"]
+    lines = [["photos", "r2", "rate", *names]]
     for photos, rank in product(PHOTOS, RANKS):
-        cells = []
-        for steps in STEPS:
-            values = 100 * scores.fresh(photos, rank, steps)[0]
-            copied = number((values[FACESIM] - values[SIMILAR]), 1, "+")
-            cells.append(f"{number(values[SIMILAR])} / {copied} / {number(values[ADHERENT])}")
-        more = scores.fresh(photos, rank, STEPS[-1]) - scores.fresh(1, rank, STEPS[-1])
-        gain = tell_points(estimate(more[:, SIMILAR])) if photos > 1 else ""
-        lines.append([str(photos), str(rank), scores.rate(rank), *cells, gain])
+        means = scores.fresh(photos, rank)
+        similar, face, adherent = 100 * means[0]
+        gain = tell_points(estimate((means - scores.fresh(1, rank))[:, SIMILAR])) if photos > 1 else ""
+        cells = [number(similar), number(face - similar, 1, "+"), number(adherent), gain]
+        lines.append([str(photos), str(rank), scores.rate(rank), *cells])
     return markdown(lines)
 
 
 def answers(scores: Scores) -> str:
     """Say what photos and ranks bring."""
     lines = [["question", "answer", "figure [95 % interval]", "command"]]
-    end, command = STEPS[-1], "`python -m studies.photos`"
-    gains = {
-        photos: estimate((scores.fresh(photos, 1, end) - scores.fresh(1, 1, end))[:, SIMILAR])
-        for photos in PHOTOS[1:]
-    }
-    told = "; ".join(f"{photos} photos {tell_points(found)}" for photos, found in gains.items())
-    verdict = tell(gains[PHOTOS[-1]], "yes", "no, less", "undecided")
-    lines.append(
-        [
-            "Do several photos give more likeness than one?",
-            verdict,
-            f"R-FaceSim at r2 1: {told} points",
-            command,
-        ]
-    )
-    for photos in (1, PHOTOS[-1]):
-        ranks = {}
-        for rank in RANKS[1:]:
-            more = scores.fresh(photos, rank, end) - scores.fresh(photos, 1, end)
-            ranks[rank] = estimate(more[:, SIMILAR]), estimate(more[:, ADHERENT])
-        told = "; ".join(
-            f"r2 {rank}: {tell_points(similar)} R-FaceSim, {tell_points(adherent)} adherence"
-            for rank, (similar, adherent) in ranks.items()
-        )
-        verdict = tell(ranks[RANKS[-1]][0], "yes", "no, less", "undecided")
-        noun = "one photo" if photos == 1 else f"{photos} photos"
+
+    def more(photos: int, rank: int, than: tuple[int, int], metric: int = SIMILAR) -> Estimate:
+        return estimate((scores.fresh(photos, rank) - scores.fresh(*than))[:, metric])
+
+    def add(question: str, found: Estimate, figure: str) -> None:
+        answer = "Yes" if found.low > 0 else "No, less" if found.high < 0 else "Undecided"
         lines.append(
-            [f"Does a higher r2 help with {noun}?", verdict, f"relative to r2 1, {told}, points", command]
+            [question, answer, f"{figure}, points after {STEPS} steps", "`python -m studies.photos`"]
         )
+
+    gains = {photos: more(photos, 1, than=(1, 1)) for photos in PHOTOS[1:]}
+    told = "; ".join(f"{photos} photos {tell_points(found)}" for photos, found in gains.items())
+    add("Do several photos give more likeness than one?", gains[PHOTOS[-1]], f"R-FaceSim at r2 1: {told}")
+    for photos in (1, PHOTOS[-1]):
+        told = []
+        for rank in RANKS[1:]:
+            similar, adherent = (more(photos, rank, (photos, 1), metric) for metric in (SIMILAR, ADHERENT))
+            told.append(f"r2 {rank}: R-FaceSim {tell_points(similar)}, adherence {tell_points(adherent)}")
+        noun = "one photo" if photos == 1 else f"{photos} photos"
+        add(f"Does a higher r2 help with {noun}?", similar, f"relative to r2 1, {'; '.join(told)}")
     return markdown(lines)
-
-
-def tell(found: Estimate, more: str, less: str, neither: str) -> str:
-    return more if found.low > 0 else less if found.high < 0 else neither
 
 
 BLOCKS = {"several": several, "photos": answers}
