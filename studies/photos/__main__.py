@@ -20,7 +20,7 @@ from bench.documents import write
 from metaphd import benchmark
 from run.command import run_script
 from scoring.tables import markdown
-from studies.claim.scores import ADHERENT, FACESIM, SIMILAR, Estimate, estimate
+from studies.claim.scores import ADHERENT, SIMILAR, Estimate, estimate
 from studies.claim.words import number, tell_points
 from studies.rows import mean_scores, put_rows, read_results
 from tiny.people import write_people
