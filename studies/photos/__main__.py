@@ -4,8 +4,8 @@
     python -m studies.photos --figures  # the tables in docs/findings.md again, from the committed scores
 
 People are learned from 1, 2, 4 or 8 photos and compared with the rest of their 16. The caption is the same
-for all, as in personalize.py. The rate of each rank was chosen on other people. scores.csv has a line for each
-system and person.
+for all, as in personalize.py. The rate of each rank was chosen on other people. scores.csv has a line for
+each system and person.
 """
 
 import argparse
