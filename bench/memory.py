@@ -66,6 +66,7 @@ ROWS = [
     (SAMPLE, Plan("none", 57), 5.0),
     (replace(STAGE1, sizes=KLEIN_4B), Plan("all"), 20.0),
     (replace(STAGE1, sizes=KLEIN_4B), Plan("all", fp8=True), None),
+    (replace(PREDICTOR, sizes=KLEIN_4B), Plan("all"), None),
     (replace(STAGE2, sizes=KLEIN_4B), Plan("all"), 12.0),
     (replace(STAGE2, sizes=KLEIN_4B), Plan("none"), None),
     (replace(STAGE2, sizes=KLEIN_4B), Plan("all", 25), 5.0),

@@ -22,6 +22,7 @@ import sample
 import train_meta
 from flux import load_autoencoder, load_conditioner
 from flux.errors import first_line
+from flux.finding import find_files
 from flux.memory import recomputed_blocks
 from flux.model import Flux, FluxSizes
 from flux.sampling import flow_loss
@@ -158,7 +159,7 @@ def compare_encoders(device: torch.device) -> dict:
 
     def outputs(device: torch.device, factor: float = 1.0) -> dict[str, Tensor]:
         autoencoder = load_autoencoder(SHIPPED["tiny"] / "ae.safetensors", device, torch.float32)
-        conditioner = load_conditioner(SHIPPED["tiny"], device, torch.float32)
+        conditioner = load_conditioner(find_files(str(SHIPPED["tiny"])), device, torch.float32)
         autoencoder.decoder.conv_in.weight.data.mul_(factor)
         image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
         with torch.no_grad():

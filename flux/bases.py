@@ -149,9 +149,3 @@ BASES = {base.kind: base for base in (FLUX1, FLUX2)}
 def base_of(transformer: Path | str) -> Base:
     """Return the base of a transformer's file or folder, by the names of its tensors."""
     return BASES[transformer_kind(Checkpoint.open(transformer).header)]
-
-
-def base_in(folder: Path) -> Base:
-    """Return the first base whose text encoders are all in a model's folder; FLUX.1 when none's are."""
-    whole = (x for x in BASES.values() if all((folder / x.places[part][0]).exists() for part in x.encoders))
-    return next(whole, FLUX1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flux.autoencoder import AutoEncoder, AutoEncoderSizes
-from flux.bases import Base, base_in, base_of
+from flux.bases import Base, base_of
 from flux.checkpoint import load, read_json
 from flux.clip import CLIPSizes, CLIPText
 from flux.errors import UserError
@@ -90,31 +90,28 @@ BLOCKS = {"t5": lambda t5: t5.encoder.block, "qwen3": lambda qwen3: qwen3.model.
 
 
 def load_conditioner(
-    files: ModelFiles | Path,
+    files: ModelFiles,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     length: int | None = None,
     vram: float | None = None,
 ) -> nn.Module:
-    """Load the text encoders and their tokenizers, of a model's files or folder; see `Base.conditioner`.
+    """Load the text encoders and their tokenizers, see `Base.conditioner`.
 
     length: tokens per prompt; None takes the usual number. vram: GiB of the GPU to stay within; None takes
     all it has. T5 and Qwen3 are streamed to a GPU that has no room for them.
     """
-    if isinstance(files, Path):
-        base, tokenizers = base_in(files), files
-        encoders = {part: files / base.places[part][0] for part in base.encoders}
-    else:
-        base, encoders, tokenizers = files.base, files.encoders, files.tokenizers
+    base = files.base
     room = 0.8 * (vram * 2**30 if vram else device_memory(torch.device(device)))
     modules = {}
-    for part, path in encoders.items():
+    for part, path in files.encoders.items():
         streamed = part in BLOCKS and weight_bytes(LOADERS[part](path, "meta", dtype)) > room
         encoder = LOADERS[part](path, "cpu" if streamed else device, dtype)
         if streamed:
             Stream(list(BLOCKS[part](encoder)), device)
         modules[part] = encoder.to(device)
-    return base.conditioner(**modules, tokenizers=base.load_tokenizers(base.folders(tokenizers), length))
+    tokenizers = base.load_tokenizers(base.folders(files.tokenizers), length)
+    return base.conditioner(**modules, tokenizers=tokenizers)
 
 
 def text_length(transformer: Path, tokenizers: Path | tuple[Path, ...], length: int | None = None) -> int:

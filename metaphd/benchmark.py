@@ -69,9 +69,15 @@ class Subject:
 
     name: str
     kind: str  # the class: man, woman, or another that has prompts of its own
-    photos: list[Path]  # the first is the reference, from which the person is learned
-    caption: str  # of the reference
+    learned: list[Path]  # the photos that the person is learned from; the first is the reference
+    others: list[Path]  # photos for R-FaceSim
+    caption: str  # of what is learned
     prompts: list[str]
+
+    @property
+    def photos(self) -> list[Path]:
+        """What is compared with: the reference and the others."""
+        return [self.learned[0], *self.others]
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,14 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
     for person in scan_people(args.people, "--people"):
         captions |= {photo.path: photo.caption for photo in person.photos}
     subjects = []
-    for name, photos in find_photos(args.people, references, least=2).items():
+    for name, photos in find_photos(args.people, references, least=1 + args.photos).items():
         kind = class_of(name, classes)
-        caption = captions[photos[0]] or f"a photo of a {kind}"
-        subjects.append(Subject(name, kind, photos, caption, read_prompts(args.prompts, kind)))
+        learned, others = photos[: args.photos], photos[args.photos :]
+        if len(learned) < args.photos:  # in man/ and woman/ everybody has one
+            raise UserError(f"--photos {args.photos}: --people {args.people} has one photo of {name}")
+        own = captions[photos[0]] if len(learned) == 1 else ""  # several have no caption in common
+        prompts = read_prompts(args.prompts, kind)
+        subjects.append(Subject(name, kind, learned, others, own or f"a photo of a {kind}", prompts))
     return subjects
 
 
@@ -230,11 +240,11 @@ class Benchmark:
             settings["predictor"] = sha256(self.trained.prior.path)
         for subject in self.subjects:
             settings[f"prompts of {subject.kind}"] = subject.prompts
-            photo = [subject.kind, subject.caption, sha256(subject.photos[0])]
-            settings[f"photo of {subject.name}"] = photo
-        for (augment, subject), boxes in self.boxes.items():
+            photos = [sha256(path) for path in subject.learned]
+            settings[f"photo of {subject.name}"] = [subject.kind, subject.caption, *photos]
+        for (augment, subject), crops in self.crops.items():
             if augment:
-                settings[f"crops of {subject.name}"] = boxes
+                settings[f"crops of {subject.name}"] = [box for _, box in crops]
         settings = json.loads(json.dumps(settings, default=str))
         changed = [key for key in settings if self.before.get(key, settings[key]) != settings[key]]
         if changed:
@@ -255,10 +265,10 @@ class Benchmark:
         metrics.embed_photos({subject.name: subject.photos for subject in self.subjects}, evaluators)
         self.check_predictions(evaluators)
         self.detector = None
-        self.boxes: dict[tuple[bool, Subject], list[Box]] = {}
+        self.crops: dict[tuple[bool, Subject], list[tuple[Path, Box]]] = {}
         for augment in sorted({run.augment for run in self.runs}):
             for subject in self.subjects:
-                self.boxes[augment, subject] = self.list_crops(subject.photos[0], augment)
+                self.crops[augment, subject] = self.list_crops(subject.learned, augment)
 
     def check_predictions(self, evaluators: Evaluators) -> None:
         """Predict everyone's LoRA, a row each; UserError when the eye would also score the likeness."""
@@ -275,21 +285,24 @@ class Benchmark:
         args, transformer = self.args, self.files.transformer
         eye = eye_of(self.trained, args.eye_weights, self.files, self.device, args.detector)
         for subject in self.subjects:
-            path = subject.photos[0]
-            advice = f"write its box into {path.with_name('faces.json')}"
-            photos, face = {path: read_photo(path)}, known_face(path)
+            photos = {path: read_photo(path) for path in subject.learned}
+            face = known_face(subject.learned[0]) if len(photos) == 1 else None
+            advice = f"write its box into {subject.learned[0].with_name('faces.json')}"
             self.rows[subject] = predict(self.trained, eye, photos, transformer, face, advice)
         del eye
         release(self.device)
 
-    def list_crops(self, path: Path, augment: bool) -> list[Box]:
-        """Return the crops of a reference photo (appendix D), or the whole photo."""
-        photo = read_photo(path)
+    def list_crops(self, paths: Sequence[Path], augment: bool) -> list[tuple[Path, Box]]:
+        """Return the crops of photos (appendix D), or the whole photos."""
+        photos = {path: read_photo(path) for path in paths}
         if not augment:
-            return [(0, 0, *photo.size)]
+            return personalize.list_crops(photos, augment)
         self.detector = self.detector or load_detector(self.args.detector)
-        face = locate_face(path, photo, self.detector, ", or take the -noaug methods")
-        return crop_boxes(photo.size[::-1], face)
+        crops = []
+        for path, photo in photos.items():
+            face = locate_face(path, photo, self.detector, ", or take the -noaug methods")
+            crops += [(path, box) for box in crop_boxes(photo.size[::-1], face)]
+        return crops
 
     def load_evaluators(self) -> Evaluators:
         args, cache = self.args, TensorCache(self.args.out / "judged")
@@ -298,16 +311,13 @@ class Benchmark:
     # Models
 
     def encode(self) -> None:
-        """Encode the reference photos and all prompts; the encoders have left memory when this returns."""
-        self.crops = {}
+        """Encode what is learned and all prompts; the encoders have left memory when this returns."""
+        self.encoded = {}
         autoencoder = flux.load_autoencoder(self.files.autoencoder, self.device, self.dtype)
-        for (augment, subject), boxes in tqdm(self.boxes.items(), "photos", disable=len(self.boxes) < 10):
-            path = subject.photos[0]
-            crops = [(path, box) for box in boxes]
-            encoded = personalize.encode_crops(
-                {path: read_photo(path)}, crops, autoencoder, self.training_resolution, augment
-            )
-            self.crops[augment, subject] = encoded
+        for (augment, subject), crops in tqdm(self.crops.items(), "photos", disable=len(self.crops) < 10):
+            photos = {path: read_photo(path) for path in subject.learned}
+            encoded = personalize.encode_crops(photos, crops, autoencoder, self.training_resolution, augment)
+            self.encoded[augment, subject] = encoded
         del autoencoder
         release(self.device)
         length, vram = self.args.t5_length, self.args.vram
@@ -385,7 +395,7 @@ class Benchmark:
                 continue
             batches = [
                 personalize.draw_batches(
-                    self.crops[run.augment, subject],
+                    self.encoded[run.augment, subject],
                     self.texts[subject.caption],
                     settings,
                     training,
@@ -418,7 +428,7 @@ class Benchmark:
             Training.of(self.args, lr=run.lr),
             self.files.transformer,
             self.prior_of(run),
-            subject.photos[:1],
+            subject.learned,
             self.trained if run.predicted else None,
         )
         about |= {"resolution": self.training_resolution, "caption": subject.caption, "seed": seed}
@@ -599,6 +609,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=["meta-lora", "lora"],
         help="predicted: what a predictor sees in the photo, without training (see predictor/); refined: "
         "trained from there; -noaug: on the whole photo instead of crops and flips",
+    )
+    parser.add_argument(
+        "--photos",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many photos a person is learned from: the reference and the next by name",
     )
     group.add_argument("--ranks", **several, type=int, default=[1], help="r2, the ranks of the LoRAs")
     group.add_argument("--lr", **several, type=float, default=[4e-4], help="learning rates of AdamW")

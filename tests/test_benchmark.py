@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import metalora
+import metrics
 import personalize
 from flux.checkpoint import read_tensors
 from flux.errors import UserError
@@ -279,6 +280,36 @@ def test_everybody_learns_from_their_own_photo_and_caption(run, three_people, mo
         for b in range(a):
             assert not torch.equal(latents[a], latents[b])
             assert torch.equal(prompts[a], prompts[b]) == (captions[a] == captions[b])
+
+
+def test_several_photos_are_learned_and_not_compared_with(run, three_people, tmp_path, monkeypatch):
+    """With --photos 2 the first two are crops, under a caption of both; the others serve R-FaceSim."""
+    asked, draw, judged, evaluate = [], personalize.draw_batches, [], metrics.evaluate
+
+    def watched(crops, prompt, *rest):
+        asked.append(([crop.posterior["mean"] for crop in crops], prompt["txt"]))
+        return draw(crops, prompt, *rest)
+
+    def watched_scores(rows, evaluators, photos, *rest, **about):
+        judged.append(photos)
+        return evaluate(rows, evaluators, photos, *rest, **about)
+
+    monkeypatch.setattr(personalize, "draw_batches", watched)
+    monkeypatch.setattr(metrics, "evaluate", watched_scores)
+    options = ["--method", "lora-noaug", "--steps", 1, "--seeds", 1]
+    run(*options), run(*options, "--photos", 2, out="two")
+    one, two = asked[:3], asked[3:]
+    for (single, _), (both, _) in zip(one, two, strict=True):
+        assert len(both) == 2 and torch.equal(single[0], both[0]) and not torch.equal(both[0], both[1])
+    assert torch.equal(two[0][1], two[1][1]) and not torch.equal(one[0][1], two[0][1])  # "a photo of a man"
+    for name, paths in judged[-1].items():
+        all_photos = sorted((three_people / name).glob("*.png"))
+        assert paths == [all_photos[0], *all_photos[2:]] and judged[0][name] == all_photos
+    many = len(all_photos)
+    with pytest.raises(UserError, match=f"at least {many + 1} photos"):
+        run(*options, "--photos", many, out="many")
+    with pytest.raises(UserError, match="other settings"):
+        run(*options, "--photos", 2)
 
 
 def test_each_prompt_seed_and_setting_reaches_the_sampler(run, three_people, monkeypatch):

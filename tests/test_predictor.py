@@ -11,8 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from compare import randomize
 from helpers import Killed, assert_same, log_of
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
 
@@ -21,7 +24,10 @@ import flux
 import personalize
 import predictor.__main__ as command
 from flux.checkpoint import read_tensors
+from flux.clip import CLIPSizes
 from flux.errors import UserError
+from flux.finding import find_files
+from flux.hashes import fingerprint, sha256
 from flux.model import Flux
 from flux.sampling import flow_loss
 from lora.reading import read_lora
@@ -37,7 +43,9 @@ from run.models import SHIPPED
 from run.ranks import Ranks
 from run.seeds import generator_for
 from run.settings import Training
+from vision.clip_vit import CLIPViT, CLIPViTSizes
 from vision.detector import find_faces
+from vision.inception_resnet import InceptionResnet, InceptionResnetSizes
 from vision.small import IdentityNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
@@ -506,6 +514,35 @@ def test_clip_sees_a_square_around_the_face():
     crop = square_around(photo, (10, 10, 30, 50))
     assert crop.size == (MARGIN * 40, MARGIN * 40)
     assert crop.getpixel((0, 30)) == (0, 0, 0) and crop.getpixel((30, 30)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("name", ["clip", "recognizer"])
+def test_a_real_eye_sees_the_face_and_not_the_photo(name, portraits, model, tmp_path):
+    """Random weights: the embedding is the network's of the face that YuNet finds, wherever that is."""
+    if name == "clip":
+        text = CLIPSizes(vocab_size=60, max_length=12, hidden_size=48, num_heads=3, mlp_size=80, depth=2)
+        sizes = CLIPViTSizes(text, 64, 1, 72, depth=2, patch_size=8, image_size=24, embedding_size=20)
+        network = randomize(CLIPViT(sizes))
+    else:
+        network = randomize(InceptionResnet(InceptionResnetSizes(128))).eval()
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    files = find_files(str(model), {})
+    eye = find_eye(name, tmp_path / "weights.safetensors", files, torch.device("cpu"))
+    photo = Image.open(portraits[0]).convert("RGB")
+    photo = photo.resize((photo.width // 4, photo.height // 4))
+    box = find_faces(photo, eye.detector)[0].box
+    seen = eye.find_and_embed(portraits[0], photo)
+    if name == "clip":
+        expected = network.embed_images([square_around(photo, box)])[0]
+    else:
+        expected = network.embed_faces([photo], [box])[0]
+    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
+    dark = Image.new("RGB", (2 * photo.width, photo.height))
+    dark.paste(photo, (photo.width, 0))
+    moved = tuple(round(side) + shift for side, shift in zip(box, (photo.width, 0) * 2))
+    assert F.cosine_similarity(eye.embed(dark, moved), seen, dim=0) > 0.999
+    assert (eye.embed(photo, (0, 0, *photo.size)) - seen).abs().max() > 1e-3
+    assert eye.weights == (fingerprint if name == "clip" else sha256)(tmp_path / "weights.safetensors")
 
 
 class Recorder(Eye):

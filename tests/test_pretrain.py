@@ -131,7 +131,7 @@ def test_the_shipped_model_draws_what_it_is_told():
     assert (10 * (4 / error).log10()).mean() > 33  # dB
 
     model = flux.load_transformer(SHIPPED / "flux1-tiny.safetensors", dtype=torch.float32)
-    conditioner = flux.load_conditioner(SHIPPED, dtype=torch.float32)
+    conditioner = flux.load_conditioner(find_files(str(SHIPPED)), dtype=torch.float32)
     _, judge = load_judges(SHIPPED / "judges")
     right, wrong, other = [], [], "a sketch of a man in a studio wearing a black shirt"
     for prompt in [prompt for prompt in pretrain.PROMPTS if "photo" in prompt]:
