@@ -56,9 +56,11 @@ def plan_uses(args: argparse.Namespace, before: Iterable[dict] = ()) -> list[Use
 
     Raises UserError when these have a second LoRA that the options do not name.
     """
-    wanted = [Use(*pair) for pair in product(args.strengths, [0.0, *args.stack_strengths])]
-    uses = list(dict.fromkeys([*map(Use.of, before), *wanted]))
-    if not args.stack and any(use.stack for use in uses):
+    earlier = [*map(Use.of, before)]
+    stacked = any(use.stack for use in earlier)
+    stacks = args.stack_strengths or [1.0] * (bool(args.stack) and not stacked)
+    uses = dict.fromkeys([*earlier, *(Use(*pair) for pair in product(args.strengths, [0.0, *stacks]))])
+    if stacked and not args.stack:
         raise UserError(f"{args.out} holds systems with a second LoRA: give its file again, as --stack FILE")
     return sorted(uses, key=lambda use: (use.stack, use.strength))
 
@@ -103,14 +105,15 @@ def add_use_arguments(parser: Parser) -> None:
         metavar="FILE",
         help="a second LoRA, such as a style, on top: every system is also scored with it",
     )
-    group.add_argument("--stack-strengths", **factors, help="factors on the second LoRA; default: 1")
+    group.add_argument(
+        "--stack-strengths", **factors, help="factors on the second LoRA; default: those in --out, or 1"
+    )
     group.add_argument(
         "--stack-text", help='what the second LoRA should bring, such as "a sketch"; its CLIP-T is the style'
     )
 
 
 def settle_uses(parser: Parser, args: argparse.Namespace) -> None:
-    """End with an error on options that belong to --stack without it; set the default strengths."""
+    """End with an error on options that belong to --stack, without it."""
     if not args.stack and (args.stack_strengths or args.stack_text):
         parser.error("--stack-strengths and --stack-text belong to --stack FILE")
-    args.stack_strengths = args.stack_strengths or ([1.0] if args.stack else [])
