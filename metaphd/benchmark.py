@@ -377,9 +377,8 @@ class Benchmark:
         """Return the pictures of a person by a system with their prompts; of the base model, of the class."""
         owner = subject.kind if self.is_base(system) else subject.name
         folder, samples = self.args.out / show / system / owner, {}
-        for (number, text), seed in product(
-            enumerate(self.prompts[show][subject.kind]), range(self.args.seeds)
-        ):
+        texts = enumerate(self.prompts[show][subject.kind])
+        for (number, text), seed in product(texts, range(self.args.seeds)):
             place = f"{number:02d}", str(seed)
             samples[Sample(subject.name, *place, folder / place[0] / f"{seed}.png")] = text
         return samples

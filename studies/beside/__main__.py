@@ -3,8 +3,8 @@
     python -m studies.beside --people 12    # trains and scores what is missing; 10 minutes on a free core
     python -m studies.beside --table        # the tables in docs/findings.md again, from the committed scores
 
-Synthetic people whom nobody trained on, each learned from one whole photo by three methods. The second LoRA is
-trained here, on 64 other people in neon. scores.csv has a line per system and person.
+Synthetic people whom nobody trained on, each learned from one whole photo by three methods. The second LoRA
+is trained here, on 64 other people in neon. scores.csv has a line per system and person.
 """
 
 import argparse
