@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import documents
+from studies.beside import __main__ as beside
 from studies.claim import __main__ as claim
 from studies.claim import documents as claim_documents
 from studies.claim.pictures import plot_pictures
@@ -202,7 +203,11 @@ def test_the_whole_documents_say_what_the_scores_say(study, path):
 def test_blocks_have_writers_and_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     names = {found["name"] for found in documents.BLOCK.finditer(text)}
-    assert names and names <= claim_documents.BLOCKS.keys() | {"draws"} | predicted.BLOCKS.keys()
+    assert (
+        names
+        and names
+        <= claim_documents.BLOCKS.keys() | {"draws"} | predicted.BLOCKS.keys() | beside.BLOCKS.keys()
+    )
     links = re.findall(r"\]\(([^):#]+)\)", text)
     assert links and all((path.parent / link).exists() for link in links)
 
