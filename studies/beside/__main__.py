@@ -19,6 +19,8 @@ import torch
 import personalize
 from bench.documents import write
 from metaphd import benchmark
+from metaphd.others import OTHER
+from people.photos import read_photo
 from run.command import run_script
 from run.files import atomic
 from run.models import SHIPPED
@@ -35,7 +37,7 @@ METHODS = {"lora-noaug": "LoRA", "meta-lora-noaug": "Meta-LoRA", "predicted": "p
 SEED = 500
 STRENGTHS, STACKS = (0.5, 0.75, 1.0, 1.25, 1.5), (0.5, 1.0)
 STYLE = "neon"  # none of the prompts asks for it
-METRICS = ("r-facesim", "clip-t", "style", "class-bleed")
+METRICS = ("r-facesim", "clip-t", "style", "class-bleed", "shows class")
 KEY = ("method", "strength", "stack")
 
 
@@ -78,7 +80,7 @@ def make(out: Path, people: int) -> None:
 def collect(out: Path) -> list[dict]:
     """Return a row per system and person from the files of scores."""
     rows = {}
-    for folder, metrics in (("uses", METRICS[:3]), ("others", METRICS[3:])):
+    for folder, metrics in (("uses", METRICS[:3]), ("others", METRICS[3:4])):
         for file in sorted((out / folder / "scores").glob("*.json")):
             found = json.loads(file.read_text())
             use = {"method": "base", "strength": 1.0, "stack": 0.0} | found["system"]
@@ -86,8 +88,22 @@ def collect(out: Path) -> list[dict]:
                 place = {name: use[name] for name in KEY} | {"person": person}
                 row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(METRICS, ""))
                 row |= {metric: round(scores[metric], 4) for metric in metrics if metric in scores}
+                if folder == "others":
+                    own = [one for one in found["pictures"] if one["person"] == person]
+                    row["shows class"] = round(shown_class(own), 4)
     names = sorted({row["person"] for row in rows.values()})
     return [rows[key] for key in sorted(rows)] + [*draw_truth(names)]
+
+
+def shown_class(rows: list[dict]) -> float:
+    """Return the mean probability that pictures of the other class, as prompted, show it."""
+    judge, paths = load_judges(SHIPPED["tiny"] / "judges")[1], []
+    for row in rows:
+        if row["prompt"].startswith("other-class"):
+            paths.append(row["path"])
+            word = OTHER[row["class"]]
+    odds = judge.embed_images([read_photo(Path(path)) for path in paths])
+    return (odds @ judge.embed_texts([f"a {word}"])[0]).mean().item()
 
 
 def draw_truth(names: list[str]) -> Iterator[dict]:
@@ -163,10 +179,12 @@ def stacks(scores: Scores) -> str:
 
 def bleeding(scores: Scores) -> str:
     """Lay out how much the other class's faces look like the person, beside the likeness of the person's."""
-    lines = [["", "class bleed", "R-FaceSim of the person", "part"]]
+    lines = [["", "class bleed", "R-FaceSim of the person", "bleed relative to it", "shows the other class"]]
     for method, name in METHODS.items():
         bled, alike = scores.of("class-bleed", method), scores.of("r-facesim", method)
-        lines.append([name, tell(bled, "+"), tell(alike), f"{bled.mean() / alike.mean():.0%}"])
+        part, shown = f"{bled.mean() / alike.mean():.0%}", tell(scores.of("shows class", method))
+        lines.append([name, tell(bled, "+"), tell(alike), part, shown])
+    lines.append(["base model", "", "", "", tell(scores.of("shows class", "base"))])
     return markdown(lines)
 
 
@@ -176,17 +194,17 @@ def answers(scores: Scores) -> str:
     gains = {m: scores.of("r-facesim", m, x) - scores.of("r-facesim", m) for m, x in best.items()}
     losses = {m: scores.of("r-facesim", m, 1, 1) - scores.of("r-facesim", m) for m in METHODS}
     bled = {method: scores.of("class-bleed", method) for method in METHODS}
+    own = {method: scores.of("r-facesim", method) for method in METHODS}
     truth = scores.of("r-facesim", "truth", 1, 1) - scores.of("r-facesim", "truth")
 
-    def each(values: dict[str, object], sign: str = "+") -> str:
-        told = {m: tell(v, sign) if isinstance(v, np.ndarray) else f"{v:g}" for m, v in values.items()}
-        return ", ".join(f"{METHODS[method]} {value}" for method, value in told.items())
+    def each(values: dict[str, np.ndarray], sign: str = "+") -> str:
+        return ", ".join(f"{METHODS[method]} {tell(value, sign)}" for method, value in values.items())
 
     lines = [["question", "answer", "figure ± half the 95 % interval", "command"]]
     lines.append(
         [
-            f"Which strength has the highest R-FaceSim, at most {100 * LIMIT:g} points of adherence lost?",
-            each(best),
+            f"Which strength gives most R-FaceSim, if {100 * LIMIT:g} points of adherence may be lost?",
+            "; ".join(f"{METHODS[m]} {x:g}{judge_gain(gains[m])}" for m, x in best.items()),
             f"R-FaceSim there minus that at 1: {each(gains)}",
         ]
     )
@@ -201,24 +219,27 @@ def answers(scores: Scores) -> str:
         [
             "Do faces of the other class look like the person?",
             "; ".join(f"{METHODS[m]}: {judge_bleed(x)}" for m, x in bled.items()),
-            f"class bleed: {each(bled)}; R-FaceSim of the person {each(own(scores), '')}",
+            f"class bleed: {each(bled)}; R-FaceSim of the person {each(own, '')}",
         ]
     )
-    return markdown([lines[0], *([*line, "`python -m studies.beside`"] for line in lines[1:])])
+    command = f"`python -m studies.beside --people {len(truth)}`"
+    return markdown([lines[0], *([*line, command] for line in lines[1:])])
 
 
-def own(scores: Scores) -> dict[str, np.ndarray]:
-    return {method: scores.of("r-facesim", method) for method in METHODS}
+def is_clear(values: np.ndarray) -> bool:
+    return abs(values.mean()) > half_interval(values.tolist())
+
+
+def judge_gain(values: np.ndarray) -> str:
+    return "" if is_clear(values) or not values.any() else ", undecided against 1"
 
 
 def judge_loss(values: np.ndarray) -> str:
-    clear = abs(values.mean()) > half_interval(values.tolist())
-    return ("it loses" if values.mean() < 0 else "it gains") if clear else "undecided"
+    return ("it loses" if values.mean() < 0 else "it gains") if is_clear(values) else "undecided"
 
 
 def judge_bleed(values: np.ndarray) -> str:
-    clear = abs(values.mean()) > half_interval(values.tolist())
-    return ("yes" if values.mean() > 0 else "less than the base's") if clear else "undecided"
+    return ("yes" if values.mean() > 0 else "less than the base's") if is_clear(values) else "undecided"
 
 
 BLOCKS = {"beside": answers, "strengths": strengths, "stacks": stacks, "bleeding": bleeding}
