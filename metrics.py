@@ -19,15 +19,22 @@ from run.arguments import Manual, Parser
 from run.command import run_script
 from run.files import check_writable
 from run.models import SHIPPED, add_device_argument, choose_device
+from scoring.bleed import PEOPLE, remark_bleed, score_bleed
 from scoring.evaluators import Evaluators, add_evaluator_arguments, load_evaluators
 from scoring.inputs import class_of, find_photos, read_names, read_prompts
 from scoring.intervals import half_interval
 from scoring.report import write_report
 from scoring.samples import find_missing, make_rows, scan_samples
-from scoring.tables import TITLES, shorten, write_scores
+from scoring.tables import shorten, write_scores
 
 # What each metric needs besides --images.
-NEEDS = {"clip-t": "prompts", "clip-i": "base", "facesim": "people", "r-facesim": "people"}
+NEEDS = {
+    "clip-t": ["prompts"],
+    "clip-i": ["base"],
+    "facesim": ["people"],
+    "r-facesim": ["people"],
+    **dict.fromkeys(PEOPLE, ["base", "people"]),  # other people's faces, in other pictures than the rest
+}
 
 # The formulas: cosines of embeddings (..., d)
 
@@ -85,7 +92,7 @@ def average(rows: Iterable[dict], metric: str) -> tuple[float | None, dict[str, 
     """
     scores: dict[str, dict[str, list[float]]] = {}  # by identity and prompt, one for each seed
     for row in rows:
-        if row[metric] is not None:
+        if row.get(metric) is not None:
             scores.setdefault(row["person"], {}).setdefault(row["prompt"], []).append(row[metric])
     means = {i: fmean(fmean(seeds) for seeds in prompts.values()) for i, prompts in scores.items()}
     return (fmean(means.values()) if means else None), means
@@ -101,15 +108,19 @@ def evaluate(
     metrics: Sequence[str],
     no_face: str,
     missing: Sequence[str] = (),
+    others: Sequence[dict] = (),
     **about: object,
 ) -> dict:
     """Score the rows of `make_rows` and return everything that is written of a system.
 
-    photos: of each person, the reference first; about: further entries, such as settings.
+    photos: of each person, the reference first; others: rows with the scores of `score_bleed`; about: further
+    entries, such as settings.
     """
-    score(rows, evaluators, photos, no_face)
+    if rows:
+        score(rows, evaluators, photos, no_face)
     used = {"name": evaluators.name, "note": evaluators.note, "weights": evaluators.used}
-    remarks = remark(rows, missing, no_face)
+    remarks = remark(rows, missing, no_face) | remark_bleed(others)
+    rows = [*rows, *others]
     return {**about, "evaluators": used, "remarks": remarks, **summarize(rows, metrics), "pictures": rows}
 
 
@@ -143,6 +154,14 @@ def embed_photos(photos: dict[str, Sequence[Path]], evaluators: Evaluators) -> d
     if without_face:
         raise UserError(f"no face found in {shorten(without_face)}: replace or remove")
     return embedded
+
+
+def embed_references(
+    rows: Sequence[dict], photos: dict[str, Sequence[Path]], evaluators: Evaluators
+) -> dict[str, Tensor]:
+    """Embed the reference of each person in the rows, (d,)."""
+    references = {row["person"]: photos[row["person"]][:1] for row in rows}
+    return {name: faces[0] for name, faces in embed_photos(references, evaluators).items()}
 
 
 def summarize(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, dict]:
@@ -208,7 +227,9 @@ Score pictures of people, made by any system, with the metrics of the Meta-LoRA 
   clip-i      compare each picture with the base model's
   facesim     compare each face with the reference photo's
   r-facesim   compare each face with the person's other photos
-  report      all of these for which there is input, and a page to look at
+  bleed       in pictures of two people, compare the other face with the person's
+  class-bleed in pictures of somebody else instead, compare every face with the person's
+  report      all but the last two of these for which there is input, and a page to look at
 
 examples:
   python metrics.py report --images out/mine --people photos --prompts metaphd/prompts/frontal.txt
@@ -221,7 +242,7 @@ docs/metrics.md describes the files and the scores.
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=DESCRIPTION, formatter_class=Manual)
-    parser.add_argument("command", choices=[*TITLES, "report"], metavar="command", help="one of the above")
+    parser.add_argument("command", choices=[*NEEDS, "report"], metavar="command", help="one of the above")
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
     parser.add_argument("--images", required=True, **folder, help="DIR/<person>/<prompt>/<seed>.png")
     parser.add_argument("--prompts", **file, help="a prompt per line; or a folder with <class>.txt")
@@ -246,16 +267,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     given = dict(vars(args))
     if args.command == "report":
-        args.metrics = [metric for metric in TITLES if given[NEEDS[metric]]]
+        args.metrics = [metric for metric in NEEDS if metric not in PEOPLE and given[NEEDS[metric][0]]]
     else:
         args.metrics = [args.command]
     if not args.metrics:
         parser.error("report needs at least one of --prompts, --base and --people")
-    needed = {NEEDS[metric] for metric in args.metrics}
+    needed = dict.fromkeys(name for metric in args.metrics for name in NEEDS[metric])
     for name in needed:
         if not given[name]:
             parser.error(f"{args.command} needs --{name}")
-    for name in {*NEEDS.values()} - needed:
+    for name in {"prompts", "base", "people"} - needed.keys():
         setattr(args, name, None)
     what = "scores" if args.command == "report" else args.command
     args.out = args.out or Path("out") / f"{args.images.resolve().name}_{what}.json"
@@ -287,7 +308,12 @@ def main(argv: list[str] | None = None) -> None:
     evaluators = load_evaluators(
         args.model, TensorCache(args.cache), device, args.clip, args.recognizer, args.detector
     )
-    scores = evaluate(rows, evaluators, photos, args.metrics, args.no_face, missing, settings=vars(args))
+    others = []
+    if args.command in PEOPLE:
+        rows, others = others, rows
+        score_bleed(others, embed_references(others, photos, evaluators), evaluators, args.command)
+    about = {"missing": missing, "others": others, "settings": vars(args)}
+    scores = evaluate(rows, evaluators, photos, args.metrics, args.no_face, **about)
     text = write_scores(args.out, scores, args.metrics)
     print(text)
     if args.command == "report":

@@ -8,7 +8,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -25,8 +25,20 @@ from flux.loading import native_size
 from flux.memory import release
 from flux.sampling import generate
 from flux.transformer import Transformer
+from lora.finding import find_lora
 from lora.reading import read_lora
 from metalora import Prior, eject, export_lora, inject_loras, load_meta, use_slots
+from metaphd.others import METRIC, add_other_arguments, read_others, score_others
+from metaphd.uses import (
+    Use,
+    add_use_arguments,
+    name_systems,
+    plan_uses,
+    read_stack,
+    score_style,
+    settle_uses,
+    uses_of_base,
+)
 from people.cache import TensorCache
 from people.crops import crop_boxes
 from people.encoding import encode_negative, encode_prompt, stack_prompts
@@ -48,7 +60,8 @@ from scoring.inputs import class_of, find_photos, read_names, read_prompts
 from scoring.report import write_report
 from scoring.samples import Sample
 from scoring.sheets import write_sheets
-from scoring.tables import TITLES, table, write_scores
+from scoring.strengths import plot_strengths
+from scoring.tables import OPTIONAL, TITLES, table, write_scores
 from vision import inception_resnet
 from vision.detector import load_detector
 
@@ -60,7 +73,8 @@ MAY_CHANGE = ("people", "out", "method", "ranks", "lr", "steps", "seeds", "at_on
 # With --base-dtype fp8 results change: fp8 is recorded as a setting of its own.
 MAY_CHANGE += ("vram", "stream", "checkpoint", "base_dtype", "compile", "plan", "deterministic")
 MAY_CHANGE += ("meta", "prompts", "references", "classes", "clip", "recognizer", "detector", "no_face")
-MAY_CHANGE += ("predictor", "eye_weights")
+MAY_CHANGE += ("predictor", "eye_weights", "strengths", "stack", "stack_strengths", "stack_text")
+MAY_CHANGE += ("couples", "class_bleed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +150,8 @@ def is_system(settings: object) -> bool:
     if not all(isinstance(number, int | float) for number in numbers):
         return False
     rank, lr, steps = numbers
-    return rank > 0 and lr > 0 and (steps == 0 if settings["method"] == "predicted" else steps > 0)
+    right = rank > 0 and lr > 0 and (steps == 0 if settings["method"] == "predicted" else steps > 0)
+    return right and Use.of(settings).valid
 
 
 def plan_runs(args: argparse.Namespace, before: Sequence[dict] = ()) -> list[Run]:
@@ -161,10 +176,16 @@ class Benchmark:
         self.args, self.subjects = args, find_subjects(args)
         self.file = args.out / "settings.json"
         self.before = self._read_settings()
-        self.runs = plan_runs(args, self.before.get("systems", {}).values())
-        self.systems = {"base": {}}
+        before = self.before.get("systems", {}).values()
+        self.runs, self.uses = plan_runs(args, before), plan_uses(args, before)
+        self.systems = name_systems({"base": {}}, uses_of_base(self.uses))
         for run in self.runs:
-            self.systems |= run.systems
+            self.systems |= name_systems(run.systems, self.uses)
+        self.prompts = {"pictures": {subject.kind: subject.prompts for subject in self.subjects}}
+        others = read_others(args, self.prompts["pictures"])
+        self.prompts |= others
+        asked = [METRIC[show] for show in others] + ["style"] * bool(args.stack_text)
+        self.metrics = [metric for metric in TITLES if metric not in OPTIONAL or metric in asked]
         self.device, self.dtype = choose_device(args)
         self.files = find_model(args)
         take_defaults(args, self.files)
@@ -182,6 +203,9 @@ class Benchmark:
                 )
         for run in self.runs:  # does the stage-1 file fit? This reads no weights
             self.add_adapters(flux.load_transformer(self.files.transformer, "meta"), run, [0])
+        self.style = None
+        if args.stack:
+            self.style = read_stack(args.stack, flux.load_transformer(self.files.transformer, "meta"))
         self.plan = plan(args, self.device, self.dtype, vars(self.files), self.prior)
 
     # Settings
@@ -238,8 +262,12 @@ class Benchmark:
             settings["stage 1"] = sha256(self.prior.path)
         if self.trained:
             settings["predictor"] = sha256(self.trained.prior.path)
+        if self.style:
+            settings["second LoRA"] = sha256(find_lora(self.args.stack))
+        for show, prompts in self.prompts.items():
+            name = "prompts" if show == "pictures" else show
+            settings |= {f"{name} of {kind}": texts for kind, texts in prompts.items()}
         for subject in self.subjects:
-            settings[f"prompts of {subject.kind}"] = subject.prompts
             photos = [sha256(path) for path in subject.learned]
             settings[f"photo of {subject.name}"] = [subject.kind, subject.caption, *photos]
         for (augment, subject), crops in self.crops.items():
@@ -251,7 +279,7 @@ class Benchmark:
             lines = [f"  {key}: {str(self.before[key])[:60]} -> {str(settings[key])[:60]}" for key in changed]
             problem = f"{self.args.out} holds results of other settings; take another --out, or these:\n"
             raise UserError(problem + "\n".join(lines[:20]))
-        systems = {name: system for name, system in self.systems.items() if system}
+        systems = {name: system for name, system in self.systems.items() if "method" in system}
         with atomic(self.file) as temporary:
             text = json.dumps({**self.before, **settings, "systems": systems}, indent=1)
             temporary.write_text(text + "\n", "utf-8")
@@ -262,6 +290,8 @@ class Benchmark:
         """Read all photos and prompts as the scorers do, and find the faces, before days of work begin."""
         evaluators = self.load_evaluators()
         evaluators.embed_texts([text for subject in self.subjects for text in subject.prompts])
+        if self.args.stack_text:
+            evaluators.embed_texts([self.args.stack_text])
         metrics.embed_photos({subject.name: subject.photos for subject in self.subjects}, evaluators)
         self.check_predictions(evaluators)
         self.detector = None
@@ -322,7 +352,8 @@ class Benchmark:
         release(self.device)
         length, vram = self.args.t5_length, self.args.vram
         conditioner = flux.load_conditioner(self.files, self.device, self.dtype, length, vram)
-        texts = dict.fromkeys(text for s in self.subjects for text in (s.caption, *s.prompts))
+        texts = dict.fromkeys(subject.caption for subject in self.subjects)
+        texts |= dict.fromkeys(chain.from_iterable(chain(*(x.values() for x in self.prompts.values()))))
         texts = tqdm(texts, "prompts", disable=len(texts) < 50)
         self.texts = {text: encode_prompt(text, conditioner) for text in texts}
         negative = encode_negative(self.args.cfg, conditioner)
@@ -345,28 +376,37 @@ class Benchmark:
     # What is there
 
     def lora(self, system: str, subject: Subject) -> Path:
-        return self.args.out / "loras" / system / f"{subject.name}.safetensors"
+        """Return the file of a person's LoRA, the same in all uses of it."""
+        folder = system.removesuffix(Use.of(self.systems.get(system, {})).suffix)
+        return self.args.out / "loras" / folder / f"{subject.name}.safetensors"
 
-    def samples(self, system: str, subject: Subject) -> list[Sample]:
-        """Return the pictures of a person by a system; those of the base model are of the person's class."""
-        folder = self.args.out / "pictures" / system / (subject.kind if system == "base" else subject.name)
-        prompts, seeds = range(len(subject.prompts)), range(self.args.seeds)
-        places = [(f"{prompt:02d}", str(seed)) for prompt in prompts for seed in seeds]
-        return [Sample(subject.name, k, seed, folder / k / f"{seed}.png") for k, seed in places]
+    def is_base(self, system: str) -> bool:
+        return "method" not in self.systems[system]
+
+    def samples(self, system: str, subject: Subject, show: str = "pictures") -> dict[Sample, str]:
+        """Return the pictures of a person by a system with their prompts; of the base model, of the class."""
+        owner = subject.kind if self.is_base(system) else subject.name
+        folder, samples = self.args.out / show / system / owner, {}
+        texts = enumerate(self.prompts[show][subject.kind])
+        for (number, text), seed in product(texts, range(self.args.seeds)):
+            place = f"{number:02d}", str(seed)
+            samples[Sample(subject.name, *place, folder / place[0] / f"{seed}.png")] = text
+        return samples
 
     def untrained(self, run: Run) -> list[Subject]:
         """Return the people of whom a LoRA is missing."""
         systems = [*run.systems]
         return [s for s in self.subjects if not all(self.lora(name, s).exists() for name in systems)]
 
-    def missing_pictures(self, system: str) -> list[tuple[Subject, list[Sample]]]:
+    def missing_pictures(self, system: str) -> list[tuple[Subject, list[tuple[str, Sample]]]]:
         """Return the people of whom pictures are missing, with these; for the base one person of a class."""
-        subjects = {s.kind: s for s in self.subjects}.values() if system == "base" else self.subjects
+        subjects = {s.kind: s for s in self.subjects}.values() if self.is_base(system) else self.subjects
         missing = []
         for subject in subjects:
-            samples = [sample for sample in self.samples(system, subject) if not sample.path.exists()]
-            if samples:
-                missing.append((subject, samples))
+            samples = chain.from_iterable(self.samples(system, subject, x).items() for x in self.prompts)
+            lacking = [(text, sample) for sample, text in samples if not sample.path.exists()]
+            if lacking:
+                missing.append((subject, lacking))
         return missing
 
     def complete(self) -> bool:
@@ -440,13 +480,15 @@ class Benchmark:
         missing = self.missing_pictures(system)
         total = sum(len(samples) for _, samples in missing)
         bar = tqdm(total=total, desc=system, unit="picture", dynamic_ncols=True, disable=not total)
+        base, use = self.is_base(system), Use.of(self.systems[system])
         for group in chunks(missing, self.args.at_once):
-            if system != "base":
-                loras = [read_lora(self.lora(system, subject), self.model)[0] for subject, _ in group]
-                inject_loras(self.model, [[(lora, 1.0)] for lora in loras])
+            files = [None if base else self.lora(system, subject) for subject, _ in group]
+            slots = [use.mix(file and read_lora(file, self.model)[0], self.style) for file in files]
+            if any(slots):
+                inject_loras(self.model, slots)
             wanted = []  # (slot, prompt's text, picture)
-            for slot, (subject, samples) in enumerate(group):
-                wanted += [(slot, subject.prompts[int(sample.prompt)], sample) for sample in samples]
+            for slot, (_, samples) in enumerate(group):
+                wanted += [(slot, text, sample) for text, sample in samples]
             for batch in chunks(wanted, self.args.at_once):
                 self.generate_batch(system, batch)
                 bar.update(len(batch))
@@ -473,17 +515,26 @@ class Benchmark:
 
     def score(self, system: str, evaluators: Evaluators) -> dict:
         """Compute all metrics of a system, write them and everyone's sheet; return the scores."""
-        rows, names = [], [*TITLES]
-        for subject in self.subjects:
-            for sample, base in zip(self.samples(system, subject), self.samples("base", subject)):
-                text = subject.prompts[int(sample.prompt)]
-                rows.append({**vars(sample), "class": subject.kind, "text": text, "base": base.path})
+        rows = self.rows_of(system, "pictures")
         photos = {subject.name: subject.photos for subject in self.subjects}
+        if self.args.stack_text:
+            score_style(rows, evaluators, self.args.stack_text)
+        others = {show: self.rows_of(system, show) for show in self.prompts if show != "pictures"}
         about = {"system": self.systems[system], "settings": vars(self.args)}
-        scores = metrics.evaluate(rows, evaluators, photos, names, self.args.no_face, **about)
-        write_scores(self.args.out / "scores" / f"{system}.json", scores, names)
+        about["others"] = score_others(others, evaluators, photos)
+        scores = metrics.evaluate(rows, evaluators, photos, self.metrics, self.args.no_face, **about)
+        write_scores(self.args.out / "scores" / f"{system}.json", scores, self.metrics)
         write_sheets(self.args.out / "sheets" / system, scores, photos)
         return scores
+
+    def rows_of(self, system: str, show: str) -> list[dict]:
+        """Return a row for each picture of a system, beside the base model's, which has the same style."""
+        base, rows = "base" + Use(stack=Use.of(self.systems[system]).stack).suffix, []
+        for subject in self.subjects:
+            samples, bases = (self.samples(name, subject, show) for name in (system, base))
+            for (sample, text), beside in zip(samples.items(), bases):
+                rows.append({**vars(sample), "class": subject.kind, "text": text, "base": beside.path})
+        return rows
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -536,26 +587,27 @@ def measure(args: argparse.Namespace) -> None:
     if not benchmark.complete():
         benchmark.encode()
         benchmark.load()
-        benchmark.generate("base")
+        for system in filter(benchmark.is_base, benchmark.systems):
+            benchmark.generate(system)
         for run in benchmark.runs:
             benchmark.learn(run)
-            for system in run.systems:
+            for system in name_systems(run.systems, benchmark.uses):
                 benchmark.generate(system)
         benchmark.unload()
 
     evaluators = benchmark.load_evaluators()
     systems = tqdm(benchmark.systems, "scoring", unit="system")
     scores = {name: benchmark.score(name, evaluators) for name in systems}
-    text = table({name: system["overall"] for name, system in scores.items()}, [*TITLES])
+    text = table({name: system["overall"] for name, system in scores.items()}, benchmark.metrics)
     if evaluators.note:
         text += f"\n\n{evaluators.note}"
     print(text)
     with atomic(args.out / "scores.md") as temporary:
         temporary.write_text(text + "\n", "utf-8")
-    curves = args.out / "curves.png"
-    plotted = plot_curves(curves, scores)
+    curves = {args.out / "curves.png": plot_curves, args.out / "strengths.png": plot_strengths}
+    curves = [file for file, plot in curves.items() if plot(file, scores)]
     photos = {subject.name: subject.photos for subject in benchmark.subjects}
-    write_report(args.out / "report.html", scores, photos, curves if plotted else None, text)
+    write_report(args.out / "report.html", scores, photos, curves, text)
     print(f"{args.out / 'report.html'} to look at")
 
 
@@ -635,9 +687,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--guidance", type=float, help="the model's guidance input; default: likewise")
     group.add_argument("--cfg", type=float, help="classifier-free guidance; default: likewise")
     add_evaluator_arguments(parser)
+    add_use_arguments(parser)
+    add_other_arguments(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--at-once", type=int, default=1, help="people trained side by side, and pictures in a batch"
     )
     add_memory_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    settle_uses(parser, args)
+    return args

@@ -21,11 +21,11 @@ LIMITS = {
     "t5_length": (1, 2**12),
     "samples": (0, 6),
     **dict.fromkeys(("weight_decay", "t_std", "guidance", "train_guidance", "cfg"), (0, math.inf)),
-    **dict.fromkeys(("lr", "clip_grad"), (0, math.inf)),
+    **dict.fromkeys(("lr", "clip_grad", "strengths", "stack_strengths"), (0, math.inf)),
     "vram": (0, math.inf),
     "max_yaw": (0, 90),
 }
-OPEN = ("lr", "clip_grad", "vram")  # the smallest value itself is not allowed
+OPEN = ("lr", "clip_grad", "vram", "strengths", "stack_strengths")  # the smallest value itself is not allowed
 
 
 class Parser(argparse.ArgumentParser):

@@ -76,6 +76,8 @@ def _collect(systems: dict[str, dict]) -> tuple[Curves, dict[str, Percents]]:
             if score["mean"] is not None:
                 percents[metric] = 100 * score["mean"], 100 * (score["ci95"] or 0)
         place = scores.get("system") or {}
+        if place.get("strength", 1) != 1 or place.get("stack"):  # see strengths.py
+            continue
         if place.get("steps") is None:
             levels[name] = percents
         else:

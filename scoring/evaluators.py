@@ -7,6 +7,7 @@ bring small ones of its own.
 import argparse
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,14 @@ BATCH = 16  # pictures embedded at once
 FACE_VERSION = 1  # raise it when boxes or crops change, so that all faces are embedded anew
 
 Entry = dict[str, Tensor]  # what the cache keeps of one picture
+
+
+@dataclass(frozen=True, eq=False)
+class Faces:
+    """All faces of a picture: embeddings (n, d), and middles (n, 2), x and y as parts of its sides."""
+
+    embedded: Tensor
+    middles: Tensor
 
 
 def add_evaluator_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +88,10 @@ class Evaluators:
         (embedding,), (count,) = self.embed_faces([path])
         return embedding if count else None
 
+    def embed_all_faces(self, paths: Sequence[Path]) -> list[Faces]:
+        """Embed every face of each picture, largest first."""
+        raise NotImplementedError
+
     def read(self, path: Path) -> Image.Image:
         return read_photo(path)
 
@@ -87,12 +100,15 @@ class Evaluators:
         recipe: tuple,
         weights: dict[str, str],
         paths: Sequence[Path],
-        embed: Callable[[list[Image.Image]], Iterable[Entry]],
+        embed: Callable[[list], Iterable[Entry]],
+        read: Callable[[Path], object] | None = None,
     ) -> list[Entry]:
         """Return the entry of each file; files that are not in the cache are embedded in batches.
 
-        recipe: names the method and its version; weights: fingerprints of the networks.
+        recipe: names the method and its version; weights: fingerprints of the networks; read: what makes of a
+        file what `embed` takes, by default a picture.
         """
+        read = read or self.read
         self.used |= weights
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
         keys = [content_key(*recipe, READING, *weights.values(), digest) for digest in digests]
@@ -103,7 +119,7 @@ class Evaluators:
         ) as bar:
             for start in range(0, len(new), BATCH):
                 batch = new[start : start + BATCH]
-                embedded = embed([self.read(path) for _, path in batch])
+                embedded = embed([read(path) for _, path in batch])
                 for (key, _), entry in zip(batch, embedded, strict=True):
                     self.cache.put(key, entry)
                     entries[key] = entry
@@ -156,11 +172,8 @@ class PaperEvaluators(Evaluators):
         return torch.stack([entry["image"] for entry in entries])
 
     def embed_faces(self, paths: Sequence[Path]) -> tuple[Tensor, list[int]]:
-        weights = {
-            "recognizer": _identify(self.recognizer_path, inception_resnet.SHA256),
-            "detector": _identify(self.detector_path, yunet.SHA256),
-        }
-        entries = self._embed_files(("face", FACE_VERSION), weights, paths, self._find_and_embed_faces)
+        recipe = "face", FACE_VERSION
+        entries = self._embed_files(recipe, self._face_weights(), paths, self._find_and_embed_faces)
         width = next((len(entry["face"]) for entry in entries if "face" in entry), 1)
         faces = torch.stack([entry.get("face", torch.zeros(width)) for entry in entries])
         return faces, [int(entry["count"]) for entry in entries]
@@ -174,6 +187,17 @@ class PaperEvaluators(Evaluators):
             return super().embed_reference(path)
         self.used["recognizer"] = _identify(self.recognizer_path, inception_resnet.SHA256)
         return self.recognizer.embed_faces([self.read(path)], [face])[0].cpu()
+
+    def embed_all_faces(self, paths: Sequence[Path]) -> list[Faces]:
+        recipe = "all faces", FACE_VERSION
+        entries = self._embed_files(recipe, self._face_weights(), paths, self._find_and_embed_all_faces)
+        return [Faces(entry["faces"], entry["middles"]) for entry in entries]
+
+    def _face_weights(self) -> dict[str, str]:
+        return {
+            "recognizer": _identify(self.recognizer_path, inception_resnet.SHA256),
+            "detector": _identify(self.detector_path, yunet.SHA256),
+        }
 
     def _embed_with_clip(self, images: list[Image.Image]) -> list[Entry]:
         return [{"image": embedding} for embedding in self.clip.embed_images(images).cpu()]
@@ -189,6 +213,16 @@ class PaperEvaluators(Evaluators):
             for k, embedding in zip(with_face, embedded):
                 entries[k]["face"] = embedding
         return entries
+
+    def _find_and_embed_all_faces(self, images: list[Image.Image]) -> Iterable[Entry]:
+        for image in images:
+            boxes = [face.box for face in yunet.find_faces(image, self.detector)]
+            sides = torch.tensor([image.width, image.height])
+            middles = torch.tensor(boxes).reshape(-1, 2, 2).float().mean(dim=1) / sides  # corners (n, 2, 2)
+            embedded = (
+                self.recognizer.embed_faces([image] * len(boxes), boxes).cpu() if boxes else torch.zeros(0, 1)
+            )
+            yield {"faces": embedded, "middles": middles}
 
 
 def _identify(path: Path | None, pinned: str) -> str:
@@ -211,8 +245,11 @@ class SmallEvaluators(Evaluators):
 
     def read(self, path: Path) -> Image.Image:
         """Read a picture; a large one is shrunk to the size that the networks were trained on."""
+        return self._shrunk(super().read(path), path)
+
+    def _shrunk(self, image: Image.Image, path: Path) -> Image.Image:
         try:
-            return small.shrink(super().read(path))
+            return small.shrink(image)
         except UserError as error:
             raise UserError(f"{path}: {error}, for {self.name}") from error
 
@@ -227,6 +264,27 @@ class SmallEvaluators(Evaluators):
     def embed_faces(self, paths: Sequence[Path]) -> tuple[Tensor, list[int]]:
         """Embed whole pictures, (n, d). There is no detector, so each counts as one face."""
         return self._embed("identity", paths, self.identity.embed_faces), [1] * len(paths)
+
+    def embed_all_faces(self, paths: Sequence[Path]) -> list[Faces]:
+        """Embed the faces of pictures as wide as they have faces, each in a square of its own."""
+
+        def embed(pictures: list[list[Image.Image]]) -> Iterable[Entry]:
+            return ({"faces": self.identity.embed_faces(squares).cpu()} for squares in pictures)
+
+        weights, found = {"identity": fingerprint(self.folder / "identity.safetensors")}, []
+        for entry in self._embed_files(("squares",), weights, paths, embed, self._read_squares):
+            x = (torch.arange(len(entry["faces"])) + 0.5) / len(entry["faces"])
+            found.append(Faces(entry["faces"], torch.stack([x, torch.full_like(x, 0.5)], dim=1)))
+        return found
+
+    def _read_squares(self, path: Path) -> list[Image.Image]:
+        """Read a picture and cut it into about square ones, from left to right, of the networks' size."""
+        image = super().read(path)
+        count = max(1, round(image.width / image.height))
+        edges = [round(k * image.width / count) for k in range(count + 1)]
+        return [
+            self._shrunk(image.crop((*x, image.height)), path) for x in zip(edges, [0] * count, edges[1:])
+        ]
 
     def _embed(
         self, network: str, paths: Sequence[Path], embed: Callable[[list[Image.Image]], Tensor]

@@ -97,7 +97,7 @@ def class_of(person: str, classes: dict[str, str]) -> str:
     return kind
 
 
-def read_prompts(path: Path, kind: str) -> list[str]:
+def read_prompts(path: Path, kind: str, option: str = "--prompts") -> list[str]:
     """Read a class's prompts, one per line, without blank lines; [his/her] becomes his for man, else her.
 
     path: a file, or a folder with a `<class>.txt` for each class. Raises UserError when the file is no
@@ -105,7 +105,7 @@ def read_prompts(path: Path, kind: str) -> list[str]:
     """
     file = path / f"{kind}.txt" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"--prompts {file}: no such file")
+        raise FileNotFoundError(f"{option} {file}: no such file")
     prompts = [" ".join(line.split()) for line in read_text(file).splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"{file} holds no prompts")

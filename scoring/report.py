@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -28,13 +29,14 @@ def write_report(
     path: Path,
     systems: dict[str, dict],
     photos: dict[str, list[Path]] | None = None,
-    curves: Path | None = None,
+    curves: Sequence[Path] = (),
     table: str = "",
 ) -> None:
     """Write one HTML file that shows and compares systems: scores, remarks, and every picture.
 
-    systems: the scores of each, by its name; photos: of each person, the reference first; curves: the file
-    that `plot_curves` wrote; table: the scores as text. Raises as `read_photo` when a picture is missing.
+    systems: the scores of each, by its name; photos: of each person, the reference first; curves: files
+    that `plot_curves` and `plot_strengths` wrote; table: the scores as text. Raises as `read_photo` when a
+    picture is missing.
     """
     people = dict.fromkeys(name for scores in systems.values() for name in scores["people"])
     photos = {name: (photos or {}).get(name, []) for name in people}
@@ -46,7 +48,7 @@ def write_report(
     content = {
         "side": side,
         "metrics": {metric: TITLES[metric] for metric in scored_metrics(systems.values())},
-        "curves": curves and _uri("png", curves.read_bytes()),
+        "curves": [_uri("png", file.read_bytes()) for file in curves],
         "photos": {name: [files[Path(photo)] for photo in photos[name]] for name in people},
         "systems": [
             {

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from run.files import atomic
 
-TITLES = {"clip-t": "CLIP-T", "clip-i": "CLIP-I", "facesim": "FaceSim", "r-facesim": "R-FaceSim"}
+TITLES = {"clip-t": "CLIP-T", "clip-i": "CLIP-I"}
+OPTIONAL = {
+    "style": "Style",
+    "bleed": "Bleed",
+    "class-bleed": "Class bleed",
+}  # of which not all have the input
+TITLES |= {**OPTIONAL, "facesim": "FaceSim", "r-facesim": "R-FaceSim"}
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -64,7 +70,8 @@ def write_scores(path: Path, scores: dict, metrics: Sequence[str]) -> str:
         atomic(path.with_name(name + ".csv")) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
-        writer = csv.DictWriter(file, scores["pictures"][0], lineterminator="\n")
+        columns = dict.fromkeys(key for row in scores["pictures"] for key in row)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(scores["pictures"])
     for suffix, content in {".md": text + "\n", ".json": json.dumps(scores, indent=1, default=str)}.items():

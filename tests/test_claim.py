@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import documents
+from studies.beside import __main__ as beside
 from studies.claim import __main__ as claim
 from studies.claim import documents as claim_documents
 from studies.claim.pictures import plot_pictures
@@ -34,6 +35,8 @@ from studies.claim.scores import (
 from studies.claim.side_questions import aside
 from studies.claim.study import Study
 from studies.draws import __main__ as draws
+from studies.enough import __main__ as enough
+from studies.photos import __main__ as photos
 from studies.predicted import __main__ as predicted
 
 
@@ -202,7 +205,8 @@ def test_the_whole_documents_say_what_the_scores_say(study, path):
 def test_blocks_have_writers_and_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     names = {found["name"] for found in documents.BLOCK.finditer(text)}
-    assert names and names <= claim_documents.BLOCKS.keys() | {"draws", "stopping"} | predicted.BLOCKS.keys()
+    small = {*predicted.BLOCKS, *beside.BLOCKS, *enough.BLOCKS, *photos.BLOCKS, "draws", "stopping"}
+    assert names and names <= claim_documents.BLOCKS.keys() | small
     links = re.findall(r"\]\(([^):#]+)\)", text)
     assert links and all((path.parent / link).exists() for link in links)
 

@@ -93,7 +93,7 @@ def systems(files) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def page_file(systems, photos, files, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
-    report.write_report(path, systems, photos, files[0], f"| the table {NASTY} |")
+    report.write_report(path, systems, photos, files[:1], f"| the table {NASTY} |")
     return path
 
 
@@ -136,7 +136,7 @@ def test_the_page_holds_every_system_person_number_and_picture(page_file, system
             shown, original = decode(found["images"][picture["image"]]), read_photo(row["path"])
             assert shown.size == (128, 128) and distance(shown, original.resize((128, 128))) < 6
     assert found["photos"].keys() == photos.keys() and all(len(own) == 2 for own in found["photos"].values())
-    assert found["curves"].startswith("data:image/png")
+    assert found["curves"][0].startswith("data:image/png")
 
 
 def test_names_cannot_break_out(page_file):

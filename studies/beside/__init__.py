@@ -1,0 +1,1 @@
+"""What an identity LoRA does beside the likeness, on the toy model."""
