@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 
 from run.files import atomic
-from scoring.curves import COLOURS
+from scoring.curves import COLOURS, MARKERS
 from scoring.tables import TITLES
 
 BOTH = ("clip-t", "r-facesim")
@@ -37,7 +37,7 @@ def plot_strengths(path: Path, systems: dict[str, dict]) -> bool:
     from matplotlib.figure import Figure
 
     stacks = sorted({stack for curve in curves.values() for stack in curve})
-    lines = dict(zip(stacks, itertools.cycle(LINES)))
+    looks = dict(zip(stacks, zip(itertools.cycle(LINES), itertools.cycle(MARKERS))))
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(6.5, 5.4), layout="constrained")
         axes = figure.subplots()
@@ -47,7 +47,8 @@ def plot_strengths(path: Path, systems: dict[str, dict]) -> bool:
                 strengths, look = sorted(points), {"color": colour, "markersize": 4, "linewidth": 1}
                 named = label + (f", second LoRA {stack:g}" if stack else "")
                 places = [points[strength] for strength in strengths]
-                axes.plot(*zip(*places), "o", linestyle=lines[stack], label=named, **look)
+                line, marker = looks[stack]
+                axes.plot(*zip(*places), marker=marker, linestyle=line, label=named, **look)
                 for strength, place in zip(strengths, places):
                     offset = {"textcoords": "offset points", "fontsize": 7, "color": colour}
                     axes.annotate(f"{strength:g}", place, (5, 4), **offset)
