@@ -1,7 +1,8 @@
-"""The lines of a study's scores.csv: one for each system and person."""
+"""The files of scores that studies commit: a line for each system and person."""
 
 import csv
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,17 +23,30 @@ def read_results(folder: Path) -> Iterator[tuple[dict, str, dict[str, str]]]:
             yield found["system"], person, {metric: f"{scores[metric]:.4f}" for metric in METRICS}
 
 
-def put_rows(path: Path, rows: list[dict], key: Sequence[str]) -> None:
-    """Put rows, which are alike in their key, into a file in the place of those there with that key."""
-    fields, same = [*rows[0]], [str(rows[0][name]) for name in key]
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if [row[name] for name in key] != same] + rows
-    rows.sort(key=lambda row: [str(row[name]) for name in fields])
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows, sorted."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(sorted(rows, key=_order))
+
+
+def put_rows(path: Path, rows: Sequence[dict], key: Sequence[str]) -> None:
+    """Put rows, which are alike in their key, into a file in the place of those there with that key."""
+    same = [str(rows[0][name]) for name in key]
+    before = read_rows(path) if path.exists() else []
+    write_rows(path, [*rows, *(row for row in before if [row[name] for name in key] != same)])
+
+
+def _order(row: dict) -> list[tuple[float, str]]:
+    """Sort numbers by their value, before words."""
+    words = map(str, row.values())
+    return [(float(x), "") if x.replace(".", "", 1).isdigit() else (math.inf, x) for x in words]
 
 
 def mean_scores(path: Path, key: Sequence[str], resamples: int = RESAMPLES) -> dict[tuple, np.ndarray]:
@@ -41,9 +55,8 @@ def mean_scores(path: Path, key: Sequence[str], resamples: int = RESAMPLES) -> d
     A resample draws the people anew, the same ones for every system; the first is the true sample.
     """
     table = defaultdict(dict)
-    with path.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            table[tuple(row[name] for name in key)][row["person"]] = [float(row[x]) for x in METRICS]
+    for row in read_rows(path):
+        table[tuple(row[name] for name in key)][row["person"]] = [float(row[x]) for x in METRICS]
     means = {}
     for system, own in table.items():
         who = draw_people(len(own), 1, resamples)[:, :, 0]

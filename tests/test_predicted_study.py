@@ -1,12 +1,11 @@
 """studies/predicted: its tables are those of the committed scores, its measures right on known ones."""
 
-import csv
-
 import numpy as np
 import pytest
 
 from bench.documents import fill
 from studies.predicted import __main__ as study
+from studies.rows import put_rows, read_rows
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def scores(tmp_path, monkeypatch):
         add("lora-noaug", "0.008", steps, 2 * steps / 100, 0.8)  # faster, but it forgets the prompt
     for steps in (10, 20):
         add("refined-noaug", "0.008", steps, 0.4 + 2 * steps / 100, 0.9)
-    study.add_rows(rows)
+    put_rows(tmp_path / "scores.csv", rows, study.KEY[:2])
     return study.Scores("fresh", resamples=20)
 
 
@@ -49,11 +48,10 @@ def test_the_tables_say_so(scores):
 
 
 def test_rows_of_a_predictor_replace_its_old_ones(scores):
-    with (study.FOLDER / "scores.csv").open() as file:
-        before = list(csv.DictReader(file))
-    study.add_rows([row for row in before if row["method"] != "refined-noaug"])
-    with (study.FOLDER / "scores.csv").open() as file:
-        assert [*csv.DictReader(file)] == [row for row in before if row["method"] != "refined-noaug"]
+    path = study.FOLDER / "scores.csv"
+    fewer = [row for row in read_rows(path) if row["method"] != "refined-noaug"]
+    put_rows(path, fewer, study.KEY[:2])
+    assert read_rows(path) == fewer
 
 
 def test_the_tables_are_those_of_the_committed_scores():

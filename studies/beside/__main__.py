@@ -8,7 +8,6 @@ is trained here, on 64 other people in neon. scores.csv has a line per system an
 """
 
 import argparse
-import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +21,11 @@ from metaphd import benchmark
 from metaphd.others import OTHER
 from people.photos import read_photo
 from run.command import run_script
-from run.files import atomic
 from run.models import SHIPPED
 from scoring.intervals import half_interval
 from scoring.tables import markdown
 from studies.claim.scores import LIMIT
+from studies.rows import read_rows, write_rows
 from tiny.people import STYLES, VIEW, draw_identities, draw_views, render, to_pil, write_people
 from vision.small import load_judges
 
@@ -253,13 +252,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         make(args.out, args.people)
-        rows = collect(args.out)
-        with atomic(SCORES) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    with SCORES.open(newline="") as file:
-        scores = Scores([*csv.DictReader(file)])
+        write_rows(SCORES, collect(args.out))
+    scores = Scores(read_rows(SCORES))
     for block in BLOCKS.values():
         print(block(scores), end="\n\n")
     write(DOCUMENT, {name: lambda block=block: block(scores) for name, block in BLOCKS.items()})

@@ -7,7 +7,6 @@ Twelve synthetic people in photos of 160 pixels, three seeds, both methods. scor
 """
 
 import argparse
-import csv
 import json
 from collections import defaultdict
 from itertools import product
@@ -17,9 +16,9 @@ from statistics import fmean
 from bench.documents import write
 from metaphd import benchmark
 from run.command import run_script
-from run.files import atomic
 from scoring.intervals import half_interval
 from scoring.tables import markdown
+from studies.rows import read_rows, write_rows
 from tiny.people import write_people
 
 SCORES = Path(__file__).with_name("scores.csv")
@@ -73,14 +72,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only the table, from the committed scores")
     args = parser.parse_args()
     if args.table:
-        with SCORES.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(SCORES)
     else:
         rows = measure(args.out)
-        with atomic(SCORES) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(SCORES, rows)
     print(table(rows))
     write(DOCUMENT, {"draws": lambda: table(rows)})
 

@@ -7,7 +7,6 @@ scores.csv has a line per system, person and seed, averaged over prompts.
 """
 
 import argparse
-import csv
 import itertools
 import json
 from collections import defaultdict
@@ -21,10 +20,10 @@ import predictor.__main__ as predictor
 from bench.documents import write
 from metaphd import benchmark
 from run.command import run_script
-from run.files import atomic
 from scoring.tables import markdown
 from studies.claim.scores import ADHERENT, FACESIM, LIMIT, METRICS, SIMILAR, TINY, draw_people, estimate
 from studies.claim.words import number, tell_points
+from studies.rows import put_rows, read_rows
 from tiny.people import write_people
 
 FOLDER = Path(__file__).parent
@@ -102,11 +101,10 @@ class Scores:
 
     def __init__(self, people: str, resamples: int = RESAMPLES):
         table = defaultdict(dict)
-        with (FOLDER / "scores.csv").open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row["people"] == people:
-                    place = int(row["steps"]), row["person"], row["seed"]
-                    table[tuple(row[name] for name in KEY[1:])][place] = [float(row[x]) for x in METRICS]
+        for row in read_rows(FOLDER / "scores.csv"):
+            if row["people"] == people:
+                place = int(row["steps"]), row["person"], row["seed"]
+                table[tuple(row[name] for name in KEY[1:])][place] = [float(row[x]) for x in METRICS]
         # By (predictor, method, rate): steps, and mean scores (1 + resamples, steps, metrics).
         self.curves: dict[tuple, tuple[list[int], np.ndarray]] = {}
         for key, own in table.items():
@@ -225,25 +223,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.figures:
         for people, name in itertools.product(args.people, args.predictors):
-            add_rows([*measure(args.out, people, name)])
+            put_rows(FOLDER / "scores.csv", [*measure(args.out, people, name)], KEY[:2])
     scores = Scores("fresh")
     for path in DOCUMENTS:
         write(path, {name: partial(block, scores) for name, block in BLOCKS.items()})
     print(*(block(scores) for block in BLOCKS.values()), sep="\n\n")
-
-
-def add_rows(rows: list[dict]) -> None:
-    """Put rows into scores.csv in the place of what was there of these people and this predictor."""
-    path = FOLDER / "scores.csv"
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            same = [rows[0][name] for name in KEY[:2]]
-            rows = [row for row in csv.DictReader(file) if [row[name] for name in KEY[:2]] != same] + rows
-    rows.sort(key=lambda row: (*(row[name] for name in KEY), int(row["steps"]), row["person"], row["seed"]))
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, (*KEY, *PLACE, *METRICS), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,6 @@ state, averaged over prompts, signals.csv one with what is seen without a judge.
 """
 
 import argparse
-import csv
-import json
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +15,7 @@ import numpy as np
 from bench.documents import write
 from metaphd import benchmark
 from run.command import run_script
-from run.files import atomic
+from studies.rows import read_results, read_rows, write_rows
 from studies.stopping.rules import Course, tabulate
 from studies.stopping.signals import SIGNALS, look
 from tiny.people import write_people
@@ -43,14 +39,9 @@ def measure(out: Path, people: str) -> tuple[list[dict], list[dict]]:
     words = [str(word) for word in [*words, "--seeds", 1, "--sample-steps", 8, "--at-once", count]]
     benchmark.main(words)
     scores = []
-    for file in sorted((out / people / "scores").glob("*.json")):
-        found, sums = json.loads(file.read_text()), defaultdict(list)
-        for row in found["pictures"]:
-            sums[row["person"]].append([row[metric] for metric in METRICS])
-        system = found["system"]
-        for person, values in sums.items():
-            key = (people, system.get("method", "base"), system.get("steps", 0), person)
-            scores.append(dict(zip((*KEY, *METRICS), (*key, *(f"{x:.4f}" for x in np.mean(values, axis=0))))))
+    for system, person, own in read_results(out / people):
+        key = (people, system.get("method", "base"), system.get("steps", 0), person)
+        scores.append(dict(zip((*KEY, *METRICS), (*key, *(own[metric] for metric in METRICS)))))
     again = benchmark.Benchmark(benchmark.parse_arguments(words))
     again.check()
     again.encode()
@@ -58,23 +49,14 @@ def measure(out: Path, people: str) -> tuple[list[dict], list[dict]]:
     return scores, [{"people": people} | row for run in again.runs for row in look(again, run)]
 
 
-def read(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def save(path: Path, rows: Sequence[dict]) -> None:
-    rows = sorted(rows, key=lambda row: (row["people"], row["method"], int(row["steps"]), row["person"]))
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def courses(people: str) -> dict[str, Course]:
     """Return the trainings of some people by each method; ValueError when a file lacks any of them."""
     scores, signals = (
-        {tuple(row[name] for name in KEY[1:]): row for row in read(FOLDER / file) if row["people"] == people}
+        {
+            tuple(row[name] for name in KEY[1:]): row
+            for row in read_rows(FOLDER / file)
+            if row["people"] == people
+        }
         for file in ("scores.csv", "signals.csv")
     )
     found = {}
@@ -102,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.table:
         measured = [measure(args.out, people) for people in PEOPLE]
         for name, parts in zip(("scores.csv", "signals.csv"), zip(*measured)):
-            save(FOLDER / name, [row for part in parts for row in part])
+            write_rows(FOLDER / name, [row for part in parts for row in part])
     print(table())
     write(DOCUMENT, {"stopping": table})
 
