@@ -65,6 +65,11 @@ class Scores:
         found = {key: x[0] for key, x in self.means.items() if key[0] == "choosing" and key[2] == str(rank)}
         return max(found, key=lambda key: found[key][SIMILAR] + found[key][ADHERENT])[3]
 
+    @property
+    def photos(self) -> list[int]:
+        """The numbers of photos that were measured."""
+        return [n for n in PHOTOS if any(key[:2] == ("fresh", str(n)) for key in self.means)]
+
     def fresh(self, photos: int, rank: int) -> np.ndarray:
         return self.means["fresh", str(photos), str(rank), self.rate(rank)]
 
@@ -73,7 +78,7 @@ def several(scores: Scores) -> str:
     """Lay out R-FaceSim, the copying of the first photo and adherence, by photos and rank."""
     names = ["R-FaceSim", "FaceSim - R-FaceSim", "adherence", "R-FaceSim, less one photo's"]
     lines = [["photos", "r2", "rate", *names]]
-    for photos, rank in product(PHOTOS, RANKS):
+    for photos, rank in product(scores.photos, RANKS):
         means = scores.fresh(photos, rank)
         similar, face, adherent = 100 * means[0]
         gain = tell_points(estimate((means - scores.fresh(1, rank))[:, SIMILAR])) if photos > 1 else ""
@@ -95,10 +100,11 @@ def answers(scores: Scores) -> str:
             [question, answer, f"{figure}, points after {STEPS} steps", "`python -m studies.photos`"]
         )
 
-    gains = {photos: more(photos, 1, than=(1, 1)) for photos in PHOTOS[1:]}
+    gains = {photos: more(photos, 1, than=(1, 1)) for photos in scores.photos[1:]}
     told = "; ".join(f"{photos} photos {tell_points(found)}" for photos, found in gains.items())
-    add("Do several photos give more likeness than one?", gains[PHOTOS[-1]], f"R-FaceSim at r2 1: {told}")
-    for photos in (1, PHOTOS[-1]):
+    most = scores.photos[-1]
+    add("Do several photos give more likeness than one?", gains[most], f"R-FaceSim at r2 1: {told}")
+    for photos in (1, most):
         told = []
         for rank in RANKS[1:]:
             similar, adherent = (more(photos, rank, (photos, 1), metric) for metric in (SIMILAR, ADHERENT))
