@@ -40,7 +40,7 @@ def test_the_least_that_is_not_clearly_worse_is_the_answer(tmp_path):
     lines = {line.split("|")[1].strip(): line for line in enough.answers(means).splitlines()}
     assert lines["How many people?"].split("|")[2].strip() == "50 people"
     assert "12 people **-10.0** [-10.0, -10.0]; 50 people -0.3" in lines["How many people?"]
-    assert lines["Which r1?"].split("|")[2].strip() == "r1 16"
+    assert lines["Which r1?"].split("|")[2].strip() == "16"
     assert "| 12 people" in enough.enough(means)
 
 

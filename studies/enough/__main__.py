@@ -44,21 +44,28 @@ PRIORS = {
     **{f"r1 {n}": USUAL | {"r1": n} for n in (16, 64, 128)},
     "another seed": USUAL | {"seed": 1},
 }
-# The table's groups, from least to most; the last is what the others are compared with.
+# The table's groups, from least to most, each by what it is called there; others are compared with the last.
 GROUPS = {
-    "steps, of 200 people": [f"{n} steps" for n in (250, 500, 1000, 2000, 4000, 8000)],
-    "people, at 4,000 steps": ["12 people", "50 people", "4000 steps", "800 people"],
-    "photos of each, at 1,000 steps": ["2 photos", "5 photos", "1000 steps"],
-    "resolution, at 1,000 steps": ["half the resolution", "1000 steps"],
-    "r1, at 1,000 steps": ["r1 16", "1000 steps", "r1 64", "r1 128"],
-    "seed, at 1,000 steps": ["another seed", "1000 steps"],
+    "steps, of 200 people": {f"{n:,} steps": f"{n} steps" for n in (250, 500, 1000, 2000, 4000, 8000)},
+    "people, 4,000 steps": {
+        **{f"{n} people": f"{n} people" for n in (12, 50)},
+        "200 people": "4000 steps",
+        "800 people": "800 people",
+    },
+    "photos of each, 1,000 steps": {
+        **{f"{n} photos": f"{n} photos" for n in (2, 5)},
+        "20 photos": "1000 steps",
+    },
+    "resolution, 1,000 steps": {"half": "half the resolution", "whole": "1000 steps"},
+    "r1, 1,000 steps": {"16": "r1 16", "32": "1000 steps", "64": "r1 64", "128": "r1 128"},
+    "seed, 1,000 steps": {"1": "another seed", "0": "1000 steps"},
 }
 QUESTIONS = {
     "steps, of 200 people": "How many steps of stage 1 are enough?",
-    "people, at 4,000 steps": "How many people?",
-    "photos of each, at 1,000 steps": "How many photos of each?",
-    "resolution, at 1,000 steps": "Is half the resolution enough in stage 1?",
-    "r1, at 1,000 steps": "Which r1?",
+    "people, 4,000 steps": "How many people?",
+    "photos of each, 1,000 steps": "How many photos of each?",
+    "resolution, 1,000 steps": "Is half the resolution enough in stage 1?",
+    "r1, 1,000 steps": "Which r1?",
 }
 Means = dict[tuple, np.ndarray]  # of `mean_scores`, by (prior,)
 LORAS = {f"LoRA, rate {lr:g}": lr for lr in (8e-3, 2e-2)}  # no prior at all
@@ -117,12 +124,13 @@ def less(means: Means, name: str, most: str) -> Estimate:
 def enough(means: Means) -> str:
     """Lay out what everybody reaches with each prior, and the difference to the last of its group."""
     lines = [["", "stage 1", "R-FaceSim", "adherence", "R-FaceSim, less the last's"]]
-    for title, names in (GROUPS | {"none": [*LORAS]}).items():
-        for name in names:
+    for title, names in (GROUPS | {"none": {name: name for name in LORAS}}).items():
+        *_, most = names.values()
+        for shown, name in names.items():
             if (name,) in means:
                 similar, _, adherent = 100 * means[name,][0]
-                difference = "" if name in (names[-1], *LORAS) else tell_points(less(means, name, names[-1]))
-                lines.append([title, name, number(similar), number(adherent), difference])
+                difference = "" if name in (most, *LORAS) else tell_points(less(means, name, most))
+                lines.append([title, shown, number(similar), number(adherent), difference])
                 title = ""
     return markdown(lines)
 
@@ -131,11 +139,11 @@ def answers(means: Means) -> str:
     """Answer each question by the least of its group that is not clearly worse than the most."""
     lines = [["question", "answer", "figure [95 % interval]", "command"]]
     for title, question in QUESTIONS.items():
-        *lesser, most = GROUPS[title]
-        found = {name: less(means, name, most) for name in lesser}
-        answer = next((name for name in lesser if found[name].high >= 0), most)
+        *lesser, (shown, most) = GROUPS[title].items()
+        found = {name: less(means, prior, most) for name, prior in lesser if (prior,) in means}
+        answer = next((name for name in found if found[name].high >= 0), shown)
         figure = "; ".join(f"{name} {tell_points(difference)}" for name, difference in found.items())
-        figure = f"R-FaceSim after {STEPS} steps of stage 2, less that of {most}: {figure} points"
+        figure = f"R-FaceSim after {STEPS} steps of stage 2, less that of {shown}: {figure} points"
         lines.append([question, answer, figure, "`python -m studies.enough`"])
     return markdown(lines)
 
