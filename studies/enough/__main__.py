@@ -42,7 +42,6 @@ PRIORS = {
     **{f"{n} photos": USUAL | {"photos": n} for n in (2, 5)},
     "half the resolution": USUAL | {"resolution": 32},
     **{f"r1 {n}": USUAL | {"r1": n} for n in (16, 64, 128)},
-    "another seed": USUAL | {"seed": 1},
 }
 # The table's groups, from least to most, each by what it is called there; others are compared with the last.
 GROUPS = {
@@ -58,7 +57,6 @@ GROUPS = {
     },
     "resolution, 1,000 steps": {"half": "half the resolution", "whole": "1000 steps"},
     "r1, 1,000 steps": {"16": "r1 16", "32": "1000 steps", "64": "r1 64", "128": "r1 128"},
-    "seed, 1,000 steps": {"1": "another seed", "0": "1000 steps"},
 }
 QUESTIONS = {
     "steps, of 200 people": "How many steps of stage 1 are enough?",

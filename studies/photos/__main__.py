@@ -97,7 +97,7 @@ def answers(scores: Scores) -> str:
     def add(question: str, found: Estimate, figure: str) -> None:
         answer = "Yes" if found.low > 0 else "No, less" if found.high < 0 else "Undecided"
         lines.append(
-            [question, answer, f"{figure}, points after {STEPS} steps", "`python -m studies.photos`"]
+            [question, answer, f"{figure} points, after {STEPS} steps", "`python -m studies.photos`"]
         )
 
     gains = {photos: more(photos, 1, than=(1, 1)) for photos in scores.photos[1:]}
