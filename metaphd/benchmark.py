@@ -46,7 +46,7 @@ from people.faces import known_face, locate_face
 from people.folders import scan_people
 from people.photos import Box, read_photo
 from predictor.start import eye_of, find_predictor, predict
-from run.arguments import Manual, Parser
+from run.arguments import MOST, Manual, Parser
 from run.command import command_line
 from run.costs import Plan, Workload, estimate
 from run.files import alone, atomic
@@ -134,6 +134,10 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
     for name, photos in find_photos(args.people, references, least=1 + args.photos).items():
         kind = class_of(name, classes)
         learned, others = photos[: args.photos], photos[args.photos :]
+        contents = {path.read_bytes() for path in learned}
+        copies = [path for path in others if path.read_bytes() in contents]
+        if copies:
+            raise UserError(f"{copies[0]} is a copy of a photo that {name} is learned from: remove it")
         if len(learned) < args.photos:  # in man/ and woman/ everybody has one
             raise UserError(f"--photos {args.photos}: --people {args.people} has one photo of {name}")
         own = captions[photos[0]] if len(learned) == 1 else ""  # several have no caption in common
@@ -622,7 +626,8 @@ examples:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m metaphd run", description=HELP, formatter_class=Manual)
+    limits = {"photos": (1, MOST)}
+    parser = Parser(prog="python -m metaphd run", description=HELP, formatter_class=Manual, limits=limits)
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
     parser.add_argument(
         "--people",
@@ -667,7 +672,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="how many photos a person is learned from: the reference and the next by name",
+        help="how many photos a person is learned from: the reference and the first others by name",
     )
     group.add_argument("--ranks", **several, type=int, default=[1], help="r2, the ranks of the LoRAs")
     group.add_argument("--lr", **several, type=float, default=[4e-4], help="learning rates of AdamW")

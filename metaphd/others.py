@@ -28,6 +28,10 @@ def read_others(args: argparse.Namespace, kinds: Iterable[str]) -> dict[str, dic
                 f"--class-bleed: of the class {unknown[0]} there is no other; it must be man or woman"
             )
         prompts["other-class"] = {kind: read_prompts(args.prompts, OTHER[kind]) for kind in kinds}
+        for kind, texts in prompts["other-class"].items():
+            same = {*texts} & {*read_prompts(args.prompts, kind)}
+            if same:
+                raise UserError(f"--class-bleed: {min(same)!r} in --prompts is the same for man and woman")
     return prompts
 
 

@@ -7,13 +7,8 @@ from pathlib import Path
 
 from run.files import atomic
 
-TITLES = {"clip-t": "CLIP-T", "clip-i": "CLIP-I"}
-OPTIONAL = {
-    "style": "Style",
-    "bleed": "Bleed",
-    "class-bleed": "Class bleed",
-}  # of which not all have the input
-TITLES |= {**OPTIONAL, "facesim": "FaceSim", "r-facesim": "R-FaceSim"}
+OPTIONAL = {"style": "Style", "bleed": "Bleed", "class-bleed": "Class bleed"}  # not all have the input
+TITLES = {"clip-t": "CLIP-T", "clip-i": "CLIP-I", **OPTIONAL, "facesim": "FaceSim", "r-facesim": "R-FaceSim"}
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -100,7 +100,7 @@ def test_the_scores_are_those_of_the_pictures(run, world, monkeypatch, capsys):
         assert float(row["facesim"]) == pytest.approx(np.mean(likeness), abs=1e-4)
         adherence = prompt.adherence(prompt.look(pictures[0]), "a photo of a person").item()
         assert float(row["clip-t"]) == pytest.approx(adherence, abs=1e-4)
-    assert len({row["facesim"] for row in rows}) == 3
+    assert len({row["facesim"] for row in rows}) > 1
     said = capsys.readouterr().out
     assert f"--watch: FaceSim and CLIP-T by {world / 'judges'}" in said
     assert "no CLIP-T: the prompt 'a photo of a person in the city at night' names" in said
