@@ -330,7 +330,11 @@ def main(argv: list[str] | None = None) -> None:
         return show_crops(photos, crops, beside(args.out, "_crops.png"))
     texts = [args.caption, *(f"a photo of a {args.class_word} {scene}" for scene in SCENES)]
     texts = [*dict.fromkeys(texts[: max(1, args.samples)])]
-    judge = Judge(args.model, args.photos[0], args.face, texts, args.detector) if args.watch else None
+    judge = None
+    if args.watch:
+        first, face = args.photos[0], args.face
+        face = face and clip_face(first, photos[first], face)
+        judge = Judge(args.model, first, face, texts, args.detector)
     files = find_model(args)
     take_defaults(args, files)
     training, sampler = Training.of(args), flux.default_sampler(files)

@@ -1,4 +1,4 @@
-"""The paper's protocol (section 4) for many people: learn each from one photo, generate pictures, score.
+"""The paper's protocol (section 4) for many people: learn each from a photo, generate pictures, score.
 
 What lies in the folder --out and how a run is continued or extended is described in docs/benchmark.md.
 """
@@ -140,9 +140,9 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
             raise UserError(f"{copies[0]} is a copy of a photo that {name} is learned from: remove it")
         if len(learned) < args.photos:  # in man/ and woman/ everybody has one
             raise UserError(f"--photos {args.photos}: --people {args.people} has one photo of {name}")
-        own = captions[photos[0]] if len(learned) == 1 else ""  # several have no caption in common
+        caption = captions[photos[0]] if len(learned) == 1 else ""  # several have none in common
         prompts = read_prompts(args.prompts, kind)
-        subjects.append(Subject(name, kind, learned, others, own or f"a photo of a {kind}", prompts))
+        subjects.append(Subject(name, kind, learned, others, caption or f"a photo of a {kind}", prompts))
     return subjects
 
 
@@ -616,7 +616,8 @@ def measure(args: argparse.Namespace) -> None:
 
 
 HELP = """
-Personalize every person from one photo, generate every prompt with every seed, and score (paper, section 4).
+Personalize every person from a photo, or --photos N, generate every prompt with every seed, and score (paper,
+section 4).
 See docs/benchmark.md.
 
 examples:

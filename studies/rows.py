@@ -12,7 +12,15 @@ import numpy as np
 from run.files import atomic
 from studies.claim.scores import METRICS, draw_people
 
+PROMPTS = Path(__file__).parent / "claim" / "prompts.txt"
 RESAMPLES = 1000
+
+
+def benchmark_words(people: Path, count: int, out: Path, *options: object) -> list[str]:
+    """Return the arguments with which studies call the benchmark, for the toy model and its people."""
+    words = ["--people", people, "--at-once", count, "--out", out, "--model", "tiny", "--prompts", PROMPTS]
+    words += ["--seeds", 1, "--sample-steps", 8, "--draws", "spread", *options]
+    return [str(word) for word in words]
 
 
 def read_results(folder: Path) -> Iterator[tuple[dict, str, dict[str, str]]]:

@@ -21,7 +21,7 @@ from vision import clip_vit, inception_resnet
 from vision.small import load_judges
 from watching import judge as judging
 from watching.judge import Judge
-from watching.sheet import CELL, COLUMNS, State, draw_sheet, plot_curves
+from watching.sheet import CELL, COLUMNS, State, lay_out_sheet, plot_curves
 from watching.watch import Watch, list_files, watched_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:(T5|CLIP) sees")  # the random model reads few tokens
@@ -285,7 +285,9 @@ def some_states(count: int) -> list[State]:
 
 def test_many_states_share_the_columns_and_the_last_is_shown():
     photo = Image.new("RGB", (64, 64), "red")
-    sheets = {count: draw_sheet(photo, some_states(count), ["a", "b"]) for count in (1, 2, COLUMNS, 40, 41)}
+    sheets = {
+        count: lay_out_sheet(photo, some_states(count), ["a", "b"]) for count in (1, 2, COLUMNS, 40, 41)
+    }
     assert sheets[1].width < sheets[2].width < sheets[COLUMNS].width
     for count in (COLUMNS, 40, 41):
         sheet = sheets[count]

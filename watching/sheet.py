@@ -29,7 +29,7 @@ class State:
         return {metric: float(np.nanmean(values)) for metric, values in self.scores.items()}
 
 
-def draw_sheet(photo: Image.Image, states: Sequence[State], prompts: Sequence[str]) -> Image.Image:
+def lay_out_sheet(photo: Image.Image, states: Sequence[State], prompts: Sequence[str]) -> Image.Image:
     """Return the sheet; the curves have a point for each state, also for those that are not shown."""
     stride = -(-max(1, len(states) - 1) // (COLUMNS - 1))
     shown = [*states[:-1:stride], states[-1]]

@@ -19,7 +19,7 @@ from run.files import atomic, beside
 from run.pictures import save_sheet
 from scoring.tables import TITLES
 from watching.judge import Judge
-from watching.sheet import State, draw_sheet
+from watching.sheet import State, lay_out_sheet
 
 SIDE = 512  # pixels at most: a quarter of FLUX's area
 EULER_STEPS = 12  # at most
@@ -68,7 +68,7 @@ class Watch:
             export_lora(self.model, path, self.about | {"steps": step}, form=self.form)
         pictures = self.generate()
         self.seen.append(State(step, pictures, self.judge.score(pictures)))
-        save_sheet(draw_sheet(self.photo, self.seen, [*self.prompts]), beside(self.out, "_watch.png"))
+        save_sheet(lay_out_sheet(self.photo, self.seen, [*self.prompts]), beside(self.out, "_watch.png"))
         write_table(self.seen, beside(self.out, "_watch.csv"))
         means = [f"{TITLES[metric]} {value:.3f}" for metric, value in self.seen[-1].means.items()]
         tqdm.write(f"step {step}: {', '.join([*means, f'{len(pictures)} pictures'])}")

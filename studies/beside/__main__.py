@@ -25,13 +25,12 @@ from run.models import SHIPPED
 from scoring.intervals import half_interval
 from scoring.tables import markdown
 from studies.claim.scores import LIMIT
-from studies.rows import read_rows, write_rows
+from studies.rows import benchmark_words, read_rows, write_rows
 from tiny.people import STYLES, VIEW, draw_identities, draw_views, render, to_pil, write_people
 from vision.small import load_judges
 
 SCORES = Path(__file__).with_name("scores.csv")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "findings.md"
-PROMPTS = Path(__file__).parents[1] / "claim" / "prompts.txt"
 METHODS = {"lora-noaug": "LoRA", "meta-lora-noaug": "Meta-LoRA", "predicted": "predicted"}
 SEED = 500
 STRENGTHS, STACKS = (0.5, 0.75, 1.0, 1.25, 1.5), (0.5, 1.0)
@@ -64,16 +63,14 @@ def make(out: Path, people: int) -> None:
     """Train, generate and score everyone; what is there is not made again."""
     folder = out / f"people_{people}"
     write_people(folder, people=people, photos=8, seed=SEED, photo_share=1)
-    words = ["--model", "tiny", "--people", folder, "--prompts", PROMPTS, "--draws", "spread"]
-    words += ["--method", *METHODS, "--lr", 8e-3, "--steps", 60]
-    words += ["--seeds", 1, "--sample-steps", 8, "--at-once", people]
+    options = ["--method", *METHODS, "--lr", 8e-3, "--steps", 60]
     stack = ["--stack", train_style(out), "--stack-text", STYLES[STYLE]]
-    for more in (
-        ["--out", out / "uses", *stack, "--stack-strengths", *STACKS],
-        ["--out", out / "others", "--class-bleed"],  # a folder of its own: at strength 1 only
-        ["--out", out / "uses", *stack, "--strengths", *STRENGTHS],
+    for results, more in (
+        ("uses", [*stack, "--stack-strengths", *STACKS]),
+        ("others", ["--class-bleed"]),  # a folder of its own: at strength 1 only
+        ("uses", [*stack, "--strengths", *STRENGTHS]),
     ):
-        benchmark.main([str(word) for word in [*words, *more]])
+        benchmark.main(benchmark_words(folder, people, out / results, *options, *more))
 
 
 def collect(out: Path) -> list[dict]:
@@ -91,7 +88,7 @@ def collect(out: Path) -> list[dict]:
                     own = [one for one in found["pictures"] if one["person"] == person]
                     row["shows class"] = round(shown_class(own), 4)
     names = sorted({row["person"] for row in rows.values()})
-    return [rows[key] for key in sorted(rows)] + [*draw_truth(names)]
+    return [rows[key] for key in sorted(rows)] + [*render_truth(names)]
 
 
 def shown_class(rows: list[dict]) -> float:
@@ -105,7 +102,7 @@ def shown_class(rows: list[dict]) -> float:
     return (odds @ judge.embed_texts([f"a {word}"])[0]).mean().item()
 
 
-def draw_truth(names: list[str]) -> Iterator[dict]:
+def render_truth(names: list[str]) -> Iterator[dict]:
     """Yield a row per person for pictures that are right by construction, without the style and with it."""
     judge = load_judges(SHIPPED["tiny"] / "judges")[0]
     for name in names:
@@ -178,7 +175,7 @@ def stacks(scores: Scores) -> str:
 
 def bleeding(scores: Scores) -> str:
     """Lay out how much the other class's faces look like the person, beside the likeness of the person's."""
-    lines = [["", "class bleed", "R-FaceSim of the person", "bleed relative to it", "shows the other class"]]
+    lines = [["", "class bleed", "R-FaceSim of the person", "bleed divided by that", "shows the other class"]]
     for method, name in METHODS.items():
         bled, alike = scores.of("class-bleed", method), scores.of("r-facesim", method)
         part, shown = f"{bled.mean() / alike.mean():.0%}", tell(scores.of("shows class", method))

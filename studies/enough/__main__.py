@@ -25,12 +25,11 @@ from run.files import atomic
 from scoring.tables import markdown
 from studies.claim.scores import SIMILAR, Estimate, estimate
 from studies.claim.words import number, tell_points
-from studies.rows import mean_scores, put_rows, read_results
+from studies.rows import benchmark_words, mean_scores, put_rows, read_results
 from tiny.people import write_people
 
 SCORES = Path(__file__).with_name("scores.csv")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "findings.md"
-PROMPTS = Path(__file__).parents[1] / "claim" / "prompts.txt"
 PEOPLE = {"count": 30, "seed": 600}  # who are learned; nothing was chosen on them
 LR, STEPS = 8e-3, 30  # of stage 2: early, when the prior matters most
 
@@ -98,14 +97,12 @@ def measure(out: Path, name: str) -> Iterator[dict]:
     """Learn everybody with a prior, or as LoRA, and yield rows."""
     folder = out / "people"
     write_people(folder, people=PEOPLE["count"], photos=8, seed=PEOPLE["seed"], photo_share=1)
-    words = ["--people", folder, "--model", "tiny", "--prompts", PROMPTS, "--seeds", 1, "--sample-steps", 8]
-    words += ["--at-once", PEOPLE["count"], "--draws", "spread", "--steps", STEPS]
     if name in LORAS:
-        words += ["--method", "lora-noaug", "--lr", LORAS[name]]
+        options = ["--method", "lora-noaug", "--lr", LORAS[name]]
     else:
-        words += ["--method", "meta-lora-noaug", "--lr", LR, "--meta", train(out, name)]
+        options = ["--method", "meta-lora-noaug", "--lr", LR, "--meta", train(out, name)]
     results = out / "results" / name.replace(" ", "-")
-    benchmark.main([str(word) for word in [*words, "--out", results]])
+    benchmark.main(benchmark_words(folder, PEOPLE["count"], results, "--steps", STEPS, *options))
     for system, person, scores in read_results(results):
         if system:  # not the base model
             yield {"prior": name, "person": person, **scores}

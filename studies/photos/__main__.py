@@ -22,12 +22,11 @@ from run.command import run_script
 from scoring.tables import markdown
 from studies.claim.scores import ADHERENT, SIMILAR, Estimate, estimate
 from studies.claim.words import number, tell_points
-from studies.rows import mean_scores, put_rows, read_results
+from studies.rows import benchmark_words, mean_scores, put_rows, read_results
 from tiny.people import write_people
 
 SCORES = Path(__file__).with_name("scores.csv")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "findings.md"
-PROMPTS = Path(__file__).parents[1] / "claim" / "prompts.txt"
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 600)}  # how many, and their seed
 PHOTOS, RANKS, RATES, STEPS = (1, 2, 4, 8), (1, 2, 4), (4e-3, 8e-3), 90
 KEY = ("people", "photos", "rank", "lr")
@@ -41,11 +40,10 @@ def measure(out: Path, people: str, photos: int, rates: dict[int, Sequence[float
     for caption in folder.glob("*/*.txt"):  # several photos have none in common
         caption.unlink()
     results = out / people / f"{photos}_photos"
-    words = ["--people", folder, "--model", "tiny", "--prompts", PROMPTS, "--seeds", 1, "--sample-steps", 8]
-    words += ["--at-once", count, "--draws", "spread", "--steps", STEPS, "--photos", photos]
-    words += ["--method", "meta-lora-noaug", "--out", results]
+    options = ["--method", "meta-lora-noaug", "--steps", STEPS, "--photos", photos]
     for rank, of_rank in rates.items():
-        benchmark.main([str(word) for word in [*words, "--ranks", rank, "--lr", *of_rank]])
+        which = ["--ranks", rank, "--lr", *of_rank]
+        benchmark.main(benchmark_words(folder, count, results, *options, *which))
     rows = []
     for system, person, scores in read_results(results):
         if system:  # not the base model
@@ -110,7 +108,8 @@ def answers(scores: Scores) -> str:
             similar, adherent = (more(photos, rank, (photos, 1), metric) for metric in (SIMILAR, ADHERENT))
             told.append(f"r2 {rank}: R-FaceSim {tell_points(similar)}, adherence {tell_points(adherent)}")
         noun = "one photo" if photos == 1 else f"{photos} photos"
-        add(f"Does a higher r2 help with {noun}?", similar, f"relative to r2 1, {'; '.join(told)}")
+        highest = more(photos, RANKS[-1], (photos, 1))
+        add(f"Does a higher r2 help with {noun}?", highest, f"relative to r2 1, {'; '.join(told)}")
     return markdown(lines)
 
 

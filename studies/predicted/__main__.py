@@ -23,12 +23,11 @@ from run.command import run_script
 from scoring.tables import markdown
 from studies.claim.scores import ADHERENT, FACESIM, LIMIT, METRICS, SIMILAR, TINY, draw_people, estimate
 from studies.claim.words import number, tell_points
-from studies.rows import put_rows, read_rows
+from studies.rows import benchmark_words, put_rows, read_rows
 from tiny.people import write_people
 
 FOLDER = Path(__file__).parent
 DOCUMENTS = (FOLDER / "README.md", FOLDER.parents[1] / "docs" / "findings.md")
-PROMPTS = FOLDER.parent / "claim" / "prompts.txt"
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 500)}  # how many, and their seed
 LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
 RESAMPLES = 1000
@@ -73,14 +72,13 @@ def measure(out: Path, people: str, name: str) -> Iterator[dict]:
     count, seed = PEOPLE[people]
     folder = out / "people" / people
     write_people(folder, people=count, photos=8, seed=seed, photo_share=1)
-    shared = ["--people", folder, "--model", "tiny", "--prompts", PROMPTS, "--seeds", 1, "--sample-steps", 8]
-    shared += ["--at-once", count, "--draws", "spread", *find_predictor(name, out)]
+    chosen = find_predictor(name, out)
     results = out / people / name.replace(" ", "-").replace(",", "")
     calls = [["--method", "predicted"]]
     if name == "shipped":
         calls += [["--method", x, "--lr", *RATES, "--steps", *STEPS[x]] for x in STEPS]
     for words in calls:
-        benchmark.main([str(word) for word in [*shared, *words, "--out", results]])
+        benchmark.main(benchmark_words(folder, count, results, *chosen, *words))
     for file in sorted((results / "scores").glob("*.json")):
         found = json.loads(file.read_text())
         system, sums = found["system"], defaultdict(list)

@@ -15,14 +15,13 @@ import numpy as np
 from bench.documents import write
 from metaphd import benchmark
 from run.command import run_script
-from studies.rows import read_results, read_rows, write_rows
+from studies.rows import benchmark_words, read_results, read_rows, write_rows
 from studies.stopping.rules import Course, tabulate
 from studies.stopping.signals import SIGNALS, look
 from tiny.people import write_people
 
 FOLDER = Path(__file__).parent
 DOCUMENT = FOLDER.parents[1] / "docs" / "findings.md"
-PROMPTS = FOLDER.parent / "claim" / "prompts.txt"
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 500)}  # how many, and their seed
 METHODS, STEPS = ("meta-lora-noaug", "lora-noaug"), (20, 40, 60, 90, 120, 180, 240)
 METRICS = ("r-facesim", "clip-t")
@@ -34,9 +33,8 @@ def measure(out: Path, people: str) -> tuple[list[dict], list[dict]]:
     count, seed = PEOPLE[people]
     folder = out / "people" / people
     write_people(folder, people=count, photos=8, seed=seed, photo_share=1)
-    words = ["--people", folder, "--model", "tiny", "--prompts", PROMPTS, "--out", out / people]
-    words += ["--method", *METHODS, "--lr", 8e-3, "--steps", *STEPS, "--draws", "spread"]
-    words = [str(word) for word in [*words, "--seeds", 1, "--sample-steps", 8, "--at-once", count]]
+    options = ["--method", *METHODS, "--lr", 8e-3, "--steps", *STEPS]
+    words = benchmark_words(folder, count, out / people, *options)
     benchmark.main(words)
     scores = []
     for system, person, own in read_results(out / people):
