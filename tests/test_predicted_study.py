@@ -15,19 +15,21 @@ def scores(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "STEPS", {"lora-noaug": (50, 100), "refined-noaug": (10, 20)})
     rows = []
 
-    def add(method: str, lr: str, steps: int, similar: float, adherence: float) -> None:
+    def add(method: str, lr: str, steps: int, similar: float, adherence: float, strength: str = "1") -> None:
         for person, seed in (("a", 0), ("a", 1), ("b", 0), ("b", 1)):
-            key = ("fresh", "shipped", method, lr, steps, person, seed)
+            key = ("fresh", "shipped", method, lr, strength, steps, person, seed)
             values = (similar, similar + 0.01, adherence)
             rows.append(dict(zip((*study.KEY, *study.PLACE, *study.METRICS), (*key, *values))))
 
     add("base", "", 0, 0.0, 0.9)
     add("predicted", "", 0, 0.4, 0.89)
+    add("predicted", "", 0, 0.6, 0.8, "1.25")  # more alike, but it forgets the prompt
     for steps in (50, 100):
         add("lora-noaug", "0.02", steps, steps / 100, 0.9)
         add("lora-noaug", "0.008", steps, 2 * steps / 100, 0.8)  # faster, but it forgets the prompt
     for steps in (10, 20):
         add("refined-noaug", "0.008", steps, 0.4 + 2 * steps / 100, 0.9)
+        add("refined-noaug", "0.008", steps, 0.3, 0.9, "1.25")
     put_rows(tmp_path / "scores.csv", rows, study.KEY[:2])
     return study.Scores("fresh", resamples=20)
 
@@ -44,7 +46,8 @@ def test_the_tables_say_so(scores):
     assert "| 50 [50, 50]" in lines["0.5"] and "| 10.00 [10.00, 10.00]" in lines["0.5"]
     assert "40.0 [40.0, 40.0]" in study.predicted(scores) and "-1.0" in study.predicted(scores)
     assert "80.0 [80.0, 80.0] after the prediction, 200.0" in study.ends(scores)
-    assert "-1.0" in study.ends(scores).split("same R-FaceSim")[1]
+    assert "**-1.0** [-1.0, -1.0] at strength 1 and" in study.ends(scores).split("same R-FaceSim")[1]
+    assert "60.0 [60.0, 60.0]" in next(x for x in study.predicted(scores).splitlines() if " 1.25 " in x)
 
 
 def test_rows_of_a_predictor_replace_its_old_ones(scores):

@@ -21,7 +21,17 @@ from bench.documents import write
 from metaphd import benchmark
 from run.command import run_script
 from scoring.tables import markdown
-from studies.claim.scores import ADHERENT, FACESIM, LIMIT, METRICS, SIMILAR, TINY, draw_people, estimate
+from studies.claim.scores import (
+    ADHERENT,
+    FACESIM,
+    LIMIT,
+    METRICS,
+    SIMILAR,
+    TINY,
+    Estimate,
+    draw_people,
+    estimate,
+)
 from studies.claim.words import number, tell_points
 from studies.rows import benchmark_words, put_rows, read_rows
 from tiny.people import write_people
@@ -33,16 +43,29 @@ LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
 RESAMPLES = 1000
 STEPS = dict.fromkeys(("lora-noaug", "refined-noaug"), (10, 20, 30, 45, 60, 90, 120, 180))
 RATES = (8e-3, 2e-2)
-KEY = ("people", "predictor", "method", "lr")
+STRENGTHS = (1.0, 1.25)  # of a LoRA when it is used
+KEY = ("people", "predictor", "method", "lr", "strength")
 PLACE = ("steps", "person", "seed")
 TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained"}
 
 # Options of `python -m predictor`; "of": how many people it sees. The first ships with the toy model.
-RECIPE = {"of": 1600, "r1": 32, "hidden": 512, "steps": 11_000, "bucket-ids": 1600, "seed": 0}
-SHORT = RECIPE | {"steps": 2500}
+RECIPE = {
+    "of": 1600,
+    "r1": 32,
+    "batch": 64,
+    "lr": 1e-3,
+    "t-mean": 0.7,
+    "steps": 3800,
+    "bucket-ids": 1600,
+    "seed": 0,
+}
+EARLIER = {"of": 1600, "r1": 32, "hidden": 512, "batch": 16, "steps": 11_000, "bucket-ids": 1600, "seed": 0}
+SHORT = EARLIER | {"steps": 2500}
 USUAL = "1,600 people"  # what the other short ones are compared with
 PREDICTORS = {
     "shipped": RECIPE,
+    "as shipped, 400 people": RECIPE | {"of": 400, "steps": 1500},
+    "two layers": EARLIER,
     "100 people": SHORT | {"of": 100},
     "400 people": SHORT | {"of": 400},
     USUAL: SHORT,
@@ -77,6 +100,7 @@ def measure(out: Path, people: str, name: str) -> Iterator[dict]:
     calls = [["--method", "predicted"]]
     if name == "shipped":
         calls += [["--method", x, "--lr", *RATES, "--steps", *STEPS[x]] for x in STEPS]
+        calls = [[*words, "--strengths", *STRENGTHS] for words in calls]
     for words in calls:
         benchmark.main(benchmark_words(folder, count, results, *chosen, *words))
     for file in sorted((results / "scores").glob("*.json")):
@@ -85,7 +109,8 @@ def measure(out: Path, people: str, name: str) -> Iterator[dict]:
         for row in found["pictures"]:
             sums[row["person"], row["seed"]].append([row[metric] for metric in METRICS])
         method = system.get("method", "base")
-        key = (people, name, method, f"{system['lr']:g}" if method in STEPS else "")
+        lr = f"{system['lr']:g}" if method in STEPS else ""
+        key = (people, name, method, lr, f"{system.get('strength', 1):g}")
         for place, values in sums.items():
             scores = [f"{value:.4f}" for value in np.mean(values, axis=0)]
             place = system.get("steps", 0), *place
@@ -104,7 +129,7 @@ class Scores:
             if row["people"] == people:
                 place = int(row["steps"]), row["person"], row["seed"]
                 table[tuple(row[name] for name in KEY[1:])][place] = [float(row[x]) for x in METRICS]
-        # By (predictor, method, rate): steps, and mean scores (1 + resamples, steps, metrics).
+        # By (predictor, method, rate, strength): steps, and mean scores (1 + resamples, steps, metrics).
         self.curves: dict[tuple, tuple[list[int], np.ndarray]] = {}
         for key, own in table.items():
             steps, who, seeds = (sorted({place[k] for place in own}) for k in range(3))
@@ -113,28 +138,32 @@ class Scores:
             weights = draw_people(len(who), len(seeds), resamples)
             self.curves[key] = steps, np.einsum("rps,kpsm->rkm", weights, values)
 
-    def at_once(self, name: str) -> np.ndarray:
+    def at_once(self, name: str, strength: str = "1") -> np.ndarray:
         """Return the scores (1 + resamples, metrics) of a predictor without training."""
-        return self.curves[name, "predicted", ""][1][:, 0]
+        return self.curves[name, "predicted", "", strength][1][:, 0]
 
     @property
     def base(self) -> np.ndarray:
-        return self.curves["shipped", "base", ""][1][:, 0]
+        return self.curves["shipped", "base", "", "1"][1][:, 0]
 
-    def trained(self, method: str) -> dict[str, np.ndarray]:
-        """Return the curves (1 + resamples, 0 .. steps, metrics) of a method, by rate."""
-        start, found = self.base if method == "lora-noaug" else self.at_once("shipped"), {}
-        for (name, which, lr), (steps, scores) in self.curves.items():
+    def trained(self, method: str) -> dict[tuple[str, str], np.ndarray]:
+        """Return the curves (1 + resamples, 0 .. steps, metrics) of a method, by rate and strength."""
+        found = {}
+        for (name, which, lr, strength), (steps, scores) in self.curves.items():
             if (name, which) == ("shipped", method):
+                start = self.base if method == "lora-noaug" else self.at_once("shipped", strength)
                 whole = np.concatenate([start[:, None], scores], axis=1)
                 between = [
                     np.interp(range(steps[-1] + 1), [0, *steps], one) for one in np.eye(len(steps) + 1)
                 ]
-                found[lr] = np.einsum("kg,rkm->rgm", between, whole)
+                found[lr, strength] = np.einsum("kg,rkm->rgm", between, whole)
         return found
 
     def steps_to(self, method: str, level: float) -> np.ndarray:
-        """Return the steps of the fastest rate to a level while adherence is kept: (1 + resamples,)."""
+        """Return the steps to a level while adherence is kept, of the fastest rate and strength.
+
+        (1 + resamples,); inf where it is not reached.
+        """
         floor, steps = self.base[:, None, ADHERENT] - LIMIT - TINY, []
         for curve in self.trained(method).values():
             good = (curve[..., SIMILAR] >= level - TINY) & (curve[..., ADHERENT] >= floor)
@@ -151,17 +180,19 @@ def percent(values: np.ndarray) -> str:
 def predicted(scores: Scores) -> str:
     """Lay out what each predictor reaches without training."""
     names = ["R-FaceSim", "FaceSim - R-FaceSim", "adherence, relative to the base's"]
-    lines = [["predictor", "steps", *names, f"R-FaceSim, less that of {USUAL}"]]
+    lines = [["predictor", "photos seen", "strength", *names, f"R-FaceSim, less that of {USUAL}"]]
     for name, recipe in PREDICTORS.items():
-        if (name, "predicted", "") in scores.curves:
-            own = scores.at_once(name)
+        for strength in (f"{one:g}" for one in STRENGTHS):
+            if (name, "predicted", "", strength) not in scores.curves:
+                continue
+            own = scores.at_once(name, strength)
             copied = estimate(own[:, FACESIM] - own[:, SIMILAR])
             kept = estimate(own[:, ADHERENT] - scores.base[:, ADHERENT])
             more = ""
             if recipe["steps"] == SHORT["steps"] and name != USUAL:
                 more = tell_points(estimate(own[:, SIMILAR] - scores.at_once(USUAL)[:, SIMILAR]))
             cells = [percent(own[:, SIMILAR]), tell_points(copied), tell_points(kept), more]
-            lines.append([name, f"{recipe['steps']:,}", *cells])
+            lines.append([name, f"{recipe['batch'] * recipe['steps']:,}", strength, *cells])
     return markdown(lines)
 
 
@@ -179,16 +210,16 @@ def speed(scores: Scores) -> str:
 
 
 def courses(scores: Scores) -> str:
-    """Lay out R-FaceSim and adherence at each rate and number of steps."""
+    """Lay out R-FaceSim and adherence at each rate, strength and number of steps."""
     counts = sorted({0, *itertools.chain.from_iterable(STEPS.values())})
-    lines = [["", "rate", *map(str, counts)]]
+    lines = [["", "rate", "strength", *map(str, counts)]]
     for method in STEPS:
-        for lr, curve in scores.trained(method).items():
+        for (lr, strength), curve in scores.trained(method).items():
             cells = []
             for n in counts:
                 scores_there = curve[0, n, [SIMILAR, ADHERENT]] if n in (0, *STEPS[method]) else ()
                 cells.append(" / ".join(f"{100 * score:.1f}" for score in scores_there))
-            lines.append([TOLD[method], lr, *cells])
+            lines.append([TOLD[method], lr, strength, *cells])
     return markdown(lines)
 
 
@@ -201,16 +232,28 @@ def ends(scores: Scores) -> str:
     theirs, ours = best.values()
     text = f"The highest R-FaceSim: {percent(ours)} after the prediction, {percent(theirs)} by LoRA, "
     text += f"a difference of {tell_points(estimate(ours - theirs))}. "
-    at_once = scores.at_once("shipped")
-    same, curves = [], scores.trained("lora-noaug").values()
-    for k, level in enumerate(at_once[:, SIMILAR]):  # of LoRA's rates the one with most adherence there
+    kept = " and ".join(
+        f"{tell_points(kept_beside(scores, strength))} at strength {strength}"
+        for strength in (f"{one:g}" for one in STRENGTHS)
+        if ("shipped", "predicted", "", strength) in scores.curves
+    )
+    return text + f"Adherence of the prediction minus LoRA's at the same R-FaceSim: {kept}."
+
+
+def kept_beside(scores: Scores, strength: str) -> Estimate:
+    """Return the adherence of the prediction minus LoRA's where R-FaceSim is the same.
+
+    Of LoRA's rates and strengths the one counts that has most adherence there.
+    """
+    at_once, same = scores.at_once("shipped", strength), []
+    curves = scores.trained("lora-noaug").values()
+    for k, level in enumerate(at_once[:, SIMILAR]):
         found = []
         for curve in curves:
             good = curve[k, :, SIMILAR] >= level - TINY
             found += [curve[k, good.argmax(), ADHERENT]] if good.any() else []
         same.append(max(found, default=np.nan))
-    kept = tell_points(estimate(at_once[:, ADHERENT] - np.array(same)))
-    return text + f"Adherence of the prediction minus LoRA's at the same R-FaceSim: {kept} points."
+    return estimate(at_once[:, ADHERENT] - np.array(same))
 
 
 BLOCKS = {"predicted": predicted, "speed": speed, "courses": courses, "ends": ends}
