@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     start = None
     if trained:
         eye = eye_of(trained, args.eye_weights, files, device, args.detector)
-        start = predict(trained, eye, photos, files.transformer, args.face)
+        start = predict(trained, eye, photos, files.transformer, {args.photos[0]: args.face})
         del eye
         release(device)
         if judge:

@@ -220,10 +220,10 @@ class Family:
         eye = eye_of(self.trained, args.eye_weights, self.files, self.device, args.detector)
         for person in tqdm([*self.unlearned], "predicting", disable=len(self.unlearned) < 10):
             photos = {path: read_photo(path) for path in person.photos}
-            face = known_face(person.photos[0]) if len(photos) == 1 else None
-            advice = "if it is the only photo, write its box into a faces.json beside it"
+            advice = "write its box into a faces.json beside it"
             try:
-                self.rows[person] = predict(self.trained, eye, photos, self.files.transformer, face, advice)
+                known = {path: known_face(path) for path in photos}
+                self.rows[person] = predict(self.trained, eye, photos, self.files.transformer, known, advice)
             except UserError as error:
                 self.lose(person, error)
         del eye

@@ -320,9 +320,9 @@ class Benchmark:
         eye = eye_of(self.trained, args.eye_weights, self.files, self.device, args.detector)
         for subject in self.subjects:
             photos = {path: read_photo(path) for path in subject.learned}
-            face = known_face(subject.learned[0]) if len(photos) == 1 else None
+            known = {path: known_face(path) for path in photos}
             advice = f"write its box into {subject.learned[0].with_name('faces.json')}"
-            self.rows[subject] = predict(self.trained, eye, photos, transformer, face, advice)
+            self.rows[subject] = predict(self.trained, eye, photos, transformer, known, advice)
         del eye
         release(self.device)
 

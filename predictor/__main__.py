@@ -517,7 +517,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--batch", type=int, default=16, help="photos in an update, of each rank")
     group.add_argument(
-        "--lr", type=float, default=2e-3, help="learning rate of AdamW; tried on the toy model only"
+        "--lr", type=float, default=1e-3, help="learning rate of AdamW; tried on the toy model only"
     )
     add_training_arguments(parser)
     group = parser.add_argument_group("run")

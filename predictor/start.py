@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -56,19 +57,21 @@ def predict(
     eye: Eye,
     photos: Mapping[Path, Image.Image],
     transformer: Path,
-    face: Box | None = None,
+    known: Mapping[Path, Box | None] = MappingProxyType({}),
     advice: str = "say where it is: --face x0,y0,x1,y1",
 ) -> Tensor:
     """Return the LoRA of the person on the photos, a row of `Factors.personal` without meta_down: (size,).
 
-    transformer: the base's file, of which only the header is read. face: its box, if it is known and there is
-    one photo. Of several photos the embeddings are averaged. Raises UserError, with the advice, for a photo
+    transformer: the base's file, of which only the header is read. known: boxes of faces; the others are
+    detected. Of several photos the embeddings are averaged. Raises UserError, with the advice, for a photo
     without a face or with several.
     """
     faces = []
     for path, photo in photos.items():
-        box = face and clip_face(path, photo, face)
-        if not box and eye.detector:
+        box = known.get(path)
+        if box:
+            box = clip_face(path, photo, box)
+        elif eye.detector:
             box = find_face(path, photo, eye.detector, advice)
         faces.append(eye.embed_file(path, photo, box))
     row = trained.predictor(torch.stack(faces).mean(dim=0, keepdim=True))

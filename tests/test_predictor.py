@@ -566,8 +566,9 @@ def test_the_face_is_found_or_given(trained, model, portraits, detector):
     predict(loaded, eye, {path: photo}, transformer)
     eye.find_and_embed(path, photo)
     assert eye.boxes == 2 * [find_faces(photo, detector)[0].box]
-    predict(loaded, eye, {path: photo}, transformer, face=(10, 20, 30, 40))
-    assert eye.boxes[2] == (10, 20, 30, 40)
+    second = path.with_name("second.png")
+    predict(loaded, eye, {path: photo, second: photo}, transformer, {second: (10, 20, 30, 40)})
+    assert eye.boxes[2:] == [eye.boxes[0], (10, 20, 30, 40)]
     assert eye.find_and_embed(path, Image.new("RGB", (200, 200))) is None
     both = Image.new("RGB", (2 * photo.width, photo.height))
     both.paste(photo), both.paste(photo, (photo.width, 0))

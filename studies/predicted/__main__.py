@@ -59,7 +59,16 @@ RECIPE = {
     "bucket-ids": 1600,
     "seed": 0,
 }
-EARLIER = {"of": 1600, "r1": 32, "hidden": 512, "batch": 16, "steps": 11_000, "bucket-ids": 1600, "seed": 0}
+EARLIER = {
+    "of": 1600,
+    "r1": 32,
+    "hidden": 512,
+    "batch": 16,
+    "lr": 2e-3,
+    "steps": 11_000,
+    "bucket-ids": 1600,
+    "seed": 0,
+}
 SHORT = EARLIER | {"steps": 2500}
 USUAL = "1,600 people"  # what the other short ones are compared with
 PREDICTORS = {
