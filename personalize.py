@@ -7,6 +7,7 @@ writes ref.safetensors, which sample.py, diffusers and ComfyUI read, and ref_sam
 
 import argparse
 import math
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -352,8 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     about |= describe(settings, training, files.transformer, prior, args.photos, trained)
     if not settings.steps:
         export_row(files.transformer, settings.targets, settings.rank, start, args.out, about, args.format)
-        print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB; python sample.py makes pictures with it")
-        return
+        return tell_result(args, settings.rank)
     # Does the stage-1 file fit? This reads no weights.
     add_adapters(
         flux.load_transformer(files.transformer, "meta"), prior, settings.rank, settings.targets, [args.seed]
@@ -394,7 +394,6 @@ def main(argv: list[str] | None = None) -> None:
     personalize(model, prior, encoded, prompt, settings, training, args.seed, device, dtype, start, watch)
 
     export_lora(model, args.out, about, form=args.format)
-    print(f"{args.out}: rank {settings.rank}, {args.out.stat().st_size / 1e6:.1f} MB")
     if args.samples:
         autoencoder = flux.load_autoencoder(files.autoencoder, device, dtype)
         row, size = [photos[args.photos[0]]], fit_shape((resolution, resolution), resolution, multiple)
@@ -402,6 +401,15 @@ def main(argv: list[str] | None = None) -> None:
             row += generate(model, autoencoder, stack_prompts([prompt]), [args.seed], size, **sampler)
         save_sheet(contact_sheet([row], [], ["photo", *prompts]), beside(args.out, "_samples.png"))
         print(f"{beside(args.out, '_samples.png')}: {len(row) - 1} pictures")
+    tell_result(args, settings.rank)
+
+
+def tell_result(args: argparse.Namespace, rank: int) -> None:
+    """Say what was written, and how to use it."""
+    size, photos = args.out.stat().st_size / 1e6, len(args.photos)
+    print(f"{args.out}: rank {rank}, {size:.1f} MB, from {photos} photo{'s' * (photos > 1)}")
+    words = ["--model", args.model, "--lora", str(args.out)]
+    print(f"next, python sample.py {shlex.join(words)} --prompt TEXT")
 
 
 def plan(

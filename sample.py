@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         cell = tuple(min(max(side, 192), 512) for side in size)
         titles = [f"seed {seed}" for seed in seeds]
         save_sheet(contact_sheet(rows, args.prompt, titles, cell), args.out / f"grid_{start:02d}.png")
-    print(f"{len(prompts) * args.n} pictures in {args.out}, from number {start:02d} on")
+    count = len(prompts) * args.n
+    print(f"{count} picture{'s' * (count > 1)} in {args.out}, from number {start:02d} on")
 
 
 def load_model(

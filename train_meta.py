@@ -43,7 +43,7 @@ from people.preparing import add_people_arguments, prepare_data
 from people.sources import find_people
 from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
-from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
+from run.command import STOPPED, Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
 from run.costs import Plan
 from run.files import alone
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
@@ -230,7 +230,7 @@ MAY_CHANGE += ("start",)  # what is in the file may not
 MAY_CHANGE += ("deterministic",)  # it changes rounding only, as most of these do
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     args = parse_arguments(argv)
     ranks = Ranks()  # one, unless torchrun has started more; first, so that each keeps to its own card
     device, dtype = choose_device(args)
@@ -259,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
                     raise  # stopped at once, or the other ranks are elsewhere
                 again = command_line(Path(__file__).name, argv, ranks.command)
                 print(f"\nstopped; this goes on:\n  {again}")
+                return STOPPED if ranks.size == 1 else 0  # torchrun would call it a failure
 
 
 def train(
@@ -425,7 +426,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--bucket-warmup", type=float, default=0.4, help="part of a bucket's steps with meta_down frozen"
     )
-    group.add_argument("--batch", type=int, default=4, help="photos in an update, of each rank")
+    group.add_argument("--batch", type=int, default=4, help="photos in an update, on each GPU")
     group.add_argument("--lr", type=float, default=4e-4, help="learning rate of AdamW")
     group.add_argument(
         "--from", dest="start", type=Path, help="meta.safetensors of another run, from which meta_down starts"
@@ -467,4 +468,4 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped at once; the same command goes on from the last checkpoint")
+    run_script(main, "stopped at once; the same command goes on from the last checkpoint, if there is one")

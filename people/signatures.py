@@ -35,11 +35,13 @@ def describe(path: Path) -> str:
             head = file.read(32)
     except OSError as error:
         return f"cannot be opened: {error.strerror}"
+    if not head:
+        return "empty"
     kind = next((name for start, name in SIGNATURES.items() if head.startswith(start)), None)
     if head[4:8] == b"ftyp":
         kind = BRANDS.get(head[8:12], "video")
     elif head.startswith(b"RIFF"):
         kind = "WebP" if head[8:12] == b"WEBP" else "sound or video"
-    if kind is None and head and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
+    if kind is None and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
         kind = "text"
     return f"{kind or f'unknown, beginning with {head[:8]!r}'}, {path.stat().st_size} bytes"

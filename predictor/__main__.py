@@ -43,7 +43,7 @@ from predictor.eyes import Eye, add_eye_arguments, find_eye
 from predictor.model import Predictor, find_traits, save_predictor
 from run.arguments import HelpFormatter, Parser
 from run.bucket_run import BucketRun, Stopped
-from run.command import Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
+from run.command import STOPPED, Stop, command_line, explain_out_of_memory, is_out_of_memory, run_script
 from run.costs import Plan
 from run.files import alone
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
@@ -258,7 +258,7 @@ MAY_CHANGE = ("data", "out", "save_every", "sample_every", "strict", "device", "
 MAY_CHANGE += ("base_dtype", "compile", "plan", "world", "deterministic", "eye", "eye_weights", "meta")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     args = parse_arguments(argv)
     ranks = Ranks()  # one, unless torchrun has started more
     device, dtype = choose_device(args)
@@ -284,6 +284,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(explain_out_of_memory(error, device, stop.resident)) from error
             except Stopped:
                 print(f"\nstopped; this goes on:\n  {command_line('-m predictor', argv, ranks.command)}")
+                return STOPPED if ranks.size == 1 else 0  # torchrun would call it a failure
 
 
 def train(
@@ -515,7 +516,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--bucket-ids", type=int, default=200, help="people whose photos are in memory, 1 MB a photo at 1024"
     )
-    group.add_argument("--batch", type=int, default=16, help="photos in an update, of each rank")
+    group.add_argument("--batch", type=int, default=16, help="photos in an update, on each GPU")
     group.add_argument(
         "--lr", type=float, default=1e-3, help="learning rate of AdamW; tried on the toy model only"
     )
@@ -532,4 +533,4 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped at once; the same command goes on from the last checkpoint")
+    run_script(main, "stopped at once; the same command goes on from the last checkpoint, if there is one")

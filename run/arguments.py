@@ -29,11 +29,11 @@ OPEN = ("lr", "clip_grad", "vram", "strengths", "stack_strengths")  # the smalle
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that wants texts in UTF-8, finite numbers within LIMITS, and no empty paths."""
+    """An ArgumentParser that wants whole names, UTF-8, finite numbers within LIMITS, and no empty paths."""
 
     def __init__(self, *args, limits: dict[str, tuple[float, float]] | None = None, **options):
         """limits: of this command, where they differ from LIMITS."""
-        super().__init__(*args, **options)
+        super().__init__(*args, allow_abbrev=False, **options)
         self.limits = LIMITS | (limits or {})
         self._negative_number_matcher = re.compile(r"-\.?\d")  # as from Python 3.14 on: --face -2,10,50,70
         for kind, read in ((None, read_text), (int, read_whole), (float, read_number), (Path, read_path)):

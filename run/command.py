@@ -16,12 +16,14 @@ import torch
 from flux.errors import UserError, first_line
 from run.terminal import Shown, printable_lines
 
+STOPPED = 130  # the exit status of a program that Ctrl-C has ended
 
-def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
+
+def run_script(main: Callable[[], int | None], stopped: str = "stopped") -> None:
     """Run a script's main; an error that its user can mend ends it with one message, a bug with a traceback.
 
-    SIGTERM ends it as Ctrl-C does, so that no half-written file stays. All that is printed is escaped for the
-    terminal. stopped: what is printed when the user stops it.
+    main returns the exit status, None for 0. SIGTERM ends it as Ctrl-C does, so that no half-written file
+    stays. All that is printed is escaped for the terminal. stopped: what is printed when the user stops it.
     """
     script = Path(sys.argv[0])
     name = script.parent.name if script.stem == "__main__" else script.name
@@ -29,7 +31,7 @@ def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with redirect_stdout(Shown(sys.stdout)), redirect_stderr(Shown(sys.stderr, bars=True)):
-            main()
+            status = main()
     except (UserError, OSError) as error:
         sys.exit(printable_lines(f"{name}: {error}"))
     except (MemoryError, RuntimeError) as error:
@@ -37,7 +39,9 @@ def run_script(main: Callable[[], None], stopped: str = "stopped") -> None:
             raise
         sys.exit(printable_lines(f"{name}: out of memory ({first_line(error)})"))
     except KeyboardInterrupt:
-        sys.exit(f"\n{stopped}")
+        print(f"\n{stopped}", file=sys.stderr)
+        status = STOPPED
+    sys.exit(status)
 
 
 class Stop:

@@ -247,7 +247,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser, training: bool = True)
     group.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the blocks; not with --stream nor with --checkpoint attention",
+        help="torch.compile the blocks; not with streamed ones, nor in training with --checkpoint attention",
     )
     group.add_argument("--plan", action="store_true", help="print the memory plan and stop")
     return group

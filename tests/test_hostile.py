@@ -761,6 +761,7 @@ def test_nonsense_is_taken_as_it_stands_or_refused_in_one_line(script, capsys):
         ("train", ["--lr", "nan"], "argument --lr: 'nan' is not a finite number"),
         ("train", ["--seed", "-1"], "--seed -1: must be at least 0"),
         ("train", ["--out", ""], "argument --out: '' is empty, must be a path"),
+        ("train", ["--step", "3"], "unrecognized arguments: --step 3"),
         ("train", ["--class", "\udcff"], "is not UTF-8 text"),
         ("personalize", ["--face", "1,2,3,inf"], "'1,2,3,inf' is not four numbers"),
         ("personalize", ["--samples", "7"], "--samples 7: must be at least 0 and at most 6"),

@@ -35,10 +35,12 @@ from safetensors.torch import load_file
 
 import train_meta
 from flux.errors import UserError
+from lora.writing import write_tensors
 from people import grids
 from run import checkpoints, files, log
 from run.bucket_run import BucketRun
 from run.checkpoints import BucketStore, Checkpoints, read_state
+from run.command import STOPPED
 from run.log import plot_curve
 from train_meta import MetaLearner
 
@@ -153,8 +155,8 @@ def test_a_signal_before_the_first_step_and_a_second_one(run, tmp_path, monkeypa
             run(tmp_path)
 
 
-def test_the_script_exits_with_zero(people, model, tmp_path):
-    """As a scheduler would do it."""
+def test_the_exit_status_of_a_script_that_is_stopped(people, model, tmp_path):
+    """As a scheduler would do it; what follows by && must not start."""
     command = [sys.executable, train_meta.__file__, "--data", people, "--model", model, "--out", tmp_path]
     command += ["--steps", 100_000, "--r1", 4, "--save-every", 100_000, "--resolution", 32]
     process = subprocess.Popen(
@@ -165,8 +167,19 @@ def test_the_script_exits_with_zero(people, model, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "this goes on:" in text
+    assert process.returncode == STOPPED and "this goes on:" in text
     assert int(Checkpoints(tmp_path / "checkpoints").files()[0].stem) == len(log_of(tmp_path)) > 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask")
+def test_others_may_read_what_is_written_as_far_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_tensors({"a": torch.zeros(1)}, tmp_path / "lora.safetensors", {})
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "lora.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_what_a_killed_run_was_writing_is_deleted(tmp_path):
