@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +42,8 @@ LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
 RESAMPLES = 1000
 STEPS = dict.fromkeys(("lora-noaug", "refined-noaug"), (10, 20, 30, 45, 60, 90, 120, 180))
 RATES = (8e-3, 2e-2)
-STRENGTHS = (1.0, 1.25)  # of a LoRA when it is used
+STRENGTHS = {"predicted": (0.75, 0.9, 1.0, 1.25)}  # of the shipped predictor's LoRAs when they are used,
+STRENGTHS |= dict.fromkeys(STEPS, (1.0, 1.25))  # and of those that are trained
 KEY = ("people", "predictor", "method", "lr", "strength")
 PLACE = ("steps", "person", "seed")
 TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained"}
@@ -73,7 +73,7 @@ SHORT = EARLIER | {"steps": 2500}
 USUAL = "1,600 people"  # what the other short ones are compared with
 PREDICTORS = {
     "shipped": RECIPE,
-    "as shipped, 400 people": RECIPE | {"of": 400, "steps": 1500},
+    "as shipped, 400 people": RECIPE | {"of": 400, "steps": 700},
     "two layers": EARLIER,
     "100 people": SHORT | {"of": 100},
     "400 people": SHORT | {"of": 400},
@@ -99,20 +99,24 @@ def find_predictor(name: str, out: Path) -> list[object]:
     return ["--predictor", folder / "predictor.safetensors"]
 
 
-def measure(out: Path, people: str, name: str) -> Iterator[dict]:
-    """Make and score what a predictor predicts; for the shipped one also trainings. Yield rows."""
+def measure(out: Path, people: str, name: str) -> list[dict]:
+    """Make and score what a predictor predicts; for the shipped one also trainings. Return rows."""
     count, seed = PEOPLE[people]
     folder = out / "people" / people
     write_people(folder, people=count, photos=8, seed=seed, photo_share=1)
     chosen = find_predictor(name, out)
     results = out / people / name.replace(" ", "-").replace(",", "")
-    calls = [["--method", "predicted"]]
-    if name == "shipped":
-        calls += [["--method", x, "--lr", *RATES, "--steps", *STEPS[x]] for x in STEPS]
-        calls = [[*words, "--strengths", *STRENGTHS] for words in calls]
-    for words in calls:
-        benchmark.main(benchmark_words(folder, count, results, *chosen, *words))
-    for file in sorted((results / "scores").glob("*.json")):
+    shipped = name == "shipped"
+    calls = [(results, "predicted", ["--strengths", *STRENGTHS["predicted"]] if shipped else [])]
+    for method, steps in STEPS.items() if shipped else ():  # in a folder of their own, at fewer strengths
+        words = ["--lr", *RATES, "--steps", *steps, "--strengths", *STRENGTHS[method]]
+        calls.append((results.with_name("trained"), method, words))
+    for place, method, words in calls:
+        benchmark.main(benchmark_words(folder, count, place, *chosen, "--method", method, *words))
+    rows = {}
+    for file in sorted(
+        file for place in {place for place, *_ in calls} for file in place.glob("scores/*.json")
+    ):
         found = json.loads(file.read_text())
         system, sums = found["system"], defaultdict(list)
         for row in found["pictures"]:
@@ -120,10 +124,11 @@ def measure(out: Path, people: str, name: str) -> Iterator[dict]:
         method = system.get("method", "base")
         lr = f"{system['lr']:g}" if method in STEPS else ""
         key = (people, name, method, lr, f"{system.get('strength', 1):g}")
-        for place, values in sums.items():
+        for (person, seed), values in sums.items():
+            line = *key, system.get("steps", 0), person, seed
             scores = [f"{value:.4f}" for value in np.mean(values, axis=0)]
-            place = system.get("steps", 0), *place
-            yield dict(zip((*KEY, *PLACE, *METRICS), (*key, *place, *scores)))
+            rows[line] = dict(zip((*KEY, *PLACE, *METRICS), (*line, *scores)))
+    return [*rows.values()]
 
 
 # --- What the scores say -----------------------------------------------------------------------------------
@@ -191,7 +196,7 @@ def predicted(scores: Scores) -> str:
     names = ["R-FaceSim", "FaceSim - R-FaceSim", "adherence, relative to the base's"]
     lines = [["predictor", "photos seen", "strength", *names, f"R-FaceSim, less that of {USUAL}"]]
     for name, recipe in PREDICTORS.items():
-        for strength in (f"{one:g}" for one in STRENGTHS):
+        for strength in (f"{one:g}" for one in STRENGTHS["predicted"]):
             if (name, "predicted", "", strength) not in scores.curves:
                 continue
             own = scores.at_once(name, strength)
@@ -243,7 +248,7 @@ def ends(scores: Scores) -> str:
     text += f"a difference of {tell_points(estimate(ours - theirs))}. "
     kept = " and ".join(
         f"{tell_points(kept_beside(scores, strength))} at strength {strength}"
-        for strength in (f"{one:g}" for one in STRENGTHS)
+        for strength in (f"{one:g}" for one in STRENGTHS["predicted"])
         if ("shipped", "predicted", "", strength) in scores.curves
     )
     return text + f"Adherence of the prediction minus LoRA's at the same R-FaceSim: {kept}."
@@ -279,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.figures:
         for people, name in itertools.product(args.people, args.predictors):
-            put_rows(FOLDER / "scores.csv", [*measure(args.out, people, name)], KEY[:2])
+            put_rows(FOLDER / "scores.csv", measure(args.out, people, name), KEY[:2])
     scores = Scores("fresh")
     for path in DOCUMENTS:
         write(path, {name: partial(block, scores) for name, block in BLOCKS.items()})
