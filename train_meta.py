@@ -426,7 +426,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--bucket-warmup", type=float, default=0.4, help="part of a bucket's steps with meta_down frozen"
     )
-    group.add_argument("--batch", type=int, default=4, help="photos in an update, on each GPU")
+    group.add_argument("--batch", type=int, default=4, help="photos in an update, in each process")
     group.add_argument("--lr", type=float, default=4e-4, help="learning rate of AdamW")
     group.add_argument(
         "--from", dest="start", type=Path, help="meta.safetensors of another run, from which meta_down starts"

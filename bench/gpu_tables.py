@@ -43,7 +43,7 @@ def table(result: dict) -> str:
 def aims(cases: dict[str, dict]) -> list[list[str]]:
     """Return the lines of a table: whether the numbers are right, and the times that there is an aim for.
 
-    A case that the run did not have (`--only`) has no line.
+    A case that is not in the file has no line: `--only` left it out, or the run ended before it.
     """
     lines = [["FLUX.1-dev, 1024x1024", "measured", "aim on an H100"]]
     for name in ("parity plans", "parity encoders", "compiled parity", "scripts"):

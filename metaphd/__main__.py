@@ -22,11 +22,11 @@ Each has a --help of its own.
 """
 
 
-def main() -> None:
+def main() -> int | None:
     name, *argv = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
-        COMMANDS[name](argv)
-    elif name in ("-h", "--help"):
+        return COMMANDS[name](argv)
+    if name in ("-h", "--help"):
         print(HELP, end="")
     else:
         print(HELP, end="", file=sys.stderr)

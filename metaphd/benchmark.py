@@ -47,7 +47,7 @@ from people.folders import scan_people
 from people.photos import Box, read_photo
 from predictor.start import eye_of, find_predictor, predict
 from run.arguments import MOST, Manual, Parser
-from run.command import command_line
+from run.command import STOPPED, command_line
 from run.costs import Plan, Workload, estimate
 from run.files import alone, atomic
 from run.models import add_model_arguments, choose_device, files_to_plan, find_model, take_defaults
@@ -570,7 +570,7 @@ def plan(
 # --- The command -------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     args = parse_arguments(argv)
     if args.plan:
         prior = load_meta(args.meta) if args.meta else None
@@ -581,6 +581,7 @@ def main(argv: list[str] | None = None) -> None:
             measure(args)
         except KeyboardInterrupt:
             print(f"\nstopped; this goes on:\n  {command_line('-m metaphd run', argv)}")
+            return STOPPED
 
 
 def measure(args: argparse.Namespace) -> None:

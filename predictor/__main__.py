@@ -516,7 +516,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--bucket-ids", type=int, default=200, help="people whose photos are in memory, 1 MB a photo at 1024"
     )
-    group.add_argument("--batch", type=int, default=16, help="photos in an update, on each GPU")
+    group.add_argument("--batch", type=int, default=16, help="photos in an update, in each process")
     group.add_argument(
         "--lr", type=float, default=1e-3, help="learning rate of AdamW; tried on the toy model only"
     )

@@ -62,13 +62,13 @@ def predict(
 ) -> Tensor:
     """Return the LoRA of the person on the photos, a row of `Factors.personal` without meta_down: (size,).
 
-    transformer: the base's file, of which only the header is read. known: boxes of faces; the others are
-    detected. Of several photos the embeddings are averaged. Raises UserError, with the advice, for a photo
-    without a face or with several.
+    transformer: the base's file, of which only the header is read. known: boxes of faces, for
+    an eye that looks for them; it detects the others. Of several photos the embeddings are averaged. Raises
+    UserError, with the advice, for a photo without a face or with several.
     """
     faces = []
     for path, photo in photos.items():
-        box = known.get(path)
+        box = known.get(path) if eye.detector else None
         if box:
             box = clip_face(path, photo, box)
         elif eye.detector:

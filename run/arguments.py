@@ -29,7 +29,7 @@ OPEN = ("lr", "clip_grad", "vram", "strengths", "stack_strengths")  # the smalle
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that wants whole names, UTF-8, finite numbers within LIMITS, and no empty paths."""
+    """An ArgumentParser that wants whole names, UTF-8, finite numbers within LIMITS and no empty paths."""
 
     def __init__(self, *args, limits: dict[str, tuple[float, float]] | None = None, **options):
         """limits: of this command, where they differ from LIMITS."""

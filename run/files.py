@@ -25,22 +25,18 @@ def atomic(path: Path) -> Iterator[Path]:
     # The suffix stays, since PIL chooses the format by it.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~read_umask())  # safetensors' files are for their owner only
+        if temporary.stat().st_mode != mode:  # safetensors makes files for their owner only
+            temporary.chmod(mode)
         temporary.replace(path)
     except SafetensorError as error:  # which safetensors raises, instead of OSError, on a full disk
         raise OSError(f"{path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_umask() -> int:
-    """Return which permissions new files don't get; there is no way to ask without setting it."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
 
 
 def check_writable(folder: Path, option: str) -> None:

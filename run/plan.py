@@ -192,7 +192,9 @@ def plan_one_of(
     exact weights if one of them does. Raises UserError when nothing fits.
     """
     if options.compile and (options.stream not in ("auto", "0") or options.checkpoint == "attention"):
-        raise UserError("--compile works neither with --stream nor with --checkpoint attention")
+        raise UserError(
+            "--compile works neither with streamed blocks nor, in training, with --checkpoint attention"
+        )
     measured = measure(device) if device.type == "cuda" else None
     speeds = measured or PAPERS_CARD
     budget = options.vram or device_memory(device) / GIB

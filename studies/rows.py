@@ -23,6 +23,12 @@ def benchmark_words(people: Path, count: int, out: Path, *options: object) -> li
     return [str(word) for word in words]
 
 
+def whole(status: int | None) -> None:
+    """Raise KeyboardInterrupt when a command of a study was stopped, as its exit status says."""
+    if status:
+        raise KeyboardInterrupt
+
+
 def read_results(folder: Path) -> Iterator[tuple[dict, str, dict[str, str]]]:
     """Yield each system's settings, each person, and that one's scores, of a benchmark's --out."""
     for file in sorted((folder / "scores").glob("*.json")):

@@ -228,6 +228,7 @@ def test_cards_are_not_compared(tmp_path):
     assert text.index("### one") < text.index("### two") and "0.50" not in text
     both = gpu_tables.table({"about": ABOUT, "cases": ours | theirs})
     assert "0.50" in both
+    assert "| a step" not in gpu_tables.table({"about": ABOUT, "cases": theirs})
 
 
 def test_the_document_shows_the_results():

@@ -38,7 +38,7 @@ from metaphd import admission, benchmark, user_study
 from people import crops, faces
 from people.cache import TensorCache
 from run.checkpoints import Checkpoints
-from run.command import command_line, is_out_of_memory, run_script
+from run.command import STOPPED, command_line, is_out_of_memory, run_script
 from run.files import atomic, slug
 from run.log import Log
 from run.models import choose_device
@@ -146,7 +146,7 @@ def test_sigterm_ends_a_script_as_ctrl_c_does(monkeypatch, capsys, tmp_path):
             temporary.write_text("half")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert cli(main, monkeypatch, capsys)[2] == "\nstopped"
+    assert cli(main, monkeypatch, capsys)[1:] == ("\nstopped\n", STOPPED)
     assert not list(tmp_path.iterdir())
 
 
@@ -653,7 +653,7 @@ def test_ctrl_c_while_writing_leaves_whole_files_only(scripts, name, tmp_path, m
 
 
 def test_a_benchmark_that_is_stopped_says_how_to_go_on(bench, tmp_path, monkeypatch, capsys):
-    """It ends as if it were done, exit status 0; nothing half is left; strays of a killed one are nothing."""
+    """Nothing half is left; strays of a killed one are nothing."""
     whole = pictures(bench(out="whole"))
     for at in (0, 7, 30):
         with monkeypatch.context() as patch:

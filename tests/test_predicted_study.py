@@ -46,7 +46,11 @@ def test_the_tables_say_so(scores):
     assert "| 50 [50, 50]" in lines["0.5"] and "| 10.00 [10.00, 10.00]" in lines["0.5"]
     assert "40.0 [40.0, 40.0]" in study.predicted(scores) and "-1.0" in study.predicted(scores)
     assert "80.0 [80.0, 80.0] after the prediction, 200.0" in study.ends(scores)
-    assert "**-1.0** [-1.0, -1.0] at strength 1 and" in study.ends(scores).split("same R-FaceSim")[1]
+    end = study.ends(scores).split("same R-FaceSim")[1]
+    assert (
+        end
+        == ", in points: **-1.0** [-1.0, -1.0] at strength 1 and **-10.0** [-10.0, -10.0] at strength 1.25."
+    )
     assert "60.0 [60.0, 60.0]" in next(x for x in study.predicted(scores).splitlines() if " 1.25 " in x)
 
 

@@ -157,12 +157,13 @@ def member(rank: int, size: int, port: int, argv: list[str], act, folder: Path) 
     if act:
         act(folder)
     try:
-        train_meta.main(argv)
+        status = train_meta.main(argv)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+    sys.exit(status)
 
 
 # --- Fixtures ----------------------------------------------------------------------------------------------

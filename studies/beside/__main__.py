@@ -25,7 +25,7 @@ from run.models import SHIPPED
 from scoring.intervals import half_interval
 from scoring.tables import markdown
 from studies.claim.scores import LIMIT
-from studies.rows import benchmark_words, read_rows, write_rows
+from studies.rows import benchmark_words, read_rows, whole, write_rows
 from tiny.people import STYLES, VIEW, draw_identities, draw_views, render, to_pil, write_people
 from vision.small import load_judges
 
@@ -70,7 +70,7 @@ def make(out: Path, people: int) -> None:
         ("others", ["--class-bleed"]),  # a folder of its own: at strength 1 only
         ("uses", [*stack, "--strengths", *STRENGTHS]),
     ):
-        benchmark.main(benchmark_words(folder, people, out / results, *options, *more))
+        whole(benchmark.main(benchmark_words(folder, people, out / results, *options, *more)))
 
 
 def collect(out: Path) -> list[dict]:

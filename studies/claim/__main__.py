@@ -33,6 +33,7 @@ from studies.claim.pictures import plot_pictures
 from studies.claim.scores import KEY, METRICS, PLACE, read_scores
 from studies.claim.study import PLACEMENTS, Study
 from studies.claim.tables import means, primary
+from studies.rows import whole
 from tiny.people import write_people
 
 SCORES = Path(__file__).parent
@@ -138,7 +139,7 @@ def find_prior(group: Group, out: Path) -> Path:
     argv = ["--data", data, "--model", group.base, "--out", folder, "--targets", group.targets]
     argv += ["--seed", seed, "--sample-every", 0]
     argv += itertools.chain.from_iterable((f"--{name}", value) for name, value in recipe.items())
-    train_meta.main([*map(str, argv)])
+    whole(train_meta.main([*map(str, argv)]))
     shutil.rmtree(folder / "buckets")
     return path
 
@@ -204,7 +205,7 @@ def run(group: Group, out: Path) -> None:
     argv += ["--meta", find_prior(group, out), "--targets", group.targets, "--method", *group.methods]
     argv += ["--lr", *group.rates, "--ranks", *group.ranks, "--steps", *group.steps, "--draws", group.draws]
     argv += ["--seeds", group.seeds, "--sample-steps", 8, "--at-once", count]
-    benchmark.main([*map(str, argv)])
+    whole(benchmark.main([*map(str, argv)]))
 
 
 def collect(groups: Sequence[Group], out: Path, scores: Path) -> None:

@@ -18,7 +18,7 @@ from metaphd import benchmark
 from run.command import run_script
 from scoring.intervals import half_interval
 from scoring.tables import markdown
-from studies.rows import read_rows, write_rows
+from studies.rows import read_rows, whole, write_rows
 from tiny.people import write_people
 
 SCORES = Path(__file__).with_name("scores.csv")
@@ -39,7 +39,7 @@ def measure(out: Path) -> list[dict]:
         words = ["--model", "tiny", "--people", people, "--prompts", PROMPTS, "--out", folder, "--lr", 1e-2]
         words += ["--method", *METHODS, "--steps", *STEPS, "--draws", draws, "--seed", seed]
         words += ["--seeds", 1, "--sample-steps", 12, "--at-once", 12]
-        benchmark.main([str(word) for word in words])
+        whole(benchmark.main([str(word) for word in words]))
         for method, steps in product(METHODS, STEPS):
             file = folder / "scores" / f"{method}_r1_lr0.01_s{steps}.json"
             for person, scores in json.loads(file.read_text())["people"].items():

@@ -25,7 +25,7 @@ from run.files import atomic
 from scoring.tables import markdown
 from studies.claim.scores import SIMILAR, Estimate, estimate
 from studies.claim.words import number, tell_points
-from studies.rows import benchmark_words, mean_scores, put_rows, read_results
+from studies.rows import benchmark_words, mean_scores, put_rows, read_results, whole
 from tiny.people import write_people
 
 SCORES = Path(__file__).with_name("scores.csv")
@@ -84,7 +84,7 @@ def train(out: Path, name: str) -> Path:
     words += ["--uses-per-image", 20 // recipe["photos"], "--max-photos", recipe["photos"]]
     for option in ("steps", "r1", "resolution", "seed"):
         words += [f"--{option}", recipe[option]]
-    train_meta.main([str(word) for word in [*words, "--sample-every", 0, "--keep-buckets"]])
+    whole(train_meta.main([str(word) for word in [*words, "--sample-every", 0, "--keep-buckets"]]))
     if load_meta(folder / "meta.safetensors").metadata["steps"] != str(recipe["steps"]):
         raise UserError(f"stage 1 was stopped: {name} is not done")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def measure(out: Path, name: str) -> Iterator[dict]:
     else:
         options = ["--method", "meta-lora-noaug", "--lr", LR, "--meta", train(out, name)]
     results = out / "results" / name.replace(" ", "-")
-    benchmark.main(benchmark_words(folder, PEOPLE["count"], results, "--steps", STEPS, *options))
+    whole(benchmark.main(benchmark_words(folder, PEOPLE["count"], results, "--steps", STEPS, *options)))
     for system, person, scores in read_results(results):
         if system:  # not the base model
             yield {"prior": name, "person": person, **scores}

@@ -22,7 +22,7 @@ from run.command import run_script
 from scoring.tables import markdown
 from studies.claim.scores import ADHERENT, SIMILAR, Estimate, estimate
 from studies.claim.words import number, tell_points
-from studies.rows import benchmark_words, mean_scores, put_rows, read_results
+from studies.rows import benchmark_words, mean_scores, put_rows, read_results, whole
 from tiny.people import write_people
 
 SCORES = Path(__file__).with_name("scores.csv")
@@ -43,7 +43,7 @@ def measure(out: Path, people: str, photos: int, rates: dict[int, Sequence[float
     options = ["--method", "meta-lora-noaug", "--steps", STEPS, "--photos", photos]
     for rank, of_rank in rates.items():
         which = ["--ranks", rank, "--lr", *of_rank]
-        benchmark.main(benchmark_words(folder, count, results, *options, *which))
+        whole(benchmark.main(benchmark_words(folder, count, results, *options, *which)))
     rows = []
     for system, person, scores in read_results(results):
         if system:  # not the base model

@@ -31,8 +31,8 @@ from studies.claim.scores import (
     draw_people,
     estimate,
 )
-from studies.claim.words import number, tell_points
-from studies.rows import benchmark_words, put_rows, read_rows
+from studies.claim.words import enumerate_words, number, tell_points
+from studies.rows import benchmark_words, put_rows, read_rows, whole
 from tiny.people import write_people
 
 FOLDER = Path(__file__).parent
@@ -42,23 +42,16 @@ LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
 RESAMPLES = 1000
 STEPS = dict.fromkeys(("lora-noaug", "refined-noaug"), (10, 20, 30, 45, 60, 90, 120, 180))
 RATES = (8e-3, 2e-2)
-STRENGTHS = {"predicted": (0.75, 0.9, 1.0, 1.25)}  # of the shipped predictor's LoRAs when they are used,
-STRENGTHS |= dict.fromkeys(STEPS, (1.0, 1.25))  # and of those that are trained
+STRENGTHS = {  # of the LoRAs when they are used
+    "predicted": (0.75, 0.9, 1.0, 1.25),
+    "lora-noaug": (1.0, 1.25),
+    "refined-noaug": (1.0, 1.25),
+}
 KEY = ("people", "predictor", "method", "lr", "strength")
 PLACE = ("steps", "person", "seed")
 TOLD = {"lora-noaug": "LoRA", "refined-noaug": "predicted, then trained"}
 
-# Options of `python -m predictor`; "of": how many people it sees. The first ships with the toy model.
-RECIPE = {
-    "of": 1600,
-    "r1": 32,
-    "batch": 64,
-    "lr": 1e-3,
-    "t-mean": 0.7,
-    "steps": 3800,
-    "bucket-ids": 1600,
-    "seed": 0,
-}
+# Options of `python -m predictor`; "of": how many people it sees.
 EARLIER = {
     "of": 1600,
     "r1": 32,
@@ -69,11 +62,13 @@ EARLIER = {
     "bucket-ids": 1600,
     "seed": 0,
 }
+# The one that ships with the toy model; it was made by two ranks with batches of 32.
+RECIPE = EARLIER | {"hidden": 0, "batch": 64, "lr": 1e-3, "t-mean": 0.7, "steps": 3800}
 SHORT = EARLIER | {"steps": 2500}
 USUAL = "1,600 people"  # what the other short ones are compared with
 PREDICTORS = {
     "shipped": RECIPE,
-    "as shipped, 400 people": RECIPE | {"of": 400, "steps": 700},
+    "later times, 400 people": RECIPE | {"of": 400, "steps": 700},
     "two layers": EARLIER,
     "100 people": SHORT | {"of": 100},
     "400 people": SHORT | {"of": 400},
@@ -95,7 +90,7 @@ def find_predictor(name: str, out: Path) -> list[object]:
     words = ["--data", data, "--model", "tiny", "--out", folder]
     words += itertools.chain.from_iterable((f"--{option}", value) for option, value in recipe.items())
     if not (folder / "predictor.safetensors").exists():
-        predictor.main([str(word) for word in words])
+        whole(predictor.main([str(word) for word in words]))
     return ["--predictor", folder / "predictor.safetensors"]
 
 
@@ -108,12 +103,13 @@ def measure(out: Path, people: str, name: str) -> list[dict]:
     results = out / people / name.replace(" ", "-").replace(",", "")
     shipped = name == "shipped"
     calls = [(results, "predicted", ["--strengths", *STRENGTHS["predicted"]] if shipped else [])]
-    for method, steps in STEPS.items() if shipped else ():  # in a folder of their own, at fewer strengths
-        words = ["--lr", *RATES, "--steps", *steps, "--strengths", *STRENGTHS[method]]
-        calls.append((results.with_name("trained"), method, words))
+    if shipped:  # in a folder of their own, at fewer strengths
+        for method, steps in STEPS.items():
+            words = ["--lr", *RATES, "--steps", *steps, "--strengths", *STRENGTHS[method]]
+            calls.append((results.with_name("trained"), method, words))
     for place, method, words in calls:
-        benchmark.main(benchmark_words(folder, count, place, *chosen, "--method", method, *words))
-    rows = {}
+        whole(benchmark.main(benchmark_words(folder, count, place, *chosen, "--method", method, *words)))
+    rows = {}  # by place, since the base model is scored in both folders
     for file in sorted(
         file for place in {place for place, *_ in calls} for file in place.glob("scores/*.json")
     ):
@@ -194,7 +190,7 @@ def percent(values: np.ndarray) -> str:
 def predicted(scores: Scores) -> str:
     """Lay out what each predictor reaches without training."""
     names = ["R-FaceSim", "FaceSim - R-FaceSim", "adherence, relative to the base's"]
-    lines = [["predictor", "photos seen", "strength", *names, f"R-FaceSim, less that of {USUAL}"]]
+    lines = [["predictor", "photos in all steps", "strength", *names, f"R-FaceSim, less that of {USUAL}"]]
     for name, recipe in PREDICTORS.items():
         for strength in (f"{one:g}" for one in STRENGTHS["predicted"]):
             if (name, "predicted", "", strength) not in scores.curves:
@@ -246,12 +242,12 @@ def ends(scores: Scores) -> str:
     theirs, ours = best.values()
     text = f"The highest R-FaceSim: {percent(ours)} after the prediction, {percent(theirs)} by LoRA, "
     text += f"a difference of {tell_points(estimate(ours - theirs))}. "
-    kept = " and ".join(
+    kept = enumerate_words(
         f"{tell_points(kept_beside(scores, strength))} at strength {strength}"
         for strength in (f"{one:g}" for one in STRENGTHS["predicted"])
         if ("shipped", "predicted", "", strength) in scores.curves
     )
-    return text + f"Adherence of the prediction minus LoRA's at the same R-FaceSim: {kept}."
+    return text + f"Adherence of the prediction minus LoRA's at the same R-FaceSim, in points: {kept}."
 
 
 def kept_beside(scores: Scores, strength: str) -> Estimate:

@@ -15,7 +15,7 @@ import numpy as np
 from bench.documents import write
 from metaphd import benchmark
 from run.command import run_script
-from studies.rows import benchmark_words, read_results, read_rows, write_rows
+from studies.rows import benchmark_words, read_results, read_rows, whole, write_rows
 from studies.stopping.rules import Course, tabulate
 from studies.stopping.signals import SIGNALS, look
 from tiny.people import write_people
@@ -35,7 +35,7 @@ def measure(out: Path, people: str) -> tuple[list[dict], list[dict]]:
     write_people(folder, people=count, photos=8, seed=seed, photo_share=1)
     options = ["--method", *METHODS, "--lr", 8e-3, "--steps", *STEPS]
     words = benchmark_words(folder, count, out / people, *options)
-    benchmark.main(words)
+    whole(benchmark.main(words))
     scores = []
     for system, person, own in read_results(out / people):
         key = (people, system.get("method", "base"), system.get("steps", 0), person)
