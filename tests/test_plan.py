@@ -286,7 +286,7 @@ def test_what_cannot_be_compiled_is_not_chosen():
     assert plan("--vram", "80", "--compile") == Plan(compiled=True)
     for wrong in (["--stream", "3"], ["--checkpoint", "attention"]):
         with pytest.raises(
-            UserError, match="--compile works neither with --stream nor with --checkpoint att"
+            UserError, match="--compile works neither with streamed blocks nor, in training, with"
         ):
             plan("--vram", "80", "--compile", *wrong)
 

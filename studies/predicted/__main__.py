@@ -38,7 +38,7 @@ from tiny.people import write_people
 FOLDER = Path(__file__).parent
 DOCUMENTS = (FOLDER / "README.md", FOLDER.parents[1] / "docs" / "findings.md")
 PEOPLE = {"choosing": (12, 200), "fresh": (30, 500)}  # how many, and their seed
-LEVELS = (0.5, 0.6, 0.7)  # of R-FaceSim
+LEVELS = (0.5, 0.6, 0.7, 0.8)  # of R-FaceSim
 RESAMPLES = 1000
 STEPS = dict.fromkeys(("lora-noaug", "refined-noaug"), (10, 20, 30, 45, 60, 90, 120, 180))
 RATES = (8e-3, 2e-2)
