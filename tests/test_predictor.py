@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import family.__main__ as family
 import flux
 import personalize
 import predictor.__main__ as command
+import sample
 from flux.checkpoint import read_tensors
 from flux.clip import CLIPSizes
 from flux.errors import UserError
@@ -406,6 +408,16 @@ def test_without_steps_the_prediction_is_written(run, photo, model, trained, eye
         torch.testing.assert_close(written[part][0].float(), a, rtol=2e-3, atol=1e-5)
         torch.testing.assert_close(written[part][1].float(), b, rtol=2e-3, atol=1e-6)
     assert max(b.abs().max() for _, b in written.values()) > 0
+
+
+def test_the_command_that_is_said_to_come_next_is_one(run, photo, model, capsys):
+    run(photo, "--out", "her lora.safetensors")
+    said = capsys.readouterr().out
+    assert "rank 1, 0.0 MB, from 1 photo\n" in said
+    words = shlex.split(said.split("next, python sample.py ")[1])
+    args = sample.parse_arguments(words)
+    assert (args.model, args.prompt) == (str(model), ["TEXT"])
+    assert words[words.index("--lora") + 1] == "her lora.safetensors"
 
 
 def test_of_several_photos_the_embeddings_are_averaged(trained, model, people, eye, monkeypatch):
