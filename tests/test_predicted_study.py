@@ -39,6 +39,8 @@ def test_steps_are_interpolated_and_adherence_is_kept(scores):
     assert [scores.steps_to("lora-noaug", level)[0] for level in (0.25, 0.5, 0.7)] == [13, 50, 70]
     assert [scores.steps_to("refined-noaug", level)[0] for level in (0.3, 0.5, 0.7)] == [0, 5, 15]
     assert np.isinf(scores.steps_to("refined-noaug", 0.9)[0])
+    starts = {strength: curve[0, 0, 0] for (_, strength), curve in scores.trained("refined-noaug").items()}
+    assert starts == pytest.approx({"1": 0.4, "1.25": 0.6})
 
 
 def test_the_tables_say_so(scores):
